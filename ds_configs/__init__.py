@@ -1,0 +1,1 @@
+"""Ready ZeRO-3 configurations, found by name."""

@@ -1,0 +1,1 @@
+"""Shards and manifests of the isolation state, and what can be proved from them."""

@@ -1,0 +1,102 @@
+"""One rank's isolation state as a safetensors file: slices by parameter name, never raw flat buffers.
+
+A flat buffer's layout depends on the world size, on ``sub_group_size`` and on the order of parameters; a slice that
+says which parameter it belongs to and where it begins can be read by any other layout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from epi_ds.isolation.layout import Layout, Segment
+from epi_ds.kernels import pack_bits, unpack_bits
+
+FORMAT_VERSION = 1
+
+
+def shard_name(rank: int) -> str:
+    """Return the file name of a rank's shard."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def write_shard(
+    path: Path,
+    layout: Layout,
+    *,
+    rank: int,
+    world_size: int,
+    masks: Mapping[str, Tensor],
+    importance: Mapping[str, Tensor],
+) -> None:
+    """Write one rank's slices.
+
+    masks       [real_numel] bool by parameter name, every segment
+    importance  [real_numel] fp32 by parameter name, every segment or none
+    """
+    tensors: dict[str, Tensor] = {}
+    for segment in layout.segments:
+        bits = torch.empty(-(-segment.real_numel // 8), dtype=torch.uint8)
+        pack_bits(masks[segment.name].cpu(), bits)
+        tensors[f"mask/{segment.name}"] = bits
+        if segment.name in importance:
+            tensors[f"importance/{segment.name}"] = importance[segment.name].cpu()
+    header = {
+        "format_version": FORMAT_VERSION,
+        "rank": rank,
+        "world_size": world_size,
+        "layer_names": layout.layer_names,
+        "segments": [segment._asdict() for segment in layout.segments],
+    }
+    save_file(tensors, path, metadata={"epi_ds": json.dumps(header)})
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An opened shard. Tensors are read one at a time, on the CPU."""
+
+    path: Path
+    rank: int
+    world_size: int
+    layer_names: tuple[str, ...]
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def open(cls, path: Path) -> Shard:
+        """Read a shard's header. Raises RuntimeError when the file is not a shard of a known format."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            header: dict[str, Any] = json.loads(metadata["epi_ds"])
+            version = header["format_version"]
+        except Exception as error:  # safetensors raises its own types for torn files
+            raise RuntimeError(f"{path} is not a readable isolation shard: {type(error).__name__}: {error}") from error
+        if version != FORMAT_VERSION:
+            raise RuntimeError(
+                f"{path} has format version {version}, this release reads {FORMAT_VERSION}; use the epi_ds release that "
+                "wrote it"
+            )
+        segments = tuple(Segment(**{**item, "shape": tuple(item["shape"])}) for item in header["segments"])
+        return cls(path, header["rank"], header["world_size"], tuple(header["layer_names"]), segments)
+
+    def masks(self) -> Iterator[tuple[Segment, Tensor]]:
+        """Yield every segment with its mask, [real_numel] bool."""
+        with safe_open(self.path, framework="pt") as file:
+            for segment in self.segments:
+                yield segment, unpack_bits(file.get_tensor(f"mask/{segment.name}"), 0, segment.real_numel)
+
+    def importance(self) -> Iterator[tuple[Segment, Tensor]]:
+        """Yield every segment that has importance with it, [real_numel] fp32."""
+        with safe_open(self.path, framework="pt") as file:
+            names = set(file.keys())
+            for segment in self.segments:
+                if f"importance/{segment.name}" in names:
+                    yield segment, file.get_tensor(f"importance/{segment.name}")

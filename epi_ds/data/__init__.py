@@ -1,0 +1,1 @@
+"""Training data: sources, formats and the built-in skill tasks."""

@@ -1,0 +1,1 @@
+"""Importance, sketches, thresholds, masks and their schedule: everything that knows no DeepSpeed."""

@@ -1,0 +1,76 @@
+"""The isolation mask of a flat partition: selecting it from importance, and comparing it with the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from epi_ds.isolation.importance import codes_of
+from epi_ds.isolation.layout import Segment
+from epi_ds.kernels import pack_bits, unpack_bits
+from epi_ds.kernels.reference.chunks import chunks
+
+
+class Selected(NamedTuple):
+    """A new mask of one partition and how it compares with the old one, by layer. Counts are this rank's."""
+
+    bits: Tensor
+    """[ceil(numel / 8)] uint8, on the partition's device."""
+    counts: Tensor
+    """[3, num_layers] int64 on the CPU: isolated now, isolated before and now, isolated before."""
+
+
+def empty_bits(numel: int, device: torch.device) -> Tensor:
+    """Return a mask of ``numel`` entries of which none is isolated."""
+    return torch.zeros(-(-numel // 8), dtype=torch.uint8, device=device)
+
+
+def pieces_of(segments: Sequence[Segment], start: int, stop: int) -> Iterator[tuple[Segment, int, int]]:
+    """Yield (segment, first, last) for the parts of ``segments`` that lie in ``[start, stop)`` of their partition."""
+    for segment in segments:
+        first, last = max(segment.start, start), min(segment.stop, stop)
+        if first < last:
+            yield segment, first, last
+
+
+def select_bits(
+    importance: Tensor, before: Tensor, segments: Sequence[Segment], *, threshold_codes: Tensor, num_layers: int
+) -> Selected:
+    """Select the entries of one partition whose code reaches its layer's threshold.
+
+    importance       [numel]            fp32, untouched
+    before           [ceil(numel / 8)]  uint8, the mask in force, untouched
+    segments         the covered segments of this partition; entries outside them stay plastic
+    threshold_codes  [num_layers]       int64 on the CPU
+    """
+    codes = codes_of(importance)
+    limits = [int(code) for code in threshold_codes]
+    bits = torch.empty_like(before)
+    counts = torch.zeros((3, num_layers), dtype=torch.int64)
+    for start, stop in chunks(0, codes.numel()):
+        mask = torch.zeros(stop - start, dtype=torch.bool, device=codes.device)
+        old = unpack_bits(before, start, stop)
+        for segment, first, last in pieces_of(segments, start, stop):
+            inside = slice(first - start, last - start)
+            mask[inside] = codes[first:last] >= limits[segment.layer]
+            now, then = mask[inside], old[inside]
+            counts[:, segment.layer] += torch.stack([now.sum(), (now & then).sum(), then.sum()]).cpu()
+        pack_bits(mask, bits[start // 8 : -(-stop // 8)])
+    return Selected(bits, counts)
+
+
+def set_segment(bits: Tensor, segment: Segment, mask: Tensor) -> None:
+    """Overwrite one segment's entries of a mask in place.
+
+    bits  [ceil(numel / 8)] uint8, mutated
+    mask  [segment.real_numel] bool
+    """
+    for start, stop in chunks(segment.start, segment.stop):
+        first_byte, last_byte = start // 8, -(-stop // 8)
+        # Whole bytes are rewritten: neighbours that share the first or the last byte keep their entries.
+        entries = unpack_bits(bits, first_byte * 8, last_byte * 8)
+        entries[start - first_byte * 8 : stop - first_byte * 8] = mask[start - segment.start : stop - segment.start]
+        pack_bits(entries, bits[first_byte:last_byte])

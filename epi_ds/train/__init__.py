@@ -1,0 +1,1 @@
+"""Recipes, stages, the trainer glue and evaluation."""

@@ -1,0 +1,80 @@
+"""Put isolation on a DeepSpeed engine that exists."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from epi_ds.config import Apply, EPIConfig
+from epi_ds.isolation.collectives import GroupExchange
+from epi_ds.isolation.controller import IsolationController
+from epi_ds.isolation.layout import Layout, Parameter, build_layout
+from epi_ds.isolation.policy import make_policy
+from epi_ds.zero3.engine import IsolationEngineMixin, StateStore
+from epi_ds.zero3.guard import check_engine
+from epi_ds.zero3.handle import EPI
+from epi_ds.zero3.mixin import IsolationContext, IsolationMixin
+
+logger = logging.getLogger(__name__)
+
+
+def layout_of(optimizer: Any, config: EPIConfig) -> Layout:
+    """Read this rank's layout off a ZeRO-3 optimizer."""
+    sub_groups = [
+        [Parameter(optimizer.param_names[parameter], tuple(parameter.ds_shape)) for parameter in group]
+        for group in optimizer.fp16_groups
+    ]
+    return build_layout(
+        sub_groups,
+        rank=dist.get_rank(optimizer.dp_process_group),
+        world_size=dist.get_world_size(optimizer.dp_process_group),
+        layer=config.layer,
+        include=config.include,
+        exclude=config.exclude,
+    )
+
+
+def attach(engine: Any, config: EPIConfig, *, state_store: StateStore) -> EPI:
+    """Make ``engine`` isolate parameters as ``config`` says; return its handle, which is also ``engine.epi``.
+
+    Collective. The engine and its ZeRO-3 optimizer are mutated: their classes gain a mixin each.
+    Raises ValueError or RuntimeError before anything is changed; see `check_engine`.
+    """
+    if isinstance(engine, IsolationEngineMixin):
+        raise ValueError("this engine has isolation attached already; use engine.epi")
+    check_engine(engine, config)
+    optimizer = engine.optimizer
+    layout = layout_of(optimizer, config)
+    controller = IsolationController(
+        layout,
+        config,
+        policy=make_policy(config),
+        exchange=GroupExchange(
+            optimizer.dp_process_group,
+            device=torch.device(get_accelerator().current_device_name()),
+            transport=config.exchange,
+        ),
+        devices=[partition.device for partition in optimizer.fp32_partitioned_groups_flat],
+        # The mixin's mask_changes; under `apply: update` the moments keep tracking and are nobody's business.
+        listener=optimizer if config.apply is Apply.REDUCTION else None,
+    )
+    context = IsolationContext(optimizer, controller)
+    optimizer.__class__ = type(f"Isolating{type(optimizer).__name__}", (IsolationMixin, type(optimizer)), {})
+    optimizer.isolation = context
+    engine.__class__ = type(f"Isolating{type(engine).__name__}", (IsolationEngineMixin, type(engine)), {})
+    engine.epi = EPI(engine, controller)
+    engine.state_store = state_store
+    if dist.get_rank() == 0:
+        logger.info(
+            "isolation attached: policy %s, %d parameters with %d entries in %d layers, %s ranks",
+            config.policy.value,
+            len(layout.segments),
+            layout.covered_numel,
+            len(layout.layer_names),
+            controller.exchange.world_size,
+        )
+    return engine.epi

@@ -1,0 +1,116 @@
+"""The engine's side: isolation state is saved and loaded with the engine's own checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from epi_ds.config import MissingState
+from epi_ds.isolation.controller import IsolationController
+from epi_ds.zero3.handle import EPI
+
+logger = logging.getLogger(__name__)
+
+
+class StateStore(Protocol):
+    """Keeps isolation state beside DeepSpeed's files, in the folder of a checkpoint tag. All methods are collective."""
+
+    def save(self, folder: str, controller: IsolationController, *, extra: dict[str, Any]) -> None:
+        """Write the state. It counts as saved only when every rank has written its part."""
+
+    def verify(self, folder: str, controller: IsolationController) -> bool:
+        """Whether there is a state; raises on all ranks alike when it is damaged or belongs to another layout."""
+
+    def load(self, folder: str, controller: IsolationController) -> dict[str, Any]:
+        """Replace the controller's state by a verified one; return ``extra`` as it was saved."""
+
+
+class IsolationEngineMixin:
+    """Mixed over the class of a DeepSpeed engine; ``epi`` and ``state_store`` are set when the class is assigned."""
+
+    epi: EPI
+    state_store: StateStore
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] = {},  # noqa: B006 - DeepSpeed's own signature
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Save DeepSpeed's checkpoint and the isolation state in the same tag folder. Collective."""
+        tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
+        stale = self.optimizer.stale_parameters()
+        if stale and dist.get_rank() == 0:
+            logger.warning(
+                "%s: the last window did not use %s; the old gradients that ZeRO-3 applies for them are in no "
+                "checkpoint, so a resume from this one is not bit-exact",
+                tag,
+                ", ".join(stale),
+            )
+        # `latest` must not name a tag without isolation state, so it is written after that.
+        super().save_checkpoint(save_dir, tag, client_state, False, exclude_frozen_parameters)
+        extra = {"clipping": self.optimizer.isolation.clipping.to_dict()}
+        self.state_store.save(os.path.join(save_dir, tag), self.epi.controller, extra=extra)
+        if save_latest and dist.get_rank() == 0:
+            with open(os.path.join(save_dir, "latest"), "w") as file:
+                file.write(tag)
+        dist.barrier()
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[str | None, Any]:
+        """Load DeepSpeed's checkpoint and the isolation state saved with it. Collective.
+
+        The isolation state is checked before anything is loaded. It is left alone with ``load_module_only`` or
+        without ``load_optimizer_states``: such a load begins a new run.
+        """
+        folder = self._tag_folder(load_dir, tag) if load_optimizer_states and not load_module_only else None
+        has_state = folder is not None and self._has_state(folder)
+        loaded, client_state = super().load_checkpoint(
+            load_dir,
+            tag,
+            load_module_strict,
+            load_optimizer_states,
+            load_lr_scheduler_states,
+            load_module_only,
+            custom_load_fn,
+        )
+        if has_state and loaded is not None:
+            extra = self.state_store.load(folder, self.epi.controller)
+            self.optimizer.isolation.clipping.restore(extra["clipping"])
+        return loaded, client_state
+
+    @staticmethod
+    def _tag_folder(load_dir: str, tag: str | None) -> str | None:
+        if tag is None:
+            latest = os.path.join(load_dir, "latest")
+            if not os.path.isfile(latest):
+                return None
+            with open(latest) as file:
+                tag = file.read().strip()
+        return os.path.join(load_dir, str(tag))
+
+    def _has_state(self, folder: str) -> bool:
+        if self.state_store.verify(folder, self.epi.controller):
+            return True
+        if self.epi.config.missing_state is MissingState.FRESH:
+            if dist.get_rank() == 0:
+                logger.warning("%s has no isolation state; importance starts from zero (missing_state: fresh)", folder)
+            return False
+        raise RuntimeError(
+            f"{folder} has no isolation state (epi/manifest.json): it was saved without isolation, or the save did not "
+            "finish. Load another tag, or set missing_state: fresh to start with empty importance"
+        )

@@ -1,0 +1,108 @@
+"""What isolation works with, checked before anything is changed: refusals that say what, why and what to set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from epi_ds.config import Apply, EPIConfig
+from epi_ds.errors import nearest
+
+SUPPORTED_DEEPSPEED = SpecifierSet(">=0.19.8,<0.20", prereleases=True)
+
+# Optimizers whose moments `apply: reduction` knows how to set at isolation and at release.
+ADAM_FAMILY = (FusedAdam, DeepSpeedCPUAdam, torch.optim.Adam, torch.optim.AdamW)
+
+
+def check_engine(engine: Any, config: EPIConfig) -> None:
+    """Raise where isolation cannot act on ``engine`` as configured.
+
+    RuntimeError for an unsupported DeepSpeed release, ValueError for an unsupported configuration, which lists every
+    reason found.
+    """
+    installed = Version(deepspeed.__version__)
+    if installed not in SUPPORTED_DEEPSPEED:
+        raise RuntimeError(
+            f"deepspeed {installed} is installed, but isolation overrides methods of deepspeed {SUPPORTED_DEEPSPEED}; "
+            "install a release in that range"
+        )
+    reasons = list(_engine_reasons(engine)) or list(_optimizer_reasons(engine.optimizer, config))
+    if reasons:
+        raise ValueError("isolation cannot be attached to this engine:\n" + "\n".join(f"  - {r}" for r in reasons))
+
+
+def _engine_reasons(engine: Any) -> Iterator[str]:
+    if not isinstance(engine, DeepSpeedEngine):
+        yield f"attach takes a DeepSpeedEngine, got {type(engine).__name__}; pass what deepspeed.initialize returned"
+        return
+    if type(engine).__name__ in {"PipelineEngine", "DeepSpeedHybridEngine"}:
+        yield f"{type(engine).__name__} moves weights in ways the mask does not follow; use the plain ZeRO-3 engine"
+    stage = engine.zero_optimization_stage()
+    if stage != 3:
+        yield _stage_reason(stage, engine._config._param_dict)
+    elif type(engine.optimizer).__name__ == "DeepSpeedZeRoOffload":
+        yield "the engine has no optimizer, so there is nothing to hold; give one to deepspeed.initialize"
+    elif type(engine.optimizer) is not DeepSpeedZeroOptimizer_Stage3:
+        yield (
+            f"the optimizer is {type(engine.optimizer).__name__}, which steps before the point where the mask acts; "
+            "set super_offload: false"
+        )
+    if engine.is_deepcompile_enabled():
+        yield "DeepCompile replaces the gradient hooks that isolation observes; set compile.deepcompile: false"
+    if engine.has_moe_layers:
+        yield "expert parallelism partitions experts over a group of their own; use a model without deepspeed.moe layers"
+    if not engine.managed_gradient_accumulation():
+        yield "unmanaged gradient accumulation is not covered yet; set managed_gradient_accumulation: true"
+
+
+def _stage_reason(stage: int, ds_config: dict[str, Any]) -> str:
+    unknown = next((key for key in ds_config if key.startswith("zero") and key != "zero_optimization"), None)
+    hint = f" (ds_config has {unknown!r}{nearest(unknown, ['zero_optimization'])})" if unknown else ""
+    return f"ZeRO stage is {stage}{hint}, but importance is sharded beside stage 3 partitions; set zero_optimization.stage: 3"
+
+
+def _optimizer_reasons(optimizer: Any, config: EPIConfig) -> Iterator[str]:
+    base = optimizer.optimizer
+    if optimizer.zenflow:
+        yield "ZenFlow replaces the step that isolation acts in; remove zero_optimization.zenflow"
+    if optimizer.use_muon:
+        yield "Muon writes updates into the gradient buffers before the norm; use an Adam optimizer"
+    if optimizer.torch_autocast_gradscaler is not None:
+        yield "torch autocast in fp16 may skip a step after the commit point; use bf16, or the fp16 section of ds_config"
+    if optimizer.master_weights_and_grads_dtype != torch.float32:
+        yield (
+            f"master weights are {optimizer.master_weights_and_grads_dtype}, and holding bits of rounded weights proves "
+            "nothing; remove fp16/bf16_master_weights_and_gradients"
+        )
+    if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
+        yield "NVMe offload is not covered yet; set offload_optimizer.device and offload_param.device to cpu or none"
+    if optimizer.offload_optimizer and optimizer.partial_offload != 1.0:
+        yield f"partial offload (ratio {optimizer.partial_offload}) is not covered yet; set offload_optimizer.ratio: 1.0"
+    if optimizer.zero_hpz_partition_size > 1:
+        yield "hierarchical partitioning is not covered yet; set zero_hpz_partition_size: 1"
+    if optimizer.all2all_process_group is not None:
+        yield "quantized gradients are not covered yet; set zero_quantized_gradients: false"
+    if optimizer.model_parallel_group is not None and torch.distributed.get_world_size(optimizer.model_parallel_group) > 1:
+        yield "tensor parallelism is not covered: a mask would differ between the copies; set its size to 1"
+    if optimizer.sequence_parallel_size > 1:
+        yield "sequence parallelism is not covered yet; set sequence_parallel_size: 1"
+    if config.apply is Apply.REDUCTION:
+        yield from _reduction_reasons(base)
+
+
+def _reduction_reasons(base: Any) -> Iterator[str]:
+    if type(base) not in ADAM_FAMILY:
+        yield (
+            f"apply: reduction sets the moments of Adam at release and does not know those of {type(base).__name__}; "
+            "use apply: update"
+        )
+    elif any(group.get("amsgrad") for group in base.param_groups):
+        yield "apply: reduction does not know the running maximum of amsgrad; set amsgrad: false or use apply: update"

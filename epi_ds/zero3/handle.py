@@ -1,0 +1,189 @@
+"""``engine.epi``: how users and tests look at isolation and steer it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from epi_ds.config import EPIConfig, PolicyName
+from epi_ds.errors import nearest
+from epi_ds.isolation.controller import Counters, IsolationController, Refresh
+from epi_ds.isolation.importance import decode
+from epi_ds.isolation.layout import Segment
+from epi_ds.isolation.schedule import check_planned_steps
+
+
+class IsolationStats(NamedTuple):
+    """Counts over all ranks, as of now."""
+
+    counters: Counters
+    covered: int
+    """Entries that can be isolated."""
+    isolated: int
+    last_refresh: Refresh | None
+
+    @property
+    def achieved_ratio(self) -> float:
+        """Isolated share of the covered entries."""
+        return self.isolated / self.covered
+
+    @property
+    def active_share(self) -> float:
+        """Share of the applied steps that ran under a mask with an isolated entry."""
+        return self.counters.active_steps / max(1, self.counters.applied_steps)
+
+
+class LayerRow(NamedTuple):
+    """One layer of the resolved layer table."""
+
+    name: str
+    numel: int
+    parameters: tuple[str, ...]
+
+
+class MemoryReport(NamedTuple):
+    """Bytes of isolation's state on this rank that outlive a step, measured from its tensors."""
+
+    importance_bytes: int
+    mask_bytes: int
+    covered_numel: int
+    """Over all ranks."""
+    world_size: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Importance and masks."""
+        return self.importance_bytes + self.mask_bytes
+
+    @property
+    def bytes_per_parameter_share(self) -> float:
+        """Bytes on this rank per covered parameter, times the world size."""
+        return self.total_bytes * self.world_size / self.covered_numel
+
+
+class EPI:
+    """The isolation of one engine. Methods marked collective must be called by every rank."""
+
+    def __init__(self, engine: Any, controller: IsolationController) -> None:
+        self._engine = engine
+        self._controller = controller
+
+    @property
+    def config(self) -> EPIConfig:
+        """The configuration in force."""
+        return self._controller.config
+
+    @property
+    def controller(self) -> IsolationController:
+        """The controller, for the parts of the library that save and restore it."""
+        return self._controller
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the covered parameters."""
+        return tuple(self._controller.layout.by_name)
+
+    def mask(self, name: str) -> Tensor:
+        """Gather the mask of one parameter. Collective. -> its full shape, bool, CPU; True = isolated."""
+        segment = self._segment(name)
+        return self._gather(segment, self._controller.segment_mask(segment).to(torch.uint8)).bool()
+
+    def importance(self, name: str) -> Tensor:
+        """Gather the importance of one parameter. Collective. -> its full shape, fp32, CPU."""
+        segment = self._segment(name)
+        return self._gather(segment, self._controller.segment_importance(segment))
+
+    def thresholds(self) -> dict[str, float]:
+        """Return the importance at which each layer's entries are isolated, by layer; inf isolates none of them.
+
+        Empty before the first refresh.
+        """
+        codes = self._controller.threshold_codes
+        if codes is None:
+            return {}
+        # decode() reads the pattern of +inf as 2^128, which no fp32 value reaches; say inf instead.
+        values = [value if value < 2.0**128 else math.inf for value in decode(codes).tolist()]
+        return dict(zip(self._controller.layout.layer_names, values, strict=True))
+
+    def layers(self) -> list[LayerRow]:
+        """Return the resolved layer table."""
+        layout = self._controller.layout
+        names: list[list[str]] = [[] for _ in layout.layer_names]
+        for segment in layout.segments:
+            names[segment.layer].append(segment.name)
+        return [
+            LayerRow(name, numel, tuple(members))
+            for name, numel, members in zip(layout.layer_names, layout.layer_numel, names, strict=True)
+        ]
+
+    def stats(self) -> IsolationStats:
+        """Return counters and the last refresh. The same on every rank, without communication."""
+        controller = self._controller
+        return IsolationStats(
+            controller.counters, controller.layout.covered_numel, controller.isolated, controller.last_refresh
+        )
+
+    def memory_report(self) -> MemoryReport:
+        """Return what isolation keeps on this rank."""
+        importance_bytes, mask_bytes = self._controller.state_bytes()
+        return MemoryReport(
+            importance_bytes,
+            mask_bytes,
+            self._controller.layout.covered_numel,
+            self._controller.exchange.world_size,
+        )
+
+    def refresh_now(self) -> Refresh:
+        """Select a new mask from the importance as it is, between two steps. Collective."""
+        return self._controller.refresh()
+
+    def check_planned_steps(self, planned_steps: int) -> None:
+        """Warn or raise ValueError when a run of this many applied steps would never use a mask."""
+        config = self.config
+        if config.policy is PolicyName.EVOLVING and config.ratio > 0:
+            check_planned_steps(planned_steps, config.refresh_interval, allow_inactive=config.allow_inactive)
+
+    def reset_optimizer_state(self) -> None:
+        """Return the optimizer's moments to zero, as between two stages. Importance and masks continue."""
+        self._engine.optimizer.reset_optimizer_state()
+
+    def probe(self, losses: Iterable[Tensor]) -> Refresh:
+        """Isolate by the mean squared gradient of ``losses``, taken without stepping. Collective.
+
+        losses  one scalar loss per micro-batch, from the engine's forward; consumed one at a time, so a generator
+                that runs the forward keeps one graph alive: ``epi.probe(engine(**batch).loss for batch in batches)``
+
+        Raises RuntimeError when no loss gave finite gradients. Afterwards the importance is freed unless the policy
+        measures it during training.
+        """
+        engine, controller = self._engine, self._controller
+        controller.start_measuring()
+        observed = 0
+        for loss in losses:
+            # Every probe is a window of its own; with offload, gradients leave the accelerator at a boundary only.
+            engine.set_gradient_accumulation_boundary(True)
+            engine.backward(loss, scale_wrt_gas=False)
+            observed += engine.optimizer.observe_probe(ema_decay=observed / (observed + 1))
+        engine.set_gradient_accumulation_boundary(None)
+        if not observed:
+            raise RuntimeError("the probe saw no finite gradient, so there is no importance to select a mask from")
+        refresh = controller.refresh()
+        if not controller.observes:
+            controller.stop_measuring()
+        return refresh
+
+    def _segment(self, name: str) -> Segment:
+        segments = self._controller.layout.by_name
+        if name not in segments:
+            raise ValueError(f"{name!r} is not a covered parameter{nearest(name, segments)}")
+        return segments[name]
+
+    def _gather(self, segment: Segment, values: Tensor) -> Tensor:
+        padded = values.new_zeros(segment.partition_numel)
+        padded[: segment.real_numel] = values
+        gathered = self._controller.exchange.concatenate(padded).cpu()
+        return gathered[: math.prod(segment.shape)].view(segment.shape)

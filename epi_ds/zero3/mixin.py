@@ -1,0 +1,239 @@
+"""The overrides through which isolation acts inside DeepSpeed's ZeRO-3 optimizer.
+
+[Note: step] What happens in one optimizer step, and where this mixin stands in it:
+
+    backward     partition_grads          records which parameters were reduced
+    step         _get_norm_groups         the norm is over the entries that will move; whether to skip is plain ZeRO-3's
+    sub-group    unscale_and_clip_grads   the commit point: importance observes the raw gradient
+                 _optimizer_step          isolated gradients become zero, isolated weights keep their bits
+    end          step                     counts the step and refreshes the mask where one is due
+
+A skipped step never reaches the commit point, so it leaves no trace. The class is assigned to an optimizer that exists
+(attach.py); tests/zero3/test_contract.py pins every overridden name and signature.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
+from torch import Tensor
+
+from epi_ds.config import Apply
+from epi_ds.isolation.controller import IsolationController
+from epi_ds.isolation.layout import Span, merge_spans
+from epi_ds.kernels import hold, mask_, masked_sumsq, restore_
+from epi_ds.zero3.moments import ClippingAverage, clipping_factor, reset_moments, set_moments, state_age
+from epi_ds.zero3.window import AccumulationWindow
+
+
+class IsolationContext:
+    """What the overrides work with: the controller, the accumulation window and the optimizer's geometry."""
+
+    def __init__(self, optimizer: Any, controller: IsolationController) -> None:
+        self.controller = controller
+        self.window = AccumulationWindow()
+        self.clipping = ClippingAverage(controller.config.ema_decay)
+        self.masks_gradients = controller.config.apply is Apply.REDUCTION
+        self.backward_scale = 1.0
+        """Loss scale of the gradients being applied; a dynamic scaler may raise its own before they are unscaled."""
+        self.names: dict[Any, str] = dict(optimizer.param_names)
+        self.buffer_starts: list[int] = []
+        """Offsets of the sub-groups in the accumulation buffer, which holds all partitions in order."""
+        self.parameter_spans: list[list[tuple[Any, Span]]] = []
+        """Real entries of every trainable parameter, covered or not, in the flat partitions; empty ones left out."""
+        rank = dist.get_rank(optimizer.dp_process_group)
+        buffer_start = 0
+        for group in optimizer.fp16_groups:
+            self.buffer_starts.append(buffer_start)
+            spans, start = [], 0
+            for parameter in group:
+                numel = parameter.partition_numel()
+                real_numel = max(0, min(numel, parameter.ds_numel - rank * numel))
+                if real_numel:
+                    spans.append((parameter, Span(start, start + real_numel)))
+                start += numel
+            self.parameter_spans.append(spans)
+            buffer_start += start
+
+
+class IsolationMixin:
+    """Mixed over ``DeepSpeedZeroOptimizer_Stage3``; ``isolation`` is set when the class is assigned."""
+
+    isolation: IsolationContext
+
+    # --- overrides, in the order in which a step reaches them ---
+
+    def partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> Any:
+        """Record the reduced parameters. See [Note: stale gradients] in window.py."""
+        for parameter, partition in zip(params_to_release, grad_partitions):  # noqa: B905 - as ZeRO-3 pairs them
+            self.isolation.window.record(parameter, partition, buffer_is_stale=self.micro_step_id != 0)
+        return super().partition_grads(params_to_release, grad_partitions)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the open window along with its gradients."""
+        self.isolation.window.discard()
+        super().zero_grad(set_to_none=set_to_none)
+
+    def step(self, closure: Any = None) -> None:
+        """Step, then count it and refresh the mask where due. Collective."""
+        context = self.isolation
+        context.window.close()
+        context.backward_scale = float(self.loss_scale)
+        super().step(closure)
+        if self.overflow:
+            return
+        rescale = context.backward_scale / float(self.loss_scale)
+        context.clipping.observe(rescale * clipping_factor(float(self._global_grad_norm), self.clip_grad))
+        context.controller.finish_step()
+
+    def _get_norm_groups(self) -> list[Tensor]:
+        """Return the norms over the entries that will move. Collective.
+
+        A step that plain ZeRO-3 would skip gets plain ZeRO-3's norms: a NaN in an isolated entry is still a NaN.
+        """
+        plain = super()._get_norm_groups()
+        if not self.isolation.controller.is_active or is_invalid_grad_norm(combine_grad_norm_groups(plain)):
+            return plain
+        squares = torch.stack([self._plastic_sumsq(sub_group) for sub_group in range(len(plain))])
+        squares = squares.to(get_accelerator().current_device_name())
+        dist.all_reduce(squares, group=self.dp_process_group)
+        return [norm.sqrt().to(reference) for norm, reference in zip(squares, plain, strict=True)]
+
+    def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
+        """Observe the raw gradient of a sub-group, then unscale and clip it."""
+        context = self.isolation
+        if context.controller.observes:
+            self._observe(sub_group_id, ema_decay=context.controller.config.ema_decay)
+        super().unscale_and_clip_grads(sub_group_id, total_norm)
+
+    def _optimizer_step(self, sub_group_id: int) -> None:
+        """Update a sub-group, its isolated weights excepted."""
+        context = self.isolation
+        if not context.controller.is_active_here(sub_group_id):
+            super()._optimizer_step(sub_group_id)
+            return
+        bits = context.controller.bits(sub_group_id)
+        weights = self.fp32_partitioned_groups_flat[sub_group_id]
+        held = hold(weights.data, bits)
+        held_gradient = None
+        if context.masks_gradients:
+            if self._gradient_outlives_step(weights.grad):
+                held_gradient = hold(weights.grad, bits)
+            mask_(weights.grad, bits)
+        super()._optimizer_step(sub_group_id)
+        restore_(weights.data, bits, held)
+        if held_gradient is not None:
+            restore_(weights.grad, bits, held_gradient)
+
+    # --- what the overrides are made of ---
+
+    def _gradient_outlives_step(self, gradient: Tensor) -> bool:
+        """Whether a later step may apply this gradient again, as a stale one.
+
+        It then has to be what plain ZeRO-3 leaves there. With offload the buffer is persistent; without, a sub-group
+        of a single parameter gets a view of the accumulation buffer instead of a copy.
+        """
+        buffer = self.grad_partitions_flat_buffer
+        return self.offload_optimizer or gradient.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+
+    def _has_own_gradient(self, parameter: Any) -> bool:
+        """Whether the commit point shows a gradient of this window."""
+        if self.offload_optimizer:
+            # Copied to the host at the accumulation boundary only: what the boundary's micro-batch did not use is stale.
+            return self.get_param_id(parameter) in self.norm_for_param_grads
+        return self.isolation.window.was_reduced(parameter)
+
+    def _observe(self, sub_group_id: int, *, ema_decay: float) -> None:
+        context = self.isolation
+        exceptions: dict[str, Tensor | None] = {}
+        for parameter, _ in context.parameter_spans[sub_group_id]:
+            if not self._has_own_gradient(parameter):
+                exceptions[context.names[parameter]] = None
+            elif (own := context.window.own_gradient(parameter)) is not None:
+                exceptions[context.names[parameter]] = own
+        context.controller.observe(
+            sub_group_id,
+            self.fp32_partitioned_groups_flat[sub_group_id].grad,
+            inverse_scale=1.0 / context.backward_scale,
+            exceptions=exceptions,
+            ema_decay=ema_decay,
+        )
+
+    def _plastic_sumsq(self, sub_group_id: int) -> Tensor:
+        """Sum of squares, over this rank's plastic entries, of the gradients that plain ZeRO-3's norm is taken over."""
+        context = self.isolation
+        spans = context.parameter_spans[sub_group_id]
+        if self.offload_optimizer:
+            gradient = self.fp32_partitioned_groups_flat[sub_group_id].grad
+            spans = [(p, span) for p, span in spans if self.get_param_id(p) in self.norm_for_param_grads]
+        else:
+            numel = self.fp16_partitioned_groups_flat_numel[sub_group_id]
+            gradient = self.grad_partitions_flat_buffer.narrow(0, context.buffer_starts[sub_group_id], numel)
+        total = torch.zeros((), dtype=torch.float64, device=gradient.device)
+        bits = context.controller.bits(sub_group_id)
+        for start, stop in merge_spans(span for _, span in spans):
+            total += masked_sumsq(gradient, bits, start=start, stop=stop)
+        return total
+
+    # --- called from outside a step ---
+
+    def mask_changes(self, sub_group: int, *, before: Tensor, now: Tensor, importance: Tensor | None) -> None:
+        """Set the moments of what is isolated or released. See [Note: release] in moments.py."""
+        context = self.isolation
+        state = self.optimizer.state.get(self.fp32_partitioned_groups_flat[sub_group], {})
+        beta2 = self.optimizer.param_groups[self.sub_group_to_group_id[sub_group]]["betas"][1]
+        optimizer_weight = 1.0 - beta2 ** state_age(state)
+        observed_steps = context.controller.counters.observed_steps
+        importance_weight = 1.0 - context.controller.config.ema_decay**observed_steps
+        scale = context.clipping.corrected * optimizer_weight / importance_weight if observed_steps else 0.0
+        set_moments(
+            state,
+            before=before,
+            now=now,
+            importance=importance if observed_steps else None,
+            importance_scale=scale,
+        )
+
+    def stale_parameters(self) -> list[str]:
+        """Return the parameters that the last window did not use: a later step may apply their old gradients."""
+        context = self.isolation
+        if not context.controller.counters.applied_steps:
+            return []
+        return [
+            context.names[parameter]
+            for group in self.fp16_groups
+            for parameter in group
+            if not context.window.was_reduced(parameter)
+        ]
+
+    def reset_optimizer_state(self) -> None:
+        """Return the optimizer to the state of one that has taken no step, for the next stage of a run."""
+        for state in self.optimizer.state.values():
+            reset_moments(state)
+
+    def observe_probe(self, *, ema_decay: float) -> bool:
+        """Observe the gradients of the last backward without stepping, then drop them. Collective.
+
+        Returns whether they were finite; if not, nothing was observed.
+        """
+        self.isolation.window.close()
+        self.isolation.backward_scale = float(self.loss_scale)
+        self._pre_step()
+        self._partition_all_parameters()
+        finite = not is_invalid_grad_norm(combine_grad_norm_groups(super()._get_norm_groups()))
+        for sub_group_id in range(len(self.fp16_groups)):
+            self._prepare_sub_group(sub_group_id, set())
+            if finite:
+                self._observe(sub_group_id, ema_decay=ema_decay)
+            if self.offload_optimizer:
+                self.fp32_partitioned_groups_flat[sub_group_id].grad.zero_()
+            self._release_sub_group(sub_group_id, set())
+        # As before any backward: a parameter that the next window does not use must not step with a probe's gradient.
+        self.grad_partitions_flat_buffer.zero_()
+        self.zero_grad(set_to_none=True)
+        self._post_step(set())
+        return finite

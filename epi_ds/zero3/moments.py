@@ -1,0 +1,101 @@
+"""Adam's moments at isolation and at release, for ``apply: reduction``.
+
+[Note: release] While an entry is isolated its gradient counts as zero, so its moments starve: released as they are,
+it would jump. Importance kept measuring it, so at release the second moment is rebuilt from it. With t the age of the
+optimizer state and t' that of the importance, both exponential averages that started at zero,
+
+    exp_avg    := 0
+    exp_avg_sq := S * c2 * (1 - beta2^t) / (1 - ema_decay^t')
+
+where c2 is the average squared clipping factor (the optimizer sees clipped gradients, the importance raw ones), with
+the importance's own decay. At isolation ``exp_avg := 0``; zero gradients then keep it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epi_ds.kernels import unpack_bits
+from epi_ds.kernels.reference.chunks import chunks
+
+
+class ClippingAverage:
+    """Exponential average of the squared clipping factor, corrected for its start at zero."""
+
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self._sum = 0.0
+        # Total weight of the observations so far, 1 - decay^steps.
+        self._weight = 0.0
+
+    def observe(self, factor: float) -> None:
+        """Take in what the step just applied multiplied its gradients by."""
+        self._sum = self._decay * self._sum + (1.0 - self._decay) * factor * factor
+        self._weight = self._decay * self._weight + (1.0 - self._decay)
+
+    @property
+    def corrected(self) -> float:
+        """The average; 1 before the first step."""
+        return self._sum / self._weight if self._weight else 1.0
+
+    def to_dict(self) -> dict[str, float]:
+        """Return what `restore` takes; JSON keeps every bit of it."""
+        return {"sum": self._sum, "weight": self._weight}
+
+    def restore(self, saved: dict[str, float]) -> None:
+        """Continue from a saved average."""
+        self._sum, self._weight = saved["sum"], saved["weight"]
+
+
+def clipping_factor(gradient_norm: float, max_norm: float) -> float:
+    """Return what ZeRO-3 multiplies a gradient of this norm by; ``max_norm`` <= 0 means no clipping."""
+    # The same expression as in ZeRO-3's unscale_and_clip_grads, so that this is the factor the optimizer saw.
+    return 1.0 / max(1.0, (gradient_norm + 1e-6) / max_norm) if max_norm > 0 else 1.0
+
+
+def state_age(state: MutableMapping[str, Any]) -> int:
+    """Return the number of steps an Adam state has taken."""
+    step = state.get("step", 0)
+    return int(step.item()) if isinstance(step, Tensor) else int(step)
+
+
+def set_moments(
+    state: MutableMapping[str, Any],
+    *,
+    before: Tensor,
+    now: Tensor,
+    importance: Tensor | None,
+    importance_scale: float,
+) -> None:
+    """Set the moments of entries whose isolation changes, in place. See [Note: release].
+
+    state             the Adam state of one flat partition; an empty one (no step taken yet) is left alone
+    before, now       [ceil(numel / 8)] uint8
+    importance        [numel] fp32; None where nothing was measured: the second moment is then left as it is
+    importance_scale  c2 * (1 - beta2^t) / (1 - ema_decay^t')
+    """
+    if "exp_avg" not in state:
+        return
+    first, second = state["exp_avg"], state["exp_avg_sq"]
+    changed = before ^ now
+    for start, stop in chunks(0, first.numel()):
+        if not changed[start // 8 : -(-stop // 8)].any():
+            continue
+        first[start:stop].masked_fill_(unpack_bits(changed, start, stop), 0.0)
+        if importance is not None:
+            released = unpack_bits(before, start, stop) & ~unpack_bits(now, start, stop)
+            rebuilt = (importance[start:stop] * importance_scale).clamp_(max=torch.finfo(second.dtype).max)
+            second[start:stop] = torch.where(released, rebuilt.to(second.dtype), second[start:stop])
+
+
+def reset_moments(state: MutableMapping[str, Any]) -> None:
+    """Return one optimizer state to age zero, in place: every tensor of it and the step counter to 0."""
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            value.zero_()
+        elif key == "step":
+            state[key] = 0

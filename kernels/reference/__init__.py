@@ -1,0 +1,1 @@
+"""Plain torch implementations: the oracle of every faster one, and the fallback."""

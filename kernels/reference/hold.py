@@ -1,0 +1,27 @@
+"""Keep isolated entries bit for bit through an update that does not know of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from epi_ds.kernels.reference.mask_bits import masked_chunks
+
+
+def hold(values: Tensor, bits: Tensor) -> Tensor:
+    """Return a copy of the isolated entries of ``values``, in order.
+
+    values  [numel]            any dtype, untouched
+    bits    [ceil(numel / 8)]  uint8
+    """
+    held = [values[piece][mask] for piece, mask in masked_chunks(bits, 0, values.numel())]
+    return torch.cat(held) if held else values.new_empty(0)
+
+
+def restore_(values: Tensor, bits: Tensor, held: Tensor) -> None:
+    """Write the entries that `hold` saved back into ``values``, in place. ``bits`` must be the same."""
+    start = 0
+    for piece, mask in masked_chunks(bits, 0, values.numel()):
+        count = int(mask.sum())
+        values[piece].masked_scatter_(mask, held[start : start + count])
+        start += count
