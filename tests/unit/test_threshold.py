@@ -1,0 +1,223 @@
+"""The distributed search against a brute-force oracle, over cuts, ties and hostile values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from epi_ds.config import Normalizer, Selection
+from epi_ds.isolation.importance import TOP_CODE, codes_of
+from epi_ds.isolation.sketch import PartitionSketch
+from epi_ds.isolation.threshold import Thresholds, budget_of, find_thresholds
+from tests.support.oracle import oracle_masks
+
+GLOBAL = Selection.NORMALIZED_GLOBAL
+CASES = [
+    (GLOBAL, Normalizer.MINMAX),
+    (GLOBAL, Normalizer.MEAN),
+    (Selection.RAW_GLOBAL, Normalizer.MINMAX),
+    (Selection.PER_LAYER, Normalizer.MINMAX),
+]
+RATIOS = ["0.001", "0.01", "0.05", "0.2", "0.5"]
+
+
+class Merged:
+    """Simulated ranks: answers as the merge of many partitions' sketches, so that the exchange is the identity."""
+
+    def __init__(self, parts: Sequence[PartitionSketch]) -> None:
+        self.parts = parts
+        self.num_layers = parts[0].num_layers
+
+    def extremes(self) -> Tensor:
+        return torch.stack([part.extremes() for part in self.parts]).amax(dim=0)
+
+    def fixed_point_sums(self, max_codes: Tensor) -> Tensor:
+        return torch.stack([part.fixed_point_sums(max_codes) for part in self.parts]).sum(dim=0)
+
+    def counts(self, edges: Tensor) -> Tensor:
+        return torch.stack([part.counts(edges) for part in self.parts]).sum(dim=0)
+
+
+class CountingExchange:
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def maximum(self, values: Tensor) -> Tensor:
+        self.lengths.append(values.numel())
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        self.lengths.append(values.numel())
+        return values
+
+
+def cut(layers: Sequence[np.ndarray], num_ranks: int, rng: np.random.Generator) -> Merged:
+    """Cut every layer at random places, empty pieces included."""
+    pieces: list[list[tuple[int, Tensor]]] = [[] for _ in range(num_ranks)]
+    for index, values in enumerate(layers):
+        borders = np.sort(rng.integers(0, len(values) + 1, num_ranks - 1))
+        for rank, part in enumerate(np.split(values, borders)):
+            pieces[rank].append((index, codes_of(torch.from_numpy(part.copy()))))
+    return Merged([PartitionSketch(p, num_layers=len(layers)) for p in pieces])
+
+
+def search(
+    layers: Sequence[np.ndarray], ratio: str, selection: Selection, normalizer: Normalizer, num_ranks: int = 1
+) -> tuple[Thresholds, CountingExchange]:
+    exchange = CountingExchange()
+    found = find_thresholds(
+        cut(layers, num_ranks, np.random.default_rng(num_ranks)),
+        exchange,
+        ratio=float(ratio),
+        layer_numel=tuple(len(values) for values in layers),
+        selection=selection,
+        normalizer=normalizer,
+    )
+    return found, exchange
+
+
+def masks_of(layers: Sequence[np.ndarray], found: Thresholds) -> list[np.ndarray]:
+    return [values.view(np.int32) >= int(code) for values, code in zip(layers, found.codes, strict=True)]
+
+
+def mixture(seed: int, num_layers: int) -> list[np.ndarray]:
+    """Layers of odd sizes over many scales: log-normal, constant, two-valued, mostly zero, denormal, saturated."""
+    rng = np.random.default_rng(seed)
+    layers = []
+    for index in range(num_layers):
+        size = int(rng.integers(1, 400))
+        scale = 10.0 ** rng.uniform(-20, 10)
+        values = np.exp(rng.normal(0, rng.uniform(0.1, 4), size)) * scale
+        kind = index % 9
+        if kind == 1:
+            values[:] = scale
+        elif kind == 2:
+            values = rng.choice([scale, 3 * scale], size)
+        elif kind == 3:
+            values[rng.random(size) < 0.9] = 0.0
+        elif kind == 4:
+            values = rng.integers(0, 2000, size) * 2.0**-149
+        elif kind == 5:
+            values[rng.integers(0, size)] = np.finfo(np.float32).max
+        elif kind == 6:
+            values += 1000 * scale
+        layers.append(values.astype(np.float32))
+    return layers
+
+
+@pytest.mark.parametrize(("selection", "normalizer"), CASES)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_masks_equal_the_oracle(selection: Selection, normalizer: Normalizer, ratio: str) -> None:
+    for seed in range(4):
+        layers = mixture(seed, num_layers=40)
+        found, _ = search(layers, ratio, selection, normalizer)
+        expected = oracle_masks(layers, ratio=ratio, selection=selection, normalizer=normalizer)
+        for mask, truth in zip(masks_of(layers, found), expected, strict=True):
+            np.testing.assert_array_equal(mask, truth)
+
+
+@pytest.mark.parametrize(("selection", "normalizer"), CASES)
+def test_thresholds_do_not_depend_on_the_cut(selection: Selection, normalizer: Normalizer) -> None:
+    layers = mixture(7, num_layers=60)
+    reference, _ = search(layers, "0.05", selection, normalizer)
+    for num_ranks in (2, 3, 4, 8, 64):
+        found, _ = search(layers, "0.05", selection, normalizer, num_ranks)
+        assert torch.equal(found.codes, reference.codes)
+
+
+@pytest.mark.parametrize(("selection", "normalizer", "expected"), [(*c, n) for c, n in zip(CASES, (4, 5, 3, 3), strict=True)])
+def test_exchanges_do_not_grow_with_the_number_of_layers(
+    selection: Selection, normalizer: Normalizer, expected: int
+) -> None:
+    for num_layers in (1, 200):
+        _, exchange = search(mixture(1, num_layers), "0.1", selection, normalizer)
+        assert len(exchange.lengths) == expected
+        if selection is not Selection.PER_LAYER:
+            assert max(exchange.lengths) <= 2048
+
+
+@pytest.mark.parametrize(("selection", "normalizer"), CASES)
+def test_never_more_than_the_budget_and_no_room_for_the_next_value(selection: Selection, normalizer: Normalizer) -> None:
+    rng = np.random.default_rng(0)
+    layers = [np.exp(rng.normal(0, 2, 5001)).astype(np.float32) for _ in range(5)]
+    found, _ = search(layers, "0.01", selection, normalizer)
+    isolated = sum(int(mask.sum()) for mask in masks_of(layers, found))
+    # Distinct values: the search stops at most one entry (per layer: one each) short of its budget.
+    assert found.budget - len(layers) <= isolated <= found.budget
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["0.001", "0.01", "0.29", "0.5", "0.57", "0.999"]))
+def test_budget_is_decimal(numel: int, ratio: str) -> None:
+    whole, thousandths = 0, int(ratio.split(".")[1].ljust(3, "0"))
+    assert budget_of(float(ratio), numel) == whole + numel * thousandths // 1000
+
+
+def test_budget_where_binary_arithmetic_is_wrong() -> None:
+    assert int(0.29 * 100) == 28
+    assert budget_of(0.29, 100) == 29
+
+
+@pytest.mark.parametrize(("selection", "normalizer"), CASES)
+def test_ratio_zero_isolates_nothing(selection: Selection, normalizer: Normalizer) -> None:
+    layers = mixture(3, num_layers=20)
+    found, _ = search(layers, "0.0", selection, normalizer)
+    assert not any(mask.any() for mask in masks_of(layers, found))
+
+
+@pytest.mark.parametrize(("selection", "normalizer"), CASES)
+def test_zeros_are_never_isolated(selection: Selection, normalizer: Normalizer) -> None:
+    layers = [np.zeros(100, dtype=np.float32), np.array([0.0] * 99 + [1.0], dtype=np.float32)]
+    found, _ = search(layers, "0.9", selection, normalizer)
+    for values, mask in zip(layers, masks_of(layers, found), strict=True):
+        assert not mask[values == 0].any()
+
+
+def test_minmax_never_isolates_a_layers_minimum() -> None:
+    rng = np.random.default_rng(0)
+    layers = [np.concatenate([np.full(50, 0.7), 0.7 + rng.random(50)]).astype(np.float32)]
+    found, _ = search(layers, "0.9", GLOBAL, Normalizer.MINMAX)
+    (mask,) = masks_of(layers, found)
+    assert not mask[layers[0] == layers[0].min()].any()
+    assert mask.sum() == 50
+
+
+def test_ties_at_the_maximum_isolate_nothing_under_minmax() -> None:
+    layers = [np.array([1.0] * 50 + [2.0] * 50, dtype=np.float32), np.arange(100, dtype=np.float32)]
+    found, _ = search(layers, "0.1", GLOBAL, Normalizer.MINMAX)
+    assert not any(mask.any() for mask in masks_of(layers, found))
+
+
+@pytest.mark.parametrize("normalizer", [Normalizer.MINMAX, Normalizer.MEAN])
+def test_a_constant_layer_never_isolates(normalizer: Normalizer) -> None:
+    layers = [np.full(10, 5.0, dtype=np.float32), np.arange(10, dtype=np.float32)]
+    found, _ = search(layers, "0.5", GLOBAL, normalizer)
+    assert int(found.codes[0]) >= TOP_CODE
+
+
+def test_flush_to_zero_changes_nothing() -> None:
+    layers = mixture(11, num_layers=30)
+    reference = [search(layers, "0.2", *case)[0].codes for case in CASES]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush denormals")
+    try:
+        for case, codes in zip(CASES, reference, strict=True):
+            assert torch.equal(search(layers, "0.2", *case)[0].codes, codes)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@given(st.lists(st.lists(st.floats(0, 3.4028234663852886e38, width=32), min_size=1, max_size=30), min_size=1, max_size=6))
+@settings(max_examples=150, deadline=None)
+def test_any_finite_values_equal_the_oracle(values: list[list[float]]) -> None:
+    layers = [np.array(v, dtype=np.float32) for v in values]
+    for selection, normalizer in CASES:
+        found, _ = search(layers, "0.3", selection, normalizer, num_ranks=3)
+        expected = oracle_masks(layers, ratio="0.3", selection=selection, normalizer=normalizer)
+        for mask, truth in zip(masks_of(layers, found), expected, strict=True):
+            np.testing.assert_array_equal(mask, truth)

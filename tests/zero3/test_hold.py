@@ -1,0 +1,155 @@
+"""Isolated means bit-identical, and nothing else is touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.engines import assert_same, ds_config, engine_of, full_masks, full_moments, full_weights, train_step
+from tests.support.models import OddNet, odd_batch
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.zero3
+
+INTERVAL = 4
+
+
+def check_hold(apply: str, changes: dict[str, Any]) -> int:
+    """Train four windows; return how many entries the masks of the last three isolated."""
+    section = {"ratio": 0.2, "refresh_interval": INTERVAL, "ema_decay": 0.9, "apply": apply}
+    total = 0
+    with engine_of(OddNet, ds_config(epi=section, accumulation=4, **changes)) as engine:
+        masks: dict[str, Tensor] | None = None
+        for step in range(4 * INTERVAL):
+            before = full_weights(engine)
+            train_step(engine, step, odd_batch)
+            after = full_weights(engine)
+            if masks is not None:
+                _check_step(before, after, masks)
+                if apply == "reduction":
+                    moments = full_moments(engine)
+                    # At isolation set to zero; zero gradients keep it there until the refresh that releases it.
+                    if (step + 1) % INTERVAL:
+                        assert all((moments[f"{name}/exp_avg"][mask] == 0).all() for name, mask in masks.items())
+            if (step + 1) % INTERVAL == 0:
+                masks = full_masks(engine)
+                total += sum(int(mask.sum()) for mask in masks.values())
+                assert engine.epi.stats().isolated == sum(int(mask.sum()) for mask in masks.values())
+        assert engine.epi.stats().counters.active_steps == 3 * INTERVAL
+    return total
+
+
+def _check_step(before: dict[str, Tensor], after: dict[str, Tensor], masks: dict[str, Tensor]) -> None:
+    isolated, moved = 0, 0
+    for name, mask in masks.items():
+        held = before[name].view(torch.int32)[mask], after[name].view(torch.int32)[mask]
+        assert torch.equal(*held), name
+        isolated += int(mask.sum())
+        moved += int((before[name] != after[name])[~mask].sum())
+    plastic = sum(mask.numel() for mask in masks.values()) - isolated
+    assert isolated > 0
+    # Nearly every plastic entry moves (weight decay alone moves it); unused embedding rows have no gradient.
+    assert moved > 0.9 * plastic
+
+
+PLACEMENTS = {
+    "device": {},
+    "offload": {"offload": True},
+    "parameter-offload": {"offload": True, "zero_optimization": {"offload_param": {"device": "cpu"}}},
+    "sub-groups": {"zero_optimization": {"sub_group_size": 60}},
+    "offload-sub-groups": {"offload": True, "zero_optimization": {"sub_group_size": 60}},
+    "all-reduce": {"zero_optimization": {"reduce_scatter": False}},
+    "scattered-gradients": {"zero_optimization": {"contiguous_gradients": False}},
+    "bf16": {"bf16": {"enabled": True}},
+    "bf16-fp32-accumulation": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("apply", ["reduction", "update"])
+@pytest.mark.parametrize("placement", ["device", "offload"])
+def test_isolated_entries_do_not_move(world_size: int, apply: str, placement: str) -> None:
+    assert run_ranks(check_hold, world_size, apply, PLACEMENTS[placement])[0] > 0
+
+
+@pytest.mark.parametrize("apply", ["reduction", "update"])
+@pytest.mark.parametrize("placement", [name for name in PLACEMENTS if name not in {"device", "offload"}])
+def test_isolated_entries_do_not_move_in_other_placements(apply: str, placement: str) -> None:
+    assert run_ranks(check_hold, 3, apply, PLACEMENTS[placement])[0] > 0
+
+
+def check_update_only_undoes() -> None:
+    """Under `apply: update` the moments and, without clipping, the plastic weights are plain ZeRO-3's for one window."""
+    changes: dict[str, Any] = {"gradient_clipping": 0.0}
+    section = {"ratio": 0.2, "refresh_interval": INTERVAL, "ema_decay": 0.9, "apply": "update"}
+    states = []
+    for epi in (None, section):
+        with engine_of(OddNet, ds_config(epi=epi, **changes)) as engine:
+            for step in range(INTERVAL + 1):
+                train_step(engine, step, odd_batch)
+            states.append((full_weights(engine), full_moments(engine)))
+            masks = full_masks(engine) if epi else {}
+    (plain_weights, plain_moments), (weights, moments) = states
+    assert_same(plain_moments, moments)
+    for name, mask in masks.items():
+        assert torch.equal(plain_weights[name][~mask], weights[name][~mask])
+
+
+def test_update_mode_changes_nothing_but_the_held_weights() -> None:
+    run_ranks(check_update_only_undoes, 2)
+
+
+def check_masked_norm(offload: bool, apply: str) -> None:
+    """The norm of a step under a mask is over the plastic entries of the gradient that plain ZeRO-3 would clip."""
+    section = {"ratio": 0.3, "refresh_interval": 2, "ema_decay": 0.5, "apply": apply}
+    with engine_of(OddNet, ds_config(epi=section, offload=offload, accumulation=2)) as engine:
+        for step in range(2):
+            train_step(engine, step, odd_batch)
+        masks = full_masks(engine)
+        decay = 0.5
+        importance = {name: engine.epi.importance(name).clone() for name in masks}
+        train_step(engine, 2, odd_batch)
+        squares = 0.0
+        for name, mask in masks.items():
+            # The importance saw the raw gradient of this step: S' = d*S + (1-d)*g^2.
+            squared = (engine.epi.importance(name).double() - decay * importance[name].double()) / (1 - decay)
+            squares += float(squared[~mask].sum())
+        # fp32 importance is recovered by a difference: a few parts in 1e6.
+        assert float(engine.get_global_grad_norm()) == pytest.approx(squares**0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
+@pytest.mark.parametrize("apply", ["reduction", "update"])
+def test_norm_is_over_the_entries_that_will_move(offload: bool, apply: str) -> None:
+    run_ranks(check_masked_norm, 3, offload, apply)
+
+
+def check_param_groups() -> None:
+    """Two parameter groups with their own learning rate and weight decay, in several sub-groups."""
+
+    def groups(model: OddNet) -> list[dict[str, Any]]:
+        decayed = [p for p in model.parameters() if p.dim() > 1]
+        rest = [p for p in model.parameters() if p.dim() <= 1]
+        return [
+            {"params": decayed, "weight_decay": 0.3, "lr": 2e-2},
+            {"params": rest, "weight_decay": 0.0, "lr": 5e-3},
+        ]
+
+    section = {"ratio": 0.2, "refresh_interval": 3, "ema_decay": 0.9}
+    config = ds_config(epi=section, zero_optimization={"sub_group_size": 50})
+    with engine_of(OddNet, config, model_parameters=groups) as engine:
+        assert len(engine.optimizer.param_groups) == 2
+        for step in range(3):
+            train_step(engine, step, odd_batch)
+        masks = full_masks(engine)
+        for step in range(3, 6):
+            before = full_weights(engine)
+            train_step(engine, step, odd_batch)
+            _check_step(before, full_weights(engine), masks)
+
+
+def test_several_param_groups_hold() -> None:
+    run_ranks(check_param_groups, 2)

@@ -1,0 +1,100 @@
+"""A step that plain ZeRO-3 skips leaves no trace, also when its NaN stands in an isolated entry only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support.engines import (
+    assert_same,
+    ds_config,
+    engine_of,
+    full_importance,
+    full_masks,
+    full_moments,
+    full_weights,
+    train_step,
+)
+from tests.support.models import OddNet, odd_batch
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.zero3
+
+NAME = "blocks.1.weight"
+INTERVAL = 3
+
+
+def _snapshot(engine: Any) -> dict[str, Any]:
+    return {
+        "weights": full_weights(engine),
+        "moments": full_moments(engine),
+        "importance": full_importance(engine),
+        "masks": full_masks(engine),
+        "counters": engine.epi.stats().counters,
+        "thresholds": engine.epi.thresholds(),
+        "clipping": engine.optimizer.isolation.clipping.to_dict(),
+    }
+
+
+def _assert_same_state(left: dict[str, Any], right: dict[str, Any]) -> None:
+    for key in ("weights", "moments", "importance", "masks"):
+        assert_same(left[key], right[key])
+    for key in ("counters", "thresholds", "clipping"):
+        assert left[key] == right[key]
+
+
+def check_skip(apply: str, offload: bool, value: float, isolated_only: bool) -> None:
+    """Poison one entry of one rank's gradient in one micro-batch, then train on; compare with a run without it."""
+    section = {"ratio": 0.2, "refresh_interval": INTERVAL, "ema_decay": 0.9, "apply": apply}
+    config = ds_config(epi=section, accumulation=2, offload=offload)
+    finals = []
+    for poisoned in (True, False):
+        with engine_of(OddNet, config) as engine:
+            for step in range(INTERVAL + 1):
+                train_step(engine, step, odd_batch)
+            if poisoned:
+                before = _snapshot(engine)
+                mask = before["masks"][NAME]
+                assert 0 < int(mask.sum()) < mask.numel()
+                index = tuple(torch.nonzero(mask if isolated_only else ~mask)[0].tolist())
+                _poisoned_step(engine, index, value)
+                assert engine.skipped_steps == 1
+                assert not engine.was_step_applied()
+                _assert_same_state(before, _snapshot(engine))
+            for step in range(INTERVAL + 1, 2 * INTERVAL + 1):
+                train_step(engine, step, odd_batch)
+            finals.append(_snapshot(engine))
+    _assert_same_state(*finals)
+
+
+def _poisoned_step(engine: Any, index: tuple[int, ...], value: float) -> None:
+    parameter = dict(engine.module.named_parameters())[NAME]
+    calls = []
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 1 and dist.get_rank() == dist.get_world_size() - 1:
+            gradient = gradient.clone()
+            gradient[index] = value
+        return gradient
+
+    handle = parameter.register_hook(poison)
+    train_step(engine, 999, odd_batch)
+    handle.remove()
+    assert len(calls) == engine.gradient_accumulation_steps()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("isolated_only", [False, True], ids=["plastic-entry", "isolated-entry"])
+def test_a_nan_leaves_no_trace(world_size: int, isolated_only: bool) -> None:
+    run_ranks(check_skip, world_size, "reduction", False, float("nan"), isolated_only)
+
+
+@pytest.mark.parametrize("apply", ["reduction", "update"])
+@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_isolated_entry_leaves_no_trace(apply: str, offload: bool, value: float) -> None:
+    run_ranks(check_skip, 2, apply, offload, value, True)
