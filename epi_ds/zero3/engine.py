@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from epi_ds.config import MissingState
 from epi_ds.isolation.controller import IsolationController
+from epi_ds.zero3.cpu_adam import replay_steps
 from epi_ds.zero3.handle import EPI
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class IsolationEngineMixin:
             )
         # `latest` must not name a tag without isolation state, so it is written after that.
         super().save_checkpoint(save_dir, tag, client_state, False, exclude_frozen_parameters)
-        extra = {"clipping": self.optimizer.isolation.clipping.to_dict()}
+        extra = {"clipping": [average.to_dict() for average in self.optimizer.isolation.clipping]}
         self.state_store.save(os.path.join(save_dir, tag), self.epi.controller, extra=extra)
         if save_latest and dist.get_rank() == 0:
             with open(os.path.join(save_dir, "latest"), "w") as file:
@@ -90,7 +91,9 @@ class IsolationEngineMixin:
         )
         if has_state and loaded is not None:
             extra = self.state_store.load(folder, self.epi.controller)
-            self.optimizer.isolation.clipping.restore(extra["clipping"])
+            for average, saved in zip(self.optimizer.isolation.clipping, extra["clipping"], strict=True):
+                average.restore(saved)
+            replay_steps(self.optimizer.optimizer)
         return loaded, client_state
 
     @staticmethod

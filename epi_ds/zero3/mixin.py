@@ -36,8 +36,11 @@ class IsolationContext:
     def __init__(self, optimizer: Any, controller: IsolationController) -> None:
         self.controller = controller
         self.window = AccumulationWindow()
-        self.clipping = ClippingAverage(controller.config.ema_decay)
         self.masks_gradients = controller.config.apply is Apply.REDUCTION
+        self.clipping: list[ClippingAverage] = []
+        """One average per parameter group, for `apply: reduction`. See [Note: release] in moments.py."""
+        if self.masks_gradients:
+            self.clipping = [ClippingAverage(group["betas"][1]) for group in optimizer.optimizer.param_groups]
         self.backward_scale = 1.0
         """Loss scale of the gradients being applied; a dynamic scaler may raise its own before they are unscaled."""
         self.names: dict[Any, str] = dict(optimizer.param_names)
@@ -86,8 +89,11 @@ class IsolationMixin:
         super().step(closure)
         if self.overflow:
             return
-        rescale = context.backward_scale / float(self.loss_scale)
-        context.clipping.observe(rescale * clipping_factor(float(self._global_grad_norm), self.clip_grad))
+        if context.clipping:
+            rescale = context.backward_scale / float(self.loss_scale)
+            factor = rescale * clipping_factor(float(self._global_grad_norm), self.clip_grad)
+            for average in context.clipping:
+                average.observe(factor)
         context.controller.finish_step()
 
     def _get_norm_groups(self) -> list[Tensor]:
@@ -185,11 +191,12 @@ class IsolationMixin:
         """Set the moments of what is isolated or released. See [Note: release] in moments.py."""
         context = self.isolation
         state = self.optimizer.state.get(self.fp32_partitioned_groups_flat[sub_group], {})
-        beta2 = self.optimizer.param_groups[self.sub_group_to_group_id[sub_group]]["betas"][1]
+        param_group = self.sub_group_to_group_id[sub_group]
+        beta2 = self.optimizer.param_groups[param_group]["betas"][1]
         optimizer_weight = 1.0 - beta2 ** state_age(state)
         observed_steps = context.controller.counters.observed_steps
         importance_weight = 1.0 - context.controller.config.ema_decay**observed_steps
-        scale = context.clipping.corrected * optimizer_weight / importance_weight if observed_steps else 0.0
+        scale = context.clipping[param_group].corrected * optimizer_weight / importance_weight if observed_steps else 0.0
         set_moments(
             state,
             before=before,
@@ -214,6 +221,8 @@ class IsolationMixin:
         """Return the optimizer to the state of one that has taken no step, for the next stage of a run."""
         for state in self.optimizer.state.values():
             reset_moments(state)
+        for average in self.isolation.clipping:
+            average.reset()
 
     def observe_probe(self, *, ema_decay: float) -> bool:
         """Observe the gradients of the last backward without stepping, then drop them. Collective.

@@ -7,8 +7,10 @@ optimizer state and t' that of the importance, both exponential averages that st
     exp_avg    := 0
     exp_avg_sq := S * c2 * (1 - beta2^t) / (1 - ema_decay^t')
 
-where c2 is the average squared clipping factor (the optimizer sees clipped gradients, the importance raw ones), with
-the importance's own decay. At isolation ``exp_avg := 0``; zero gradients then keep it there.
+where c2 is the average squared clipping factor (the optimizer sees clipped gradients, the importance raw ones). c2
+decays by beta2, as the second moments of the other entries do: they remember the clipping of the last 1/(1 - beta2)
+steps, and an entry released with a shorter memory moves several times as far as they do when clipping changes.
+At isolation ``exp_avg := 0``; zero gradients then keep it there.
 """
 
 from __future__ import annotations
@@ -28,6 +30,10 @@ class ClippingAverage:
 
     def __init__(self, decay: float) -> None:
         self._decay = decay
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, along with the optimizer state."""
         self._sum = 0.0
         # Total weight of the observations so far, 1 - decay^steps.
         self._weight = 0.0

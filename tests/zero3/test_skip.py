@@ -35,7 +35,7 @@ def _snapshot(engine: Any) -> dict[str, Any]:
         "masks": full_masks(engine),
         "counters": engine.epi.stats().counters,
         "thresholds": engine.epi.thresholds(),
-        "clipping": engine.optimizer.isolation.clipping.to_dict(),
+        "clipping": [average.to_dict() for average in engine.optimizer.isolation.clipping],
     }
 
 

@@ -1,0 +1,148 @@
+"""Prove, from checkpoints alone, that isolated master weights did not move in one bit.
+
+Two checkpoints saved in the same refresh window were written under the same mask, so every entry that it isolates must
+have the same fp32 master weight in both. Reads DeepSpeed's own optimizer shards: trust them as you trust code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from epi_ds.checkpoint.manifest import FOLDER, Manifest, read_manifest
+from epi_ds.checkpoint.shard import Shard, shard_name
+
+_OPTIMIZER_SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
+
+
+class Moved(NamedTuple):
+    """Isolated entries of one parameter that differ between two checkpoints."""
+
+    parameter: str
+    count: int
+    first: Path
+    second: Path
+
+
+class AuditReport(NamedTuple):
+    """What an audit compared. Counts are summed over the compared pairs."""
+
+    pairs: tuple[tuple[Path, Path], ...]
+    isolated: int
+    plastic: int
+    plastic_moved: int
+    """Plastic entries that differ: without any, the pair saw no training and proves nothing."""
+    moved: tuple[Moved, ...]
+
+    @property
+    def isolated_moved(self) -> int:
+        """Isolated entries that differ; 0 in a sound run."""
+        return sum(item.count for item in self.moved)
+
+
+@dataclass(frozen=True)
+class Tag:
+    """One checkpoint tag with isolation state."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def window(self) -> int:
+        """Number of the refresh whose mask was in force."""
+        return self.manifest.counters["refreshes"]
+
+    @property
+    def step(self) -> int:
+        """Applied steps before the save."""
+        return self.manifest.counters["applied_steps"]
+
+
+def find_tags(paths: Sequence[Path]) -> list[Tag]:
+    """Find the checkpoint tags with isolation state at or below ``paths``, by step.
+
+    Raises ValueError for a path below which there is none.
+    """
+    tags: dict[Path, Tag] = {}
+    for path in paths:
+        manifests = sorted(path.rglob(f"{FOLDER}/manifest.json"))
+        if not manifests:
+            raise ValueError(f"{path} holds no checkpoint with isolation state (no {FOLDER}/manifest.json below it)")
+        for file in manifests:
+            manifest = read_manifest(file.parent)
+            if manifest is not None:
+                tags[file.parent.parent] = Tag(file.parent.parent, manifest)
+    return sorted(tags.values(), key=lambda tag: (tag.step, tag.path))
+
+
+def audit(paths: Sequence[Path]) -> AuditReport:
+    """Compare neighbouring checkpoints of every refresh window below ``paths``.
+
+    Raises ValueError when no window holds two checkpoints with a mask: there is nothing that could be proved.
+    """
+    tags = find_tags(paths)
+    pairs = [
+        (first, second)
+        for first, second in zip(tags, tags[1:], strict=False)
+        if first.window == second.window and first.window > 0 and first.step < second.step
+    ]
+    if not pairs:
+        found = ", ".join(f"{tag.path.name} (step {tag.step}, window {tag.window})" for tag in tags)
+        raise ValueError(
+            f"no two checkpoints were saved within one refresh window under a mask; found: {found}. Save more often than "
+            "refresh_interval"
+        )
+    isolated = plastic = plastic_moved = 0
+    moved: list[Moved] = []
+    for first, second in pairs:
+        for name, mask, before, after in _compare(first, second):
+            # Bit patterns: -0.0 equals 0.0 and a NaN differs from itself as numbers.
+            differs = before.view(torch.int32) != after.view(torch.int32)
+            isolated += int(mask.sum())
+            plastic += int((~mask).sum())
+            plastic_moved += int((differs & ~mask).sum())
+            if count := int((differs & mask).sum()):
+                moved.append(Moved(name, count, first.path, second.path))
+    return AuditReport(
+        tuple((first.path, second.path) for first, second in pairs), isolated, plastic, plastic_moved, tuple(moved)
+    )
+
+
+def _compare(first: Tag, second: Tag) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Yield (parameter, mask, weights before, weights after) for every rank's slices."""
+    if first.manifest.world_size != second.manifest.world_size:
+        raise ValueError(
+            f"{first.path} was saved by {first.manifest.world_size} ranks and {second.path} by "
+            f"{second.manifest.world_size}; audit each part of the run alone"
+        )
+    for rank in range(first.manifest.world_size):
+        before = Shard.open(first.path / FOLDER / shard_name(rank))
+        after = Shard.open(second.path / FOLDER / shard_name(rank))
+        if before.segments != after.segments:
+            raise ValueError(f"{before.path} and {after.path} are slices of different models or partitionings")
+        weights = _master_weights(first.path, rank), _master_weights(second.path, rank)
+        for (segment, mask), (_, mask_after) in zip(before.masks(), after.masks(), strict=True):
+            if not torch.equal(mask, mask_after):
+                raise ValueError(
+                    f"{segment.name}: {first.path} and {second.path} are of one refresh window, but their masks differ"
+                )
+            if segment.real_numel:
+                old, new = (flat[segment.sub_group][segment.start : segment.stop] for flat in weights)
+                yield segment.name, mask, old, new
+
+
+def _master_weights(tag: Path, rank: int) -> list[Tensor]:
+    """Read the flat fp32 partitions of one rank from DeepSpeed's optimizer shard."""
+    for path in tag.iterdir():
+        match = _OPTIMIZER_SHARD.search(path.name)
+        if match and int(match.group(1)) == rank:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+            groups: list[Tensor] = state["optimizer_state_dict"]["fp32_flat_groups"]
+            return [group.detach().float() for group in groups]
+    raise ValueError(f"{tag} has no optimizer shard of rank {rank} (zero_pp_rank_{rank}_mp_rank_00_optim_states.pt)")

@@ -1,0 +1,358 @@
+"""Attaching: what is refused and how it is said, the handle, static masks and probes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import epi_ds
+from tests.support.engines import assert_same, ds_config, engine_of, full_masks, full_weights, train_step
+from tests.support.models import OddNet, TwoHeads, odd_batch
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.zero3
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def amsgrad(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), amsgrad=True)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+OPTIMIZERS = {"sgd": sgd, "amsgrad": amsgrad, "adamw": adamw}
+
+
+def attach_error(changes: dict[str, Any], section: dict[str, Any], optimizer: str | None = None) -> str:
+    """Build a plain engine, attach, and return the error; the engine must then be as it was and still train."""
+    config = ds_config(**changes)
+    kwargs: dict[str, Any] = {}
+    if optimizer is not None:
+        del config["optimizer"]
+        config["zero_allow_untested_optimizer"] = True
+        kwargs["optimizer"] = OPTIMIZERS[optimizer]
+    with engine_of(OddNet, config, **kwargs) as engine:
+        classes = type(engine), type(engine.optimizer)
+        try:
+            epi_ds.attach(engine, section)
+        except ValueError as error:
+            assert (type(engine), type(engine.optimizer)) == classes
+            train_step(engine, 0, odd_batch)
+            return str(error)
+        return ""
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "stage 0": ({"zero_optimization": {"stage": 0}}, "ZeRO stage is 0", "zero_optimization.stage: 3"),
+    "stage 2": ({"zero_optimization": {"stage": 2}}, "ZeRO stage is 2", "zero_optimization.stage: 3"),
+    "partial offload": (
+        {"offload": True, "zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        "partial offload (ratio 0.5)",
+        "offload_optimizer.ratio: 1.0",
+    ),
+    "hpz": ({"zero_optimization": {"zero_hpz_partition_size": 2}}, "hierarchical", "zero_hpz_partition_size: 1"),
+    "16-bit master weights": (
+        {"offload": True, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+        "master weights are torch.bfloat16",
+        "bf16_master_weights_and_gradients",
+    ),
+    "unmanaged accumulation": (
+        {"managed_gradient_accumulation": False},
+        "unmanaged gradient accumulation",
+        "managed_gradient_accumulation: true",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_engines_that_isolation_cannot_act_on_are_refused(case: str) -> None:
+    changes, what, remedy = REFUSED[case]
+    for error in run_ranks(attach_error, 2, changes, {}):
+        assert what in error
+        assert remedy in error
+
+
+def misspelt_stage() -> str:
+    config = ds_config()
+    config["zero_optimisation"] = config.pop("zero_optimization")
+    with engine_of(OddNet, config) as engine:
+        try:
+            epi_ds.attach(engine, {})
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def test_a_misspelt_zero_section_is_named() -> None:
+    (error,) = run_ranks(misspelt_stage, 1)
+    assert "'zero_optimisation'; did you mean 'zero_optimization'?" in error
+
+
+@pytest.mark.parametrize(("optimizer", "reason"), [("sgd", "does not know those of SGD"), ("amsgrad", "amsgrad")])
+def test_reduction_refuses_optimizers_whose_moments_it_does_not_know(optimizer: str, reason: str) -> None:
+    (error,) = run_ranks(attach_error, 1, {}, {"apply": "reduction"}, optimizer)
+    assert reason in error
+    assert "use apply: update" in error
+    assert run_ranks(attach_error, 1, {}, {"apply": "update"}, optimizer) == [""]
+
+
+def marked_error(attribute: str, value: Any) -> str:
+    """Mark a real engine as one that needs hardware or operators this machine lacks."""
+    with engine_of(OddNet, ds_config()) as engine:
+        owner = engine.optimizer if hasattr(engine.optimizer, attribute) else engine
+        original = getattr(owner, attribute)
+        setattr(owner, attribute, value)
+        try:
+            epi_ds.attach(engine, {})
+        except ValueError as error:
+            return str(error)
+        finally:
+            setattr(owner, attribute, original)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "expected"),
+    [
+        ("swap_optimizer", True, "NVMe offload is not covered yet"),
+        ("zenflow", True, "remove zero_optimization.zenflow"),
+        ("use_muon", True, "use an Adam optimizer"),
+        ("torch_autocast_gradscaler", object(), "use bf16"),
+        ("sequence_parallel_size", 2, "sequence_parallel_size: 1"),
+        ("all2all_process_group", object(), "zero_quantized_gradients: false"),
+        ("has_moe_layers", True, "expert parallelism"),
+    ],
+)
+def test_variants_that_cannot_start_here_are_refused(attribute: str, value: Any, expected: str) -> None:
+    (error,) = run_ranks(marked_error, 1, attribute, value)
+    assert expected in error
+
+
+def bad_sections() -> list[str]:
+    errors = []
+    for config in (
+        ds_config(),
+        ds_config(epi={"ratoi": 0.1, "refresh_interval": 0}),
+        ds_config(epi={"include": ["no_such_parameter"]}),
+        ds_config(epi={"exclude": ["."]}),
+        ds_config(epi={"normalizer": "rank"}),
+    ):
+        try:
+            engine, *_ = epi_ds.initialize(model=OddNet(), config=config)
+        except ValueError as error:
+            errors.append(str(error))
+        else:
+            engine.destroy()
+            errors.append("")
+    return errors
+
+
+def test_a_section_that_isolates_nothing_is_an_error() -> None:
+    missing, misspelt, unmatched, emptied, rank = run_ranks(bad_sections, 1)[0]
+    assert '"epi" section of ds_config is missing' in missing
+    assert "ratoi: unknown key; did you mean 'ratio'?" in misspelt
+    assert "refresh_interval: " in misspelt
+    assert "'no_such_parameter' matches none" in unmatched
+    assert "nothing would ever be isolated" in emptied
+    assert "selection: per_layer" in rank
+
+
+def attach_twice(path: str) -> str:
+    # The configuration as a file, as the deepspeed launcher's users have it.
+    with open(path, "w") as file:
+        json.dump(ds_config(epi={"ratio": 0.1, "refresh_interval": 2}), file)
+    engine, *_ = epi_ds.initialize(model=OddNet(), config=path)
+    assert engine.epi.config.refresh_interval == 2
+    try:
+        epi_ds.attach(engine, {})
+    except ValueError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return ""
+
+
+def test_initialize_reads_a_file_and_attach_refuses_a_second_time(tmp_path: Path) -> None:
+    assert "already" in run_ranks(attach_twice, 1, str(tmp_path / "ds.json"))[0]
+
+
+def check_late_attach() -> None:
+    """Attached to an engine that has trained for a while, and to a torch optimizer given by the client."""
+    config = ds_config()
+    del config["optimizer"]
+    config["zero_allow_untested_optimizer"] = True
+    with engine_of(OddNet, config, optimizer=adamw) as engine:
+        for step in range(3):
+            train_step(engine, step, odd_batch)
+        epi = epi_ds.attach(engine, {"ratio": 0.2, "refresh_interval": 2})
+        assert epi is engine.epi
+        for step in range(3, 5):
+            train_step(engine, step, odd_batch)
+        masks, before = full_masks(engine), full_weights(engine)
+        assert epi.stats().isolated > 0
+        for step in range(5, 8):
+            train_step(engine, step, odd_batch)
+        del before  # the mask changed after step 7; what matters is that the run goes on
+        assert epi.stats().counters.applied_steps == 5
+        assert masks.keys() == full_masks(engine).keys()
+
+
+def test_attach_to_an_engine_that_has_trained() -> None:
+    run_ranks(check_late_attach, 2)
+
+
+# --- the handle ---
+
+
+def check_handle() -> None:
+    with engine_of(OddNet, ds_config(epi={"ratio": 0.2, "refresh_interval": 2})) as engine:
+        epi = engine.epi
+        assert epi.thresholds() == {}
+        assert epi.stats().last_refresh is None
+        assert sum(row.numel for row in epi.layers()) == epi.stats().covered == sum(p.ds_numel for p in engine.module.parameters())
+        assert [row.name for row in epi.layers()] == ["embed", "blocks.0", "blocks.1", "norm", "head", "scale"]
+        for step in range(3):
+            train_step(engine, step, odd_batch)
+        stats = epi.stats()
+        assert stats.counters.refreshes == 1
+        assert stats.active_share == pytest.approx(1 / 3)
+        assert 0 < stats.achieved_ratio <= 0.2
+        thresholds = epi.thresholds()
+        for row in epi.layers():
+            for name in row.parameters:
+                importance, mask = epi.importance(name), epi.mask(name)
+                assert importance.shape == mask.shape == tuple(dict(engine.module.named_parameters())[name].ds_shape)
+        epi.refresh_now()
+        assert epi.stats().counters.refreshes == 2
+        for row in epi.layers():
+            for name in row.parameters:
+                assert torch.equal(epi.mask(name), epi.importance(name) >= epi.thresholds()[row.name])
+        assert thresholds.keys() == epi.thresholds().keys()
+        report = epi.memory_report()
+        # fp32 importance and one bit a parameter; padding makes up the rest in a model this small.
+        assert 4.125 <= report.bytes_per_parameter_share < 4.3
+        with pytest.raises(ValueError, match="did you mean 'head.weight'"):
+            epi.mask("head.weihgt")
+        with pytest.raises(ValueError, match="nothing would ever be isolated"):
+            epi.check_planned_steps(2)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_handle_shows_the_system(world_size: int) -> None:
+    run_ranks(check_handle, world_size)
+
+
+# --- static masks ---
+
+
+def _probe_batches() -> list[Tensor]:
+    return [torch.randn(4, 7, generator=torch.Generator().manual_seed(9 + i)) for i in range(3)]
+
+
+def check_probe(folder: str, offload: bool, head: int) -> None:
+    """A probe leaves no trace but its mask, the mask stays, and a file gives the same one."""
+    section = {"policy": "static", "probe_steps": 3, "ratio": 0.2}
+    with engine_of(TwoHeads, ds_config(epi=section, offload=offload, accumulation=2)) as engine:
+        before = full_weights(engine)
+        refresh = engine.epi.probe(engine(batch, head) for batch in _probe_batches())
+        assert_same(before, full_weights(engine))
+        assert engine.global_steps == engine.micro_steps == 0
+        assert engine.epi.memory_report().importance_bytes == 0
+        masks = full_masks(engine)
+        assert refresh.isolated == sum(int(mask.sum()) for mask in masks.values()) > 0
+        for step in range(3):
+            train_step(engine, step, lambda *_: (_probe_batches()[0], 1 - head))
+            if step == 0:
+                # The probed head is not used by this step, and must not move by the gradient that a probe left.
+                after = full_weights(engine)
+                decay = 1 - 1e-2 * 0.1
+                name = f"heads.{head}.weight"
+                torch.testing.assert_close(after[name][~masks[name]], before[name][~masks[name]] * decay)
+        after = full_weights(engine)
+        for name, mask in masks.items():
+            assert torch.equal(before[name][mask], after[name][mask])
+        assert_same(masks, full_masks(engine))
+        engine.save_checkpoint(folder, tag="probed")
+    loaded = {"policy": "static", "mask_from": f"{folder}/probed", "ratio": 0.2}
+    with engine_of(TwoHeads, ds_config(epi=loaded, offload=offload)) as engine:
+        assert_same(masks, full_masks(engine))
+        train_step(engine, 0, lambda *_: (_probe_batches()[0], 0))
+        assert engine.epi.stats().active_share == 1.0
+
+
+def check_probe_importance(offload: bool) -> None:
+    """The importance of a probe is the mean of its squared gradients."""
+    section = {"ratio": 0.2, "refresh_interval": 5}
+    with engine_of(OddNet, ds_config(epi=section, offload=offload)) as engine:
+        twin = OddNet()
+        with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+            twin.load_state_dict({n: p.detach().clone() for n, p in engine.module.named_parameters()})
+        # The same data on every rank, so that the average over the ranks is each one's own gradient.
+        engine.epi.probe(engine(*odd_batch(index, 0, 0)) for index in range(3))
+        expected = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in twin.named_parameters()}
+        for index in range(3):
+            twin.zero_grad()
+            twin(*odd_batch(index, 0, 0)).backward()
+            for name, p in twin.named_parameters():
+                expected[name] += p.grad.double() ** 2 / 3
+        for name, truth in expected.items():
+            error = (engine.epi.importance(name).double() - truth).norm() / truth.norm()
+            assert error < 1e-4, name
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
+def test_a_probe_measures_the_mean_squared_gradient(offload: bool) -> None:
+    run_ranks(check_probe_importance, 2, offload)
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
+@pytest.mark.parametrize("head", [0, 1])
+def test_a_static_mask_from_a_probe_or_a_file(tmp_path: Path, offload: bool, head: int) -> None:
+    run_ranks(check_probe, 2, str(tmp_path), offload, head)
+
+
+def load_mask(folder: str, expected: dict[str, Tensor]) -> None:
+    section = {"policy": "static", "mask_from": folder, "ratio": 0.2}
+    with engine_of(OddNet, ds_config(epi=section)) as engine:
+        assert_same(expected, full_masks(engine))
+
+
+def save_mask(folder: str) -> dict[str, Tensor]:
+    with engine_of(OddNet, ds_config(epi={"ratio": 0.2, "refresh_interval": 2})) as engine:
+        for step in range(2):
+            train_step(engine, step, odd_batch)
+        engine.save_checkpoint(folder, tag="t")
+        return full_masks(engine)
+
+
+def test_a_mask_loads_at_any_world_size(tmp_path: Path) -> None:
+    masks = run_ranks(save_mask, 3, str(tmp_path))[0]
+    for world_size in (1, 2, 4):
+        run_ranks(load_mask, world_size, str(tmp_path / "t"), masks)
+
+
+def check_none() -> None:
+    with engine_of(OddNet, ds_config(epi={"policy": "none"})) as engine:
+        for step in range(3):
+            train_step(engine, step, odd_batch)
+        assert engine.epi.stats().isolated == 0
+        assert engine.epi.memory_report().importance_bytes == 0
+        with pytest.raises(RuntimeError, match="policy none does not measure it"):
+            engine.epi.refresh_now()
+        dist.barrier()
+
+
+def test_policy_none_measures_and_isolates_nothing() -> None:
+    run_ranks(check_none, 2)

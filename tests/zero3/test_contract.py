@@ -1,0 +1,109 @@
+"""What isolation takes for granted about DeepSpeed. A new release fails here first and says what moved."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+
+import deepspeed
+import pytest
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from packaging.version import Version
+
+from epi_ds.zero3.engine import IsolationEngineMixin
+from epi_ds.zero3.guard import SUPPORTED_DEEPSPEED
+from epi_ds.zero3.mixin import IsolationMixin
+
+OPTIMIZER_OVERRIDES = {
+    "partition_grads": ["self", "params_to_release", "grad_partitions"],
+    "zero_grad": ["self", "set_to_none"],
+    "step": ["self", "closure"],
+    "_get_norm_groups": ["self"],
+    "unscale_and_clip_grads": ["self", "sub_group_id", "total_norm"],
+    "_optimizer_step": ["self", "sub_group_id"],
+}
+ENGINE_OVERRIDES = {
+    "save_checkpoint": ["self", "save_dir", "tag", "client_state", "save_latest", "exclude_frozen_parameters"],
+    "load_checkpoint": [
+        "self",
+        "load_dir",
+        "tag",
+        "load_module_strict",
+        "load_optimizer_states",
+        "load_lr_scheduler_states",
+        "load_module_only",
+        "custom_load_fn",
+    ],
+}
+CALLED = {
+    "_pre_step": ["self"],
+    "_partition_all_parameters": ["self"],
+    "_prepare_sub_group": ["self", "sub_group_id", "timer_names"],
+    "_release_sub_group": ["self", "sub_group_id", "timer_names"],
+    "_post_step": ["self", "timer_names"],
+    "get_param_id": ["self", "param"],
+}
+
+
+def _definition(cls: type, method: str) -> ast.FunctionDef:
+    """Read a method from its class's source: DeepSpeed's profiling decorator hides signatures."""
+    for base in cls.__mro__:
+        if method in vars(base):
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+            return next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == method)
+    raise AssertionError(f"{cls.__name__} has no {method}")
+
+
+def _parameters(cls: type, method: str) -> list[str]:
+    return [argument.arg for argument in _definition(cls, method).args.args]
+
+
+@pytest.mark.parametrize("method", OPTIMIZER_OVERRIDES)
+def test_overridden_optimizer_methods_have_the_known_signature(method: str) -> None:
+    assert _parameters(DeepSpeedZeroOptimizer_Stage3, method) == OPTIMIZER_OVERRIDES[method]
+    assert _parameters(IsolationMixin, method) == OPTIMIZER_OVERRIDES[method]
+
+
+@pytest.mark.parametrize("method", ENGINE_OVERRIDES)
+def test_overridden_engine_methods_have_the_known_signature(method: str) -> None:
+    assert _parameters(DeepSpeedEngine, method) == ENGINE_OVERRIDES[method]
+    assert _parameters(IsolationEngineMixin, method) == ENGINE_OVERRIDES[method]
+
+
+@pytest.mark.parametrize("method", CALLED)
+def test_called_optimizer_methods_have_the_known_signature(method: str) -> None:
+    assert _parameters(DeepSpeedZeroOptimizer_Stage3, method) == CALLED[method]
+
+
+def test_nothing_is_overridden_that_this_test_does_not_pin() -> None:
+    for mixin, base, pinned in (
+        (IsolationMixin, DeepSpeedZeroOptimizer_Stage3, OPTIMIZER_OVERRIDES),
+        (IsolationEngineMixin, DeepSpeedEngine, ENGINE_OVERRIDES),
+    ):
+        methods = {name for name, value in vars(mixin).items() if inspect.isfunction(value)}
+        assert {name for name in methods if hasattr(base, name)} == set(pinned)
+
+
+def test_a_step_runs_in_the_order_that_isolation_relies_on() -> None:
+    source = ast.unparse(_definition(DeepSpeedZeroOptimizer_Stage3, "step"))
+    order = [
+        "self._pre_step()",
+        "self._overflow_check_and_loss_scale_update(update_scale=False)",
+        "self._get_norm_groups()",
+        "if self._loss_scale_update_and_overflow_cleanup():",
+        "self._global_grad_norm = scaled_global_grad_norm / self.loss_scale",
+        "self._prepare_sub_group(sub_group_id, timer_names)",
+        "self.unscale_and_clip_grads(sub_group_id, scaled_global_grad_norm)",
+        "self._optimizer_step(sub_group_id)",
+        "self._reassign_or_swap_out_partitioned_parameters(sub_group_id)",
+        "self._release_sub_group(sub_group_id, timer_names)",
+        "self._post_step(timer_names)",
+    ]
+    positions = [source.index(line) for line in order]
+    assert positions == sorted(positions)
+
+
+def test_the_installed_release_is_supported() -> None:
+    assert Version(deepspeed.__version__) in SUPPORTED_DEEPSPEED

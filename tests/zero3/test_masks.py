@@ -1,0 +1,160 @@
+"""The same importance gives the same masks at every world size, and they are the oracle's."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from epi_ds.config import Normalizer, Selection
+from epi_ds.isolation.controller import Counters
+from epi_ds.isolation.layout import block_of
+from tests.support.engines import ds_config, engine_of, full_importance, full_masks, train_step
+from tests.support.models import OddNet, odd_batch
+from tests.support.oracle import oracle_masks
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.zero3
+
+SELECTIONS: list[dict[str, Any]] = [
+    {"selection": "normalized_global", "normalizer": "minmax"},
+    {"selection": "normalized_global", "normalizer": "mean"},
+    {"selection": "raw_global"},
+    {"selection": "per_layer"},
+    {"selection": "normalized_global", "normalizer": "minmax", "layer": "tensor"},
+]
+
+
+def given_importance() -> dict[str, Tensor]:
+    """Importance over many scales, with zeros and ties, for every parameter of OddNet."""
+    generator = torch.Generator().manual_seed(5)
+    given = {}
+    for index, (name, parameter) in enumerate(OddNet().named_parameters()):
+        values = torch.randn(parameter.shape, generator=generator).mul(3).exp() * 10.0 ** (index - 12)
+        values[torch.rand(parameter.shape, generator=generator) < 0.1] = 0.0
+        given[name] = values
+    return given
+
+
+def restore(engine: Any, given: dict[str, Tensor]) -> None:
+    """Give the engine this importance, as loading a checkpoint does. Collective."""
+    segments = engine.epi.controller.layout.segments
+    slices = {s.name: given[s.name].flatten()[s.global_start : s.global_start + s.real_numel] for s in segments}
+    engine.epi.controller.restore(
+        counters=Counters(),
+        threshold_codes=None,
+        masks={s.name: torch.zeros(s.real_numel, dtype=torch.bool) for s in segments},
+        importance=slices,
+    )
+
+
+def expected_masks(importance: dict[str, Tensor], section: dict[str, Any]) -> dict[str, Tensor]:
+    """Ask the oracle, over whole tensors grouped into layers."""
+    layer_of = (lambda name: name) if section.get("layer") == "tensor" else block_of
+    layers: dict[str, list[str]] = {}
+    for name in importance:
+        layers.setdefault(layer_of(name), []).append(name)
+    arrays = [torch.cat([importance[n].flatten() for n in names]).numpy() for names in layers.values()]
+    masks = oracle_masks(
+        arrays,
+        ratio=str(section["ratio"]),
+        selection=Selection(section["selection"]),
+        normalizer=Normalizer(section.get("normalizer", "minmax")),
+    )
+    result = {}
+    for names, mask in zip(layers.values(), masks, strict=True):
+        parts = np.split(mask, np.cumsum([importance[n].numel() for n in names])[:-1])
+        for name, part in zip(names, parts, strict=True):
+            result[name] = torch.from_numpy(part.copy()).view(importance[name].shape)
+    return result
+
+
+def select_masks(exchange: str, changes: dict[str, Any]) -> list[tuple[dict[str, Tensor], dict[str, float]]]:
+    results = []
+    for selection in SELECTIONS:
+        section = {"ratio": 0.1, "exchange": exchange, **selection}
+        with engine_of(OddNet, ds_config(epi=section, **changes)) as engine:
+            restore(engine, given_importance())
+            engine.epi.refresh_now()
+            results.append((full_masks(engine), engine.epi.thresholds()))
+    return results
+
+
+@lru_cache
+def _reference() -> list[tuple[dict[str, Tensor], dict[str, float]]]:
+    return run_ranks(select_masks, 1, "all_gather", {})[0]
+
+
+def _assert_equal(results: list[Any]) -> None:
+    for rank_result in results:
+        for (masks, thresholds), (reference_masks, reference_thresholds) in zip(rank_result, _reference(), strict=True):
+            assert thresholds == reference_thresholds
+            for name in reference_masks:
+                assert torch.equal(masks[name], reference_masks[name]), name
+
+
+def test_masks_of_one_rank_equal_the_oracle() -> None:
+    for (masks, _), selection in zip(_reference(), SELECTIONS, strict=True):
+        expected = expected_masks(given_importance(), {"ratio": 0.1, **selection})
+        assert sum(int(mask.sum()) for mask in masks.values()) > 0
+        for name in expected:
+            assert torch.equal(masks[name], expected[name]), (selection, name)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("exchange", ["all_gather", "all_reduce"])
+def test_masks_do_not_depend_on_the_world_size_or_the_transport(world_size: int, exchange: str) -> None:
+    _assert_equal(run_ranks(select_masks, world_size, exchange, {}))
+
+
+@pytest.mark.parametrize("changes", [{"offload": True}, {"zero_optimization": {"sub_group_size": 30}}], ids=["offload", "sub-groups"])
+def test_masks_do_not_depend_on_the_placement(changes: dict[str, Any]) -> None:
+    _assert_equal(run_ranks(select_masks, 2, "auto", changes))
+
+
+def check_trained_masks() -> None:
+    """Masks of a real run are the oracle's for the importance that the run had at its refresh."""
+    for selection in SELECTIONS:
+        section = {"ratio": 0.1, "refresh_interval": 2, "ema_decay": 0.9, **selection}
+        with engine_of(OddNet, ds_config(epi=section)) as engine:
+            for step in range(4):
+                train_step(engine, step, odd_batch)
+            expected = expected_masks(full_importance(engine), section)
+            for name, mask in full_masks(engine).items():
+                assert torch.equal(mask, expected[name]), (selection, name)
+            refresh = engine.epi.stats().last_refresh
+            assert refresh is not None
+            assert refresh.isolated == sum(int(mask.sum()) for mask in expected.values()) > 0
+            assert refresh.isolated <= refresh.budget
+            # Round 0, the mean's sums, three rounds, and one exchange for the counts of this report.
+            assert 4 <= refresh.collectives <= 6
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_masks_of_a_run_equal_the_oracle(world_size: int) -> None:
+    run_ranks(check_trained_masks, world_size)
+
+
+def check_coverage() -> None:
+    section = {"ratio": 0.3, "refresh_interval": 1, "include": ["blocks"], "exclude": ["bias$"]}
+    with engine_of(OddNet, ds_config(epi=section)) as engine:
+        assert engine.epi.parameter_names == ("blocks.0.weight", "blocks.1.weight")
+        assert [row.name for row in engine.epi.layers()] == ["blocks.0", "blocks.1"]
+        train_step(engine, 0, odd_batch)
+        masks = full_masks(engine)
+        isolated = sum(int(mask.sum()) for mask in masks.values())
+        assert isolated == engine.epi.stats().isolated == int(0.3 * 2 * 169)
+        weights = {n: p.ds_tensor.clone() for n, p in engine.module.named_parameters()}
+        train_step(engine, 1, odd_batch)
+        # Uncovered parameters have no mask and move as ever.
+        for name, parameter in engine.module.named_parameters():
+            if name not in masks and parameter.ds_tensor.numel() > 1 and "embed" not in name:
+                assert not torch.equal(parameter.ds_tensor, weights[name]), name
+
+
+def test_only_covered_parameters_are_isolated() -> None:
+    run_ranks(check_coverage, 1)

@@ -1,0 +1,133 @@
+"""Released entries must not jump: the release bound, measured on real ZeRO-3 with real Adam.
+
+Gradients are prescribed (the loss is linear in the weights), so that their scale is known. Each of four layers has
+three kinds of entries:
+
+* A is isolated at the first refresh; *while isolated* its gradient scale changes by the layer's factor, and stays so;
+* B becomes the largest in the second window, so the second refresh isolates it and releases A;
+* C is never isolated.
+
+Measured: RMS of |update| / lr over A in the ten steps after its release, over the same for C (pooled over the layers,
+and for each factor).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.support.engines import ds_config, engine_of, full_weights
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.zero3
+
+FACTORS = (0.3, 1.0, 3.0, 10.0)
+NUMEL = 500
+KIND_A, KIND_B = slice(0, 100), slice(100, 200)
+NEVER_ISOLATED = slice(200, NUMEL)
+LEARNING_RATE = 1e-3
+BOUND = 1.5
+INTERVAL = 150
+
+
+class Clipping(Enum):
+    """What clipping does to the gradients during the measurement."""
+
+    OFF = "off"
+    STEADY = "steady"
+    """A large uncovered parameter makes the norm, so the factor hardly changes."""
+    JUMPING = "jumping"
+    """The measured entries make the norm: the factor changes by up to 15 times from window to window."""
+
+
+class Prescribed(nn.Module):
+    """The gradient of every weight is the coefficient it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ParameterList(nn.Parameter(torch.zeros(NUMEL)) for _ in FACTORS)
+        self.ballast = nn.Parameter(torch.zeros(NUMEL))
+
+    def forward(self, coefficients: Tensor, ballast: Tensor) -> Tensor:
+        rows = sum((layer * row).sum() for layer, row in zip(self.layers, coefficients, strict=True))
+        return rows + (self.ballast * ballast).sum()
+
+
+def gradients(step: int, rank: int, clipping: Clipping) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1009 * step + rank)
+    rows = torch.randn(len(FACTORS), NUMEL, generator=generator)
+    if step < INTERVAL:
+        rows[:, KIND_A] *= 30
+    else:
+        factors = torch.tensor(FACTORS).unsqueeze(1)
+        rows[:, KIND_A] *= 30 * factors
+        rows[:, KIND_B] *= 100 * factors
+    ballast = torch.randn(NUMEL, generator=generator)
+    return rows, ballast * (1e4 if clipping is Clipping.STEADY else 0.0)
+
+
+class ReleaseRatio(NamedTuple):
+    pooled: float
+    by_factor: dict[float, float]
+
+
+def measure(apply: str, beta2: float, clipping: Clipping) -> ReleaseRatio:
+    section = {
+        "ratio": 0.2,
+        "refresh_interval": INTERVAL,
+        "ema_decay": 0.99,
+        "selection": "per_layer",
+        "layer": "tensor",
+        "exclude": ["ballast"],
+        "apply": apply,
+    }
+    adam = {"type": "AdamW", "params": {"lr": LEARNING_RATE, "weight_decay": 0.0, "betas": [0.9, beta2]}}
+    max_norm = 0.0 if clipping is Clipping.OFF else 1.0
+    with engine_of(Prescribed, ds_config(epi=section, optimizer=adam, gradient_clipping=max_norm)) as engine:
+
+        def train(first: int, last: int) -> None:
+            for step in range(first, last):
+                engine.backward(engine(*gradients(step, dist.get_rank(), clipping)))
+                engine.step()
+
+        names = engine.epi.parameter_names
+        train(0, INTERVAL)
+        for name in names:
+            assert engine.epi.mask(name)[KIND_A].all()
+        train(INTERVAL, 2 * INTERVAL)
+        for name in names:
+            mask = engine.epi.mask(name)
+            assert mask[KIND_B].all()
+            assert not mask[KIND_A].any()
+        released, plastic = torch.zeros(len(FACTORS)), torch.zeros(len(FACTORS))
+        for step in range(2 * INTERVAL, 2 * INTERVAL + 10):
+            before = full_weights(engine)
+            train(step, step + 1)
+            after = full_weights(engine)
+            for index, name in enumerate(names):
+                update = ((after[name] - before[name]) / LEARNING_RATE).square()
+                released[index] += update[KIND_A].mean()
+                plastic[index] += update[NEVER_ISOLATED].mean()
+        by_factor = (released / plastic).sqrt().tolist()
+        pooled = float((released.sum() / plastic.sum()).sqrt())
+        return ReleaseRatio(pooled, dict(zip(FACTORS, by_factor, strict=True)))
+
+
+@pytest.mark.parametrize("apply", ["reduction", "update"])
+@pytest.mark.parametrize("beta2", [0.99, 0.999])
+@pytest.mark.parametrize("clipping", Clipping, ids=lambda clipping: clipping.value)
+def test_released_entries_do_not_jump(apply: str, beta2: float, clipping: Clipping) -> None:
+    ratio = run_ranks(measure, 1, apply, beta2, clipping)[0]
+    factors = ", ".join(f"x{factor}: {value:.2f}" for factor, value in ratio.by_factor.items())
+    print(f"release ratio, apply {apply}, beta2 {beta2}, clipping {clipping.value}: {ratio.pooled:.2f} ({factors})")
+    if apply == "update" and clipping is Clipping.JUMPING:
+        # Not bounded: the moments that `update` keeps (the paper's eq. 12-13) are of gradients clipped at another norm.
+        # `reduction` rebuilds them, and is.
+        return
+    assert ratio.pooled <= BOUND
+    assert max(ratio.by_factor.values()) <= BOUND
