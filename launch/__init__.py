@@ -1,1 +1,1 @@
-"""Starting ranks."""
+"""Starting ranks, and what has to be in place before the first one starts."""

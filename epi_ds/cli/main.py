@@ -1,0 +1,47 @@
+"""The ``epi-ds`` command."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+import typer
+
+from epi_ds.cli import audit, demo, operators, recipes, report, train
+
+app = typer.Typer(
+    name="epi-ds",
+    help="Fine-tune large language models without making them forget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train.train)
+app.command("demo")(demo.demo)
+app.command("audit")(audit.audit)
+app.command("report")(report.report)
+app.command("recipes")(recipes.recipes)
+app.command("build-operators")(operators.build_operators)
+
+
+def _quieten() -> None:
+    """Leave the terminal to what the user asked for."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("epi_ds").setLevel(logging.INFO)
+    # Addressed to the authors of the libraries below us, and repeated at every collective and every evaluation.
+    warnings.simplefilter("ignore", FutureWarning)
+
+
+def main() -> None:
+    """Run the command; a user's mistake is a message and exit code 2, not a traceback."""
+    _quieten()
+    try:
+        app(standalone_mode=True)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""``epi-ds report``, and the end of a run on the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from epi_ds.report.scores import ScoreTable
+
+
+def report(run: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
+    """Write RUN/report.html from the files of a run, and print its table."""
+    show_run(run)
+
+
+def show_run(run: Path) -> None:
+    """Write the report of a run and print its scores and files."""
+    from epi_ds.report.page import write_report
+    from epi_ds.report.scores import score_table
+    from epi_ds.train.metrics import read_metrics
+    from epi_ds.train.run_folder import RunFolder
+
+    folder = RunFolder(run)
+    console = Console()
+    metrics = list(read_metrics(folder.metrics))
+    write_report(metrics, folder.report, title=run.name)
+    table = score_table(metrics)
+    if table.rows:
+        console.print(_rendered(table))
+        if table.mean_forgetting is not None:
+            console.print(f"mean forgetting {table.mean_forgetting:.1%} (best earlier score minus the last one)")
+    console.print("written:")
+    for path in (folder.metrics, folder.checkpoints, folder.export, folder.report):
+        if path.exists():
+            console.print(f"  {path}{'/' if path.is_dir() else ''}", highlight=False)
+
+
+def _rendered(scores: ScoreTable) -> Table:
+    table = Table("task", *scores.columns, "forgetting")
+    for row in scores.rows:
+        percent = row.higher_is_better
+
+        def shown(value: float | None, percent: bool = percent) -> str:
+            if value is None:
+                return "-"
+            return f"{value:.0%}" if percent else f"{value:.3f}"
+
+        table.add_row(row.name, *(shown(value) for value in row.values), shown(row.forgetting))
+    return table

@@ -1,0 +1,41 @@
+"""Make Hugging Face's trainer train ZeRO-3 on all ranks, on the CPU too, and prove that it does."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import accelerate
+import torch.distributed as dist
+
+from epi_ds.launch.environment import accelerator_name, is_rank
+
+
+def prepare_accelerate() -> dict[str, Any]:
+    """Start the process group the way accelerate's DeepSpeed support wants it; return the training arguments it needs.
+
+    Before training arguments are built. On the CPU three things are needed together: ``use_cpu`` would silently train
+    plain DDP, and without the configured state accelerate believes in a single process, so that every rank would train
+    on the same rows.
+    """
+    if not is_rank():
+        raise RuntimeError("a recipe runs inside ranks; start it with epi-ds train or the deepspeed launcher")
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    if accelerator_name() == "cpu":
+        accelerate.PartialState(backend="gloo")
+        return {"accelerator_config": {"use_configured_state": True}, "dataloader_pin_memory": False}
+    accelerate.PartialState()
+    return {}
+
+
+def check_trainer(trainer: Any) -> None:
+    """Raise RuntimeError where the trainer would not train one ZeRO-3 engine over all ranks."""
+    engine = type(trainer.model_wrapped)
+    if not any(base.__name__ == "DeepSpeedEngine" for base in engine.__mro__):
+        raise RuntimeError(f"the trainer wrapped the model in {engine.__name__}, not in a DeepSpeed engine")
+    processes, ranks = trainer.accelerator.num_processes, dist.get_world_size()
+    if processes != ranks:
+        raise RuntimeError(
+            f"accelerate sees {processes} processes and there are {ranks} ranks: every rank would train on the same "
+            "rows. Start the run with epi-ds train or the deepspeed launcher"
+        )

@@ -1,0 +1,223 @@
+"""What happens around the trainer's steps: metrics, progress, stage boundaries, committed checkpoints."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from epi_ds.config import PolicyName
+from epi_ds.hf import EPICallback
+from epi_ds.isolation.controller import Refresh
+from epi_ds.train.accelerate_setup import check_trainer
+from epi_ds.train.evaluation import Evaluator
+from epi_ds.train.metrics import MetricsWriter
+from epi_ds.train.progress import ProgressDisplay
+from epi_ds.train.recipe import Moments
+from epi_ds.train.run_folder import commit
+from epi_ds.train.stages import StageSpan, stage_at
+from epi_ds.train.trainer import StageTrainer
+from epi_ds.zero3.handle import EPI
+
+# Stage name of what happens before the first step.
+BEFORE = "start"
+
+
+class RunCallback(TrainerCallback):
+    """Runs the stages of a recipe around a trainer. Every rank calls all of it; rank 0 writes and shows."""
+
+    def __init__(
+        self,
+        trainer: StageTrainer,
+        *,
+        isolation: EPICallback,
+        evaluator: Evaluator,
+        metrics: MetricsWriter | None,
+        progress: ProgressDisplay,
+        marker: dict[str, Any],
+    ) -> None:
+        """``metrics`` is None on all ranks but 0; ``marker`` goes into every committed checkpoint."""
+        self._trainer = trainer
+        self._isolation = isolation
+        self._evaluator = evaluator
+        self._metrics = metrics
+        self._progress = progress
+        self._marker = marker
+        self._started = 0.0
+        self._seconds = 0.0
+        self._isolated_in_force = 0
+        self._last_refresh: Refresh | None = None
+
+    @property
+    def _epi(self) -> EPI:
+        return self._isolation.epi
+
+    @property
+    def _spans(self) -> list[StageSpan]:
+        return self._trainer.spans
+
+    def _write(self, event: str, step: int, stage: str, **values: Any) -> None:
+        if self._metrics is not None:
+            self._metrics.write(event, step=step, stage=stage, **values)
+
+    # --- the trainer's events, in order ---
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prove that training is distributed; before the first step, probe where asked for and evaluate."""
+        check_trainer(self._trainer)
+        self._last_refresh = self._epi.stats().last_refresh
+        self._write(
+            "run",
+            state.global_step,
+            stage_at(self._spans, state.global_step).name,
+            resumed=state.global_step > 0,
+            world_size=dist.get_world_size(),
+            total_steps=state.max_steps,
+            stages={span.name: [span.first_step, span.stop_step] for span in self._spans},
+            covered=self._epi.stats().covered,
+            config=self._epi.config.model_dump(mode="json"),
+        )
+        if state.global_step == 0:
+            self._probe()
+            self._evaluate(0, BEFORE)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note what this step runs under."""
+        self._started = time.perf_counter()
+        self._isolated_in_force = self._epi.stats().isolated
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Report a refresh; at the end of a stage evaluate, and prepare the optimizer for the next one."""
+        self._seconds = time.perf_counter() - self._started
+        step = state.global_step
+        stage = stage_at(self._spans, step - 1)
+        refresh = self._epi.stats().last_refresh
+        if refresh is not None and refresh is not self._last_refresh:
+            self._last_refresh = refresh
+            self._report_refresh(step, stage.name, refresh)
+        if step == stage.stop_step:
+            self._evaluate(step, stage.name)
+            self._begin_stage_after(stage)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write what the trainer logged of the steps since its last log."""
+        if logs is None or "loss" not in logs:
+            return
+        stage = stage_at(self._spans, state.global_step - 1).name
+        share = self._isolated_in_force / self._epi.stats().covered
+        self._write(
+            "step",
+            state.global_step,
+            stage,
+            **{key: value for key, value in logs.items() if isinstance(value, (int, float))},
+            isolated=self._isolated_in_force,
+            isolated_share=share,
+            seconds=self._seconds,
+        )
+        self._progress.step(state.global_step, stage=stage, loss=float(logs["loss"]), isolated_share=share)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Declare the checkpoint complete once every rank has written its part."""
+        dist.barrier()
+        if dist.get_rank() == 0:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            commit(folder, {**self._marker, "step": state.global_step})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Sum the run up."""
+        stats = self._epi.stats()
+        self._write(
+            "summary",
+            state.global_step,
+            self._spans[-1].name,
+            active_share=stats.active_share,
+            refreshes=stats.counters.refreshes,
+            achieved_ratio=stats.achieved_ratio,
+            skipped_steps=self._trainer.model_wrapped.skipped_steps,
+            memory_bytes=self._epi.memory_report().total_bytes,
+        )
+        self._progress.note(
+            f"a mask was active in {stats.active_share:.0%} of {stats.counters.applied_steps} steps "
+            f"({stats.counters.refreshes} refreshes)"
+        )
+
+    # --- what they are made of ---
+
+    def _probe(self) -> None:
+        config = self._epi.config
+        if config.policy is not PolicyName.STATIC or config.probe_steps is None:
+            return
+        trainer = self._trainer
+        size = trainer.args.per_device_train_batch_size
+
+        def losses() -> Any:
+            for index in range(config.probe_steps or 0):
+                # The first rows of the run, dealt to the ranks as its own batches are.
+                first = (index * dist.get_world_size() + dist.get_rank()) * size
+                rows = [trainer.train_dataset[i % len(trainer.train_dataset)] for i in range(first, first + size)]
+                inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+                yield trainer.compute_loss(trainer.model_wrapped, inputs)
+
+        was_training = trainer.model.training
+        trainer.model.eval()
+        refresh = self._epi.probe(losses())
+        trainer.model.train(was_training)
+        self._last_refresh = refresh
+        self._report_refresh(0, BEFORE, refresh)
+
+    def _evaluate(self, step: int, after: str) -> None:
+        started = time.perf_counter()
+        scores = self._evaluator.evaluate()
+        if not scores:
+            return
+        self._write(
+            "evaluation",
+            step,
+            after,
+            scores={name: score._asdict() for name, score in scores.items()},
+            seconds=time.perf_counter() - started,
+        )
+        shown = "  ".join(f"{name} {score.value:.3f}" for name, score in scores.items())
+        self._progress.note(f"{'before training' if after == BEFORE else 'after ' + after}: {shown}")
+
+    def _report_refresh(self, step: int, stage: str, refresh: Refresh) -> None:
+        names = [row.name for row in self._epi.layers()]
+        self._write(
+            "refresh",
+            step,
+            stage,
+            budget=refresh.budget,
+            isolated=refresh.isolated,
+            jaccard=refresh.jaccard,
+            layer_isolated=dict(zip(names, refresh.layer_isolated, strict=True)),
+            layer_numel={row.name: row.numel for row in self._epi.layers()},
+            thresholds={name: value for name, value in self._epi.thresholds().items() if value != float("inf")},
+            seconds=refresh.seconds,
+            collectives=refresh.collectives,
+            sent_bytes=refresh.sent_bytes,
+        )
+
+    def _begin_stage_after(self, stage: StageSpan) -> None:
+        position = self._spans.index(stage) + 1
+        if position == len(self._spans):
+            return
+        if self._trainer.stages[position].moments is Moments.RESET:
+            self._epi.reset_optimizer_state()

@@ -1,0 +1,201 @@
+"""Evaluate tasks on all ranks of a ZeRO-3 engine.
+
+Rows are cut into batches first and the batches are dealt to the ranks afterwards, so a row always shares its batch (and
+its padding) with the same rows: scores are equal at every number of ranks, not merely close.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import psutil
+import torch
+import torch.distributed as dist
+from trl.models import unwrap_model_for_generation
+
+from epi_ds.train.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+Weights = Literal["auto", "gathered", "partitioned"]
+
+# Gathered weights, and as much again for activations and the cache of generated tokens.
+_ROOM_FACTOR = 2.0
+
+
+class Score(NamedTuple):
+    """The result of one task."""
+
+    value: float
+    """Share of rows solved, or mean teacher-forced loss per token."""
+    num_rows: int
+    higher_is_better: bool
+
+
+class Batch(NamedTuple):
+    """Rows of one task that are generated together."""
+
+    task: int
+    rows: tuple[int, ...]
+
+
+def cut_batches(tasks: Sequence[Task], *, batch_size: int) -> list[Batch]:
+    """Cut every task's rows into batches, in order."""
+    return [
+        Batch(index, tuple(range(first, min(first + batch_size, len(task.conversations)))))
+        for index, task in enumerate(tasks)
+        for first in range(0, len(task.conversations), batch_size)
+    ]
+
+
+class Evaluator:
+    """Evaluates tasks with a trainer's engine, model and tokenizer."""
+
+    def __init__(
+        self, trainer: Any, tasks: Sequence[Task], *, batch_size: int, max_new_tokens: int, weights: Weights
+    ) -> None:
+        self._trainer = trainer
+        self._tasks = list(tasks)
+        self._batches = cut_batches(tasks, batch_size=batch_size)
+        self._max_new_tokens = max_new_tokens
+        self._weights = weights
+        self._decided: bool | None = None
+
+    def evaluate(self) -> dict[str, Score]:
+        """Score every task. Collective. Leaves the model in the mode it was in, and every random state alone."""
+        if not self._tasks:
+            return {}
+        gathered = self._gathers()
+        model = self._trainer.model
+        was_training = model.training
+        model.eval()
+        results: list[tuple[int, int, float, float]] = []
+        with torch.no_grad(), torch.random.fork_rng(), self._model(gathered) as unwrapped:
+            for batch, counts in self._own_batches(gathered):
+                scored = self._score(unwrapped, batch, synced=not gathered)
+                if counts:
+                    results += scored
+        model.train(was_training)
+        return self._merge(results)
+
+    def _gathers(self) -> bool:
+        """Decide once, alike on all ranks, whether the whole model fits on every one of them."""
+        if self._decided is None:
+            self._decided = self._weights == "gathered"
+            if self._weights == "auto":
+                needed = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self._trainer.model.parameters())
+                device = self._trainer.accelerator.device
+                if device.type == "cuda":
+                    free, _ = torch.cuda.mem_get_info(device)
+                else:
+                    free = psutil.virtual_memory().available // dist.get_world_size()
+                fits = torch.tensor([int(free > _ROOM_FACTOR * needed)], device=device)
+                dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+                self._decided = bool(fits.item())
+            if dist.get_rank() == 0:
+                logger.info(
+                    "evaluation %s",
+                    "gathers the weights once" if self._decided else "keeps weights partitioned and generates in step",
+                )
+        return self._decided
+
+    @contextmanager
+    def _model(self, gathered: bool) -> Iterator[Any]:
+        """Yield the model to generate with, without the forward that TRL patched in for training."""
+        with unwrap_model_for_generation(
+            self._trainer.model_wrapped, self._trainer.accelerator, gather_deepspeed3_params=gathered
+        ) as unwrapped:
+            yield unwrapped
+
+    def _own_batches(self, gathered: bool) -> Iterator[tuple[Batch, bool]]:
+        """Yield this rank's batches and whether they count.
+
+        With partitioned weights every forward is collective, so ranks with fewer batches repeat one that does not.
+        """
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        rounds = -(-len(self._batches) // world_size)
+        for index in range(rounds):
+            position = index * world_size + rank
+            if position < len(self._batches):
+                yield self._batches[position], True
+            elif not gathered:
+                yield self._batches[-1], False
+
+    def _score(self, model: Any, batch: Batch, *, synced: bool) -> list[tuple[int, int, float, float]]:
+        """Score a batch: (task, row, points, weight) per row."""
+        task = self._tasks[batch.task]
+        if task.check is None:
+            return self._teacher_forced(model, batch, task)
+        answers = self._generate(model, [task.conversations[row][:-1] for row in batch.rows], synced=synced)
+        return [
+            (batch.task, row, float(task.check(row, answer)), 1.0)
+            for row, answer in zip(batch.rows, answers, strict=True)
+        ]
+
+    def _encode(self, conversations: Sequence[Any], *, side: str, generate: bool) -> Any:
+        tokenizer = self._trainer.processing_class
+        previous, tokenizer.padding_side = tokenizer.padding_side, side
+        try:
+            return tokenizer.apply_chat_template(
+                [list(messages) for messages in conversations],
+                add_generation_prompt=generate,
+                padding=True,
+                return_tensors="pt",
+                return_dict=True,
+            ).to(self._trainer.accelerator.device)
+        finally:
+            tokenizer.padding_side = previous
+
+    def _generate(self, model: Any, prompts: Sequence[Any], *, synced: bool) -> list[str]:
+        tokenizer = self._trainer.processing_class
+        encoded = self._encode(prompts, side="left", generate=True)
+        stops = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)}
+        generated = model.generate(
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            max_new_tokens=self._max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=sorted(stop for stop in stops if stop is not None),
+            synced_gpus=synced,
+        )
+        answers = generated[:, encoded["input_ids"].shape[1] :]
+        decoded: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return decoded
+
+    def _teacher_forced(self, model: Any, batch: Batch, task: Task) -> list[tuple[int, int, float, float]]:
+        """Return the summed negative log-likelihood and the number of tokens of every reference answer."""
+        conversations = [task.conversations[row] for row in batch.rows]
+        encoded = self._encode(conversations, side="right", generate=False)
+        prompts = self._encode([c[:-1] for c in conversations], side="right", generate=True)
+        logits = model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), encoded["input_ids"][:, 1:].flatten(), reduction="none"
+        ).view(len(conversations), -1)
+        positions = torch.arange(1, encoded["input_ids"].shape[1], device=losses.device)
+        starts = prompts["attention_mask"].sum(dim=1, keepdim=True)
+        answer = (positions >= starts) & encoded["attention_mask"][:, 1:].bool()
+        sums = losses.double().mul(answer).sum(dim=1).tolist()
+        return [
+            (batch.task, row, total, float(count))
+            for row, total, count in zip(batch.rows, sums, answer.sum(dim=1).tolist(), strict=True)
+        ]
+
+    def _merge(self, results: list[tuple[int, int, float, float]]) -> dict[str, Score]:
+        gathered: list[list[tuple[int, int, float, float]]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, results)
+        # In row order whatever the number of ranks: a sum of floats depends on its order.
+        rows = sorted(row for part in gathered for row in part)
+        scores = {}
+        for index, task in enumerate(self._tasks):
+            own = [row for row in rows if row[0] == index]
+            total, weight = sum(row[2] for row in own), sum(row[3] for row in own)
+            scores[task.name] = Score(total / max(weight, 1.0), len(own), task.higher_is_better)
+        return scores
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

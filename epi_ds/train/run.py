@@ -1,0 +1,149 @@
+"""Run a recipe: what every rank does."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from datasets import disable_progress_bars as disable_dataset_bars
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
+from trl import SFTConfig
+
+from epi_ds import ds_configs
+from epi_ds.api import SECTION
+from epi_ds.hf import EPICallback
+from epi_ds.train.accelerate_setup import prepare_accelerate
+from epi_ds.train.callbacks import RunCallback
+from epi_ds.train.evaluation import Evaluator
+from epi_ds.train.export import export_model
+from epi_ds.train.metrics import MetricsWriter
+from epi_ds.train.progress import ProgressDisplay
+from epi_ds.train.recipe import Recipe
+from epi_ds.train.resume import find_resume, marker_of
+from epi_ds.train.run_folder import Checkpoint, RunFolder, write_atomically
+from epi_ds.train.tasks import build_tasks, load_conversations
+from epi_ds.train.trainer import StageTrainer, to_dataset
+
+# Where the recipe does not say otherwise.
+_DEFAULT_ARGUMENTS: dict[str, Any] = {
+    "deepspeed": "zero3",
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "bf16": False,
+}
+
+
+def run_recipe(recipe: Recipe, *, restart: bool = False) -> RunFolder:
+    """Train, evaluate and export as the recipe says; continue where its folder has a complete checkpoint.
+
+    Collective: every rank of a launcher calls it. ``restart`` throws away what the folder holds.
+    """
+    extra_arguments = prepare_accelerate()
+    # One display, ours: the libraries' bars of all ranks would be drawn over each other.
+    disable_dataset_bars()
+    disable_transformers_bars()
+    folder = RunFolder(Path(recipe.output))
+    is_writer = dist.get_rank() == 0
+    if restart and is_writer:
+        shutil.rmtree(folder.root, ignore_errors=True)
+    dist.barrier()
+    resume = find_resume(recipe, folder, world_size=dist.get_world_size())
+    dist.barrier()
+    console = Console() if is_writer else None
+    metrics = None
+    if is_writer:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder.recipe, recipe.model_dump(mode="json"))
+        metrics = MetricsWriter(folder.metrics, resume_step=resume.step if resume else None)
+    try:
+        isolation = EPICallback()
+        trainer = _make_trainer(recipe, folder, isolation, extra_arguments)
+        _train(recipe, trainer, isolation, metrics=metrics, console=console, resume=resume)
+        export_model(trainer.model_wrapped, trainer.processing_class, folder.export)
+    finally:
+        if metrics is not None:
+            metrics.close()
+    return folder
+
+
+def _make_trainer(
+    recipe: Recipe, folder: RunFolder, isolation: EPICallback, extra_arguments: dict[str, Any]
+) -> StageTrainer:
+    arguments = {**_DEFAULT_ARGUMENTS, **recipe.train, **extra_arguments}
+    args = SFTConfig(
+        **{
+            **arguments,
+            "output_dir": str(folder.checkpoints),
+            "num_train_epochs": 1,
+            "train_sampling_strategy": "sequential",
+            "eval_strategy": "no",
+            "deepspeed": _deepspeed_config(arguments["deepspeed"], recipe),
+        }
+    )
+    # After the arguments: they tell from_pretrained that ZeRO-3 partitions the weights as they are loaded.
+    model = AutoModelForCausalLM.from_pretrained(
+        recipe.model.path,
+        dtype=recipe.model.dtype,
+        revision=recipe.model.revision,
+        **({"attn_implementation": a} if (a := recipe.model.attn_implementation) else {}),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, revision=recipe.model.revision)
+    stage_data = [
+        to_dataset(load_conversations(stage.data, seed=args.seed), assistant_only_loss=args.assistant_only_loss)
+        for stage in recipe.stages
+    ]
+    trainer = StageTrainer(
+        stages=recipe.stages,
+        stage_data=stage_data,
+        args=args,
+        model=model,
+        processing_class=tokenizer,
+        callbacks=[isolation],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _deepspeed_config(given: Any, recipe: Recipe) -> dict[str, Any]:
+    config = dict(given) if isinstance(given, dict) else ds_configs.load(str(given))
+    if SECTION in config:
+        raise ValueError(f'the DeepSpeed configuration has an "{SECTION}" section, but a recipe has method.{SECTION}')
+    # Defaults are left out: accelerate takes any "auto" inside a DeepSpeed configuration for one of its own.
+    return {**config, SECTION: recipe.method.epi.model_dump(mode="json", exclude_defaults=True)}
+
+
+def _train(
+    recipe: Recipe,
+    trainer: StageTrainer,
+    isolation: EPICallback,
+    *,
+    metrics: MetricsWriter | None,
+    console: Console | None,
+    resume: Checkpoint | None,
+) -> None:
+    evaluator = Evaluator(
+        trainer,
+        build_tasks(recipe),
+        batch_size=recipe.evaluation.batch_size,
+        max_new_tokens=recipe.evaluation.max_new_tokens,
+        weights=recipe.evaluation.weights,
+    )
+    if console is not None:
+        console.print(f"resuming {resume.path}" if resume else f"starting {recipe.output}", highlight=False)
+    first_step = resume.step if resume else 0
+    with ProgressDisplay(console, total_steps=trainer.spans[-1].stop_step, first_step=first_step) as progress:
+        callback = RunCallback(
+            trainer,
+            isolation=isolation,
+            evaluator=evaluator,
+            metrics=metrics,
+            progress=progress,
+            marker=marker_of(recipe, world_size=dist.get_world_size()),
+        )
+        trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)

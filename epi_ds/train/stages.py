@@ -1,0 +1,96 @@
+"""A run as one ordered list of rows: which row when, which stage a step belongs to, and its learning rate.
+
+Stages follow one another; within a stage every epoch is one permutation of its rows, drawn from the seed. The list is
+read from front to back, so the position of a run is the number of rows it has consumed, at every world size with the
+same global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class StageSpan(NamedTuple):
+    """The steps of one stage, ``[first_step, stop_step)`` counted from 0 over the whole run."""
+
+    name: str
+    first_step: int
+    stop_step: int
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return self.stop_step - self.first_step
+
+
+class StageRows(NamedTuple):
+    """What `plan_stages` needs to know of a stage."""
+
+    name: str
+    num_rows: int
+    epochs: int
+
+
+def plan_stages(stages: Sequence[StageRows], *, global_batch: int) -> list[StageSpan]:
+    """Lay the stages' steps end to end. A stage's last, incomplete global batch is left out.
+
+    Raises ValueError for a stage that does not fill one global batch.
+    """
+    spans: list[StageSpan] = []
+    first_step = 0
+    for stage in stages:
+        num_steps = stage.num_rows * stage.epochs // global_batch
+        if num_steps == 0:
+            raise ValueError(
+                f"stage {stage.name} has {stage.num_rows} rows x {stage.epochs} epochs, fewer than one global batch of "
+                f"{global_batch} (micro-batch x accumulation x ranks); give it more rows or use a smaller batch"
+            )
+        spans.append(StageSpan(stage.name, first_step, first_step + num_steps))
+        first_step += num_steps
+    return spans
+
+
+def row_order(stages: Sequence[StageRows], spans: Sequence[StageSpan], *, global_batch: int, seed: int) -> list[int]:
+    """Return the rows of the run in order, as indices into the stages' rows laid end to end."""
+    order: list[int] = []
+    offset = 0
+    for position, (stage, span) in enumerate(zip(stages, spans, strict=True)):
+        indices: list[int] = []
+        for epoch in range(stage.epochs):
+            generator = torch.Generator().manual_seed(hash_seed(seed, position, epoch))
+            permutation = torch.randperm(stage.num_rows, generator=generator)
+            indices += (permutation + offset).tolist()
+        order += indices[: span.num_steps * global_batch]
+        offset += stage.num_rows
+    return order
+
+
+def hash_seed(seed: int, stage: int, epoch: int) -> int:
+    """Mix three small integers into one seed; neighbouring inputs give unrelated permutations."""
+    mixed = seed & 0xFFFFFFFF
+    for value in (stage, epoch):
+        mixed = (mixed * 6364136223846793005 + 1442695040888963407 + value) & 0x7FFFFFFFFFFFFFFF
+    return mixed
+
+
+def stage_at(spans: Sequence[StageSpan], step: int) -> StageSpan:
+    """Return the stage that the step with this index (from 0) belongs to; the last one for any step beyond."""
+    for span in spans:
+        if step < span.stop_step:
+            return span
+    return spans[-1]
+
+
+def laid_end_to_end(
+    spans: Sequence[StageSpan], factors: Sequence[Callable[[int], float]]
+) -> Callable[[int], float]:
+    """Join one learning-rate factor per stage, each a function of the step within its stage, into one for the run."""
+
+    def factor(step: int) -> float:
+        span = stage_at(spans, step)
+        return factors[spans.index(span)](step - span.first_step)
+
+    return factor

@@ -1,0 +1,96 @@
+"""TRL's SFTTrainer over stages: one engine, one ordered list of rows, schedules laid end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from transformers import get_scheduler
+from trl import SFTConfig, SFTTrainer
+
+from epi_ds.data.skills import Message
+from epi_ds.train.recipe import Stage
+from epi_ds.train.stages import StageRows, StageSpan, laid_end_to_end, plan_stages, row_order
+
+
+def to_dataset(conversations: Sequence[Sequence[Message]], *, assistant_only_loss: bool) -> Dataset:
+    """Return conversations in the form TRL tokenises.
+
+    By default the loss is on the last turn, which is a completion of all turns before it. With ``assistant_only_loss``
+    it is on every turn of the assistant, which the chat template has to mark.
+    """
+    if assistant_only_loss:
+        return Dataset.from_list([{"messages": list(messages)} for messages in conversations])
+    return Dataset.from_list(
+        [{"prompt": list(messages[:-1]), "completion": [messages[-1]]} for messages in conversations]
+    )
+
+
+class StageTrainer(SFTTrainer):
+    """An SFTTrainer whose training rows are the stages' rows in the order of `row_order`."""
+
+    def __init__(self, *, stages: Sequence[Stage], stage_data: Sequence[Dataset], args: SFTConfig, **kwargs: Any) -> None:
+        """``stage_data`` are the stages' rows as `to_dataset` gives them; the other arguments are SFTTrainer's."""
+        self.stages = list(stages)
+        self._stage_data = list(stage_data)
+        self.spans: list[StageSpan] = []
+        # TRL looks at this one to learn the rows' form, then asks `_prepare_dataset` for what is trained.
+        super().__init__(args=args, train_dataset=self._stage_data[0], **kwargs)
+
+    @property
+    def global_batch(self) -> int:
+        """Rows per optimizer step over all ranks."""
+        batch: int = (
+            self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        )
+        return batch
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: SFTConfig, *rest: Any) -> Any:
+        """Tokenise (and pack) every stage on its own, so that no sequence spans two, and put the rows in order."""
+        self.args = args
+        prepared = [
+            super(StageTrainer, self)._prepare_dataset(data, processing_class, args, *rest) for data in self._stage_data
+        ]
+        counts = [
+            StageRows(stage.name, len(data), stage.epochs) for stage, data in zip(self.stages, prepared, strict=True)
+        ]
+        self.spans = plan_stages(counts, global_batch=self.global_batch)
+        order = row_order(counts, self.spans, global_batch=self.global_batch, seed=args.seed)
+        return concatenate_datasets(prepared).select(order)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Lay the stages' schedules end to end."""
+        if self.lr_scheduler is None:
+            factors = [self._stage_factor(stage, span) for stage, span in zip(self.stages, self.spans, strict=True)]
+            factor = laid_end_to_end(self.spans, factors)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _stage_factor(self, stage: Stage, span: StageSpan) -> Any:
+        """Return a stage's learning rate over ``train.learning_rate``, as a function of the step within it."""
+        warmup = stage.warmup_steps
+        # Only the shape is wanted, which transformers keeps in a scheduler; the optimizer is a stand-in.
+        schedule = get_scheduler(
+            stage.lr_scheduler_type or self.args.lr_scheduler_type,
+            optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            num_warmup_steps=self.args.get_warmup_steps(span.num_steps) if warmup is None else warmup,
+            num_training_steps=span.num_steps,
+            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+        )
+        if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            name = stage.lr_scheduler_type or self.args.lr_scheduler_type
+            raise ValueError(
+                f"stage {stage.name}: lr_scheduler_type {name} depends on metrics and has no shape over a stage; use "
+                "constant, linear, cosine or another schedule of the step"
+            )
+        shape = schedule.lr_lambdas[0]
+        peak = (stage.learning_rate or self.args.learning_rate) / self.args.learning_rate
+        return lambda step: peak * shape(step)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save nothing inside a checkpoint: its weights are in DeepSpeed's shards, and the export is made at the end."""
+        if not _internal_call:
+            super().save_model(output_dir)

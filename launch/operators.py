@@ -1,0 +1,62 @@
+"""Build DeepSpeed's operators once, before ranks need them.
+
+DeepSpeed compiles an operator when a rank first uses it. A rank killed during that leaves torch's lock file behind,
+and every later start then waits for it forever (https://github.com/pytorch/pytorch/issues/189245). Built here, under a
+lock that the kernel releases with its process, a lock file that is found belongs to nobody and can be removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from epi_ds.launch.environment import accelerator_name, prepare_environment
+
+# What ZeRO-3 with Adam uses, by accelerator. On a GPU the fused optimizer is all that is compiled.
+_BUILDERS = {
+    "cpu": ("ShareMemCommBuilder", "FusedAdamBuilder", "CPUAdamBuilder"),
+    "cuda": ("FusedAdamBuilder", "CPUAdamBuilder"),
+}
+
+
+@contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".epi_ds_build").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def stale_locks(folder: Path) -> list[Path]:
+    """Return torch's build locks in an extensions folder. Stale when nobody is building there."""
+    return sorted(folder.glob("*/lock")) + sorted(folder.glob("*/*/lock"))
+
+
+def build_operators(report: Callable[[str], None]) -> None:
+    """Build (or find built) the operators of this machine's accelerator. ``report`` is given a line per operator.
+
+    Raises RuntimeError naming the operator and the remedy when one cannot be built.
+    """
+    prepare_environment()
+    accelerator = accelerator_name()
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    from deepspeed.accelerator import get_accelerator
+
+    with _exclusive(folder):
+        for lock in stale_locks(folder):
+            report(f"removing {lock}, left by a build that was killed")
+            lock.unlink()
+        for name in _BUILDERS.get(accelerator, ()):
+            started = time.perf_counter()
+            try:
+                get_accelerator().create_op_builder(name).load()
+            except Exception as error:  # DeepSpeed and torch raise many types here
+                raise RuntimeError(
+                    f"DeepSpeed's {name.removesuffix('Builder')} could not be built in {folder}: {error}. It needs a C++ "
+                    "compiler (Debian, Ubuntu: apt-get install g++ python3-dev)"
+                ) from error
+            report(f"{name.removesuffix('Builder')} ready after {time.perf_counter() - started:.0f} s")
