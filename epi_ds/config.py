@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from epi_ds.errors import describe
+from epi_ds.errors import problems_of, summarize
 
 
 class PolicyName(str, Enum):
@@ -148,4 +148,4 @@ def parse_config(section: Mapping[str, Any] | EPIConfig, *, place: str = 'the "e
     try:
         return EPIConfig.model_validate(dict(section))
     except ValidationError as error:
-        raise ValueError(describe(error, EPIConfig, place=place)) from None
+        raise ValueError(summarize(problems_of(error, EPIConfig), place=place)) from None

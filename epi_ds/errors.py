@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel, ValidationError
 
@@ -14,26 +14,14 @@ def nearest(name: str, valid_names: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> dict[str, type]:
-    """Return the fields valid at ``path``, as far as nested models can be followed by field name."""
-    fields = model.model_fields
-    for part in path:
-        field = fields.get(part) if isinstance(part, str) else None
-        annotation = field.annotation if field is not None else None
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if nested:
-            fields = nested[0].model_fields
-        elif not isinstance(part, int):
-            return {}
-    return {name: object for name in fields}
+def summarize(problems: Sequence[str], *, place: str) -> str:
+    """Put problems under one heading. ``place`` names what was read, e.g. ``the "epi" section of ds_config``."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return f"{count} in {place}:\n" + "\n".join(f"  - {problem}" for problem in problems)
 
 
-def describe(error: ValidationError, model: type[BaseModel], *, place: str) -> str:
-    """List every problem of ``error``: where, the value, the rule and, for unknown keys, the nearest valid name.
-
-    ``place`` names what was being read, for example ``the "epi" section of ds_config``.
-    """
+def problems_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """Return one sentence per problem: where, the value, the rule and, for unknown keys, the nearest valid name."""
     problems = []
     for item in error.errors():
         path = item["loc"]
@@ -46,6 +34,27 @@ def describe(error: ValidationError, model: type[BaseModel], *, place: str) -> s
             problems.append(f"{name}: {item['ctx']['error']}")
         else:
             problems.append(f"{name}: {item['msg']}, got {item['input']!r}")
-    lines = "\n".join(f"  - {problem}" for problem in problems)
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return f"{count} in {place}:\n{lines}"
+    return problems
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    """Return the fields valid at ``path``, following nested models by field name."""
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part)
+        nested = None if field is None else _nested_model(field.annotation)
+        if nested is None:
+            return []
+        model = nested
+    return list(model.model_fields)
+
+
+def _nested_model(annotation: object) -> type[BaseModel] | None:
+    """Return the model inside an annotation such as ``M``, ``M | None`` or ``tuple[M, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if (found := _nested_model(argument)) is not None:
+            return found
+    return None

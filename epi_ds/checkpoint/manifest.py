@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from epi_ds.errors import describe
+from epi_ds.errors import problems_of, summarize
 
 FOLDER = "epi"
 FILE = "manifest.json"
@@ -74,4 +74,5 @@ def read_manifest(folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        raise RuntimeError(describe(error, Manifest, place=str(path)) + "\nLoad another tag.") from None
+        problems = summarize(problems_of(error, Manifest), place=str(path))
+        raise RuntimeError(f"{problems}\nLoad another tag.") from None

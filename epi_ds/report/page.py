@@ -1,12 +1,115 @@
-"""report.html: one page, no network, from a run's metrics only."""
+"""``report.html``: one page without scripts or network, made from a run's metrics only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
+from epi_ds.report import figures
+from epi_ds.report.scores import ScoreTable, score_table
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; margin: 2rem auto; max-width: 56rem; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; } p { max-width: 42rem; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .8rem 1.2rem; }
+dt { color: #65676b; font-size: .85rem; } dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #e4e6eb; }
+th:first-child, td:first-child { text-align: left; } svg { width: 100%; height: auto; }
+"""
+
 
 def write_report(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Write the page."""
-    path.write_text("<html></html>")
+    """Write the page of a run from the lines of its metrics file. Raises ValueError where no run ever started."""
+    runs = [line for line in metrics if line["event"] == "run"]
+    if not runs:
+        raise ValueError(f"there is nothing to report: {path.parent} holds no metrics of a run")
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        _summary(metrics, runs),
+        *_sections(metrics, runs[-1]["stages"]),
+    ]
+    path.write_text(
+        "<!doctype html>\n"
+        f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
+        "<body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+def _summary(metrics: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> str:
+    run, steps = runs[-1], [line for line in metrics if line["event"] == "step"]
+    config = run["config"]
+    done = steps[-1]["step"] if steps else 0
+    active = sum(line["isolated"] > 0 for line in steps)
+    facts = {
+        "steps": f"{done} of {run['total_steps']}",
+        "ranks": str(run["world_size"]),
+        "resumed": f"{sum(line['resumed'] for line in runs)} times",
+        "policy": config["policy"],
+        "requested ratio": f"{config['ratio']:.2%}",
+        "refresh interval": f"{config['refresh_interval']} steps",
+        "covered parameters": f"{run['covered']:,}",
+        "mask active in": f"{active / max(1, len(steps)):.0%} of steps",
+    }
+    forgetting = score_table(metrics).mean_forgetting
+    if forgetting is not None:
+        facts["mean forgetting"] = f"{forgetting:.1%}"
+    return "<dl>" + "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items()) + "</dl>"
+
+
+def _sections(metrics: Sequence[dict[str, Any]], stages: figures.Stages) -> list[str]:
+    def lines(event: str) -> list[dict[str, Any]]:
+        return [line for line in metrics if line["event"] == event]
+
+    steps, refreshes, evaluations = lines("step"), lines("refresh"), lines("evaluation")
+    sections = []
+    if evaluations:
+        sections.append(
+            _section(
+                "Scores",
+                "Every task before training and after each stage. Forgetting is the best earlier score minus the last one.",
+                _score_rows(score_table(metrics)),
+            )
+        )
+        sections.append(_section("Accuracy", "", figures.score_figure(evaluations, stages)))
+    if steps:
+        sections.append(_section("Loss", "", figures.loss_figure(steps, stages)))
+        sections.append(
+            _section("Isolated share", "Entries that did not move, per step.", figures.share_figure(steps, stages))
+        )
+    if refreshes:
+        explanation = (
+            "Overlap of each mask with the one before it: 1 keeps the same entries, and a dip after a stage begins shows "
+            "that other parameters became important."
+        )
+        sections.append(_section("Drift", explanation, figures.drift_figure(refreshes, stages)))
+        sections.append(
+            _section("Layers", "Isolated share of each layer at each refresh.", figures.layer_figure(refreshes, stages))
+        )
+    return sections
+
+
+def _section(title: str, explanation: str, content: str) -> str:
+    text = f"<p>{explanation}</p>" if explanation else ""
+    return f"<section><h2>{title}</h2>{text}{content}</section>"
+
+
+def _score_rows(table: ScoreTable) -> str:
+    def shown(value: float | None, percent: bool) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.0%}" if percent else f"{value:.3f}"
+
+    header = "".join(f"<th>{escape(column)}</th>" for column in ("task", *table.columns, "forgetting"))
+    rows = "".join(
+        "<tr><td>"
+        + escape(row.name)
+        + "</td>"
+        + "".join(f"<td>{shown(value, row.higher_is_better)}</td>" for value in (*row.values, row.forgetting))
+        + "</tr>"
+        for row in table.rows
+    )
+    return f"<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>"

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from epi_ds.config import EPIConfig
 from epi_ds.data.skills import SKILLS
-from epi_ds.errors import describe, nearest
+from epi_ds.errors import nearest, problems_of, summarize
 from epi_ds.launch import recipes as shipped
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
@@ -92,6 +92,9 @@ class DataSource(BaseModel):
                 raise ValueError(f"skill {self.skill} is generated, so rows must say how many")
             if self.split not in ("train", "test"):
                 raise ValueError(f"split of a skill must be train or test, got {self.split!r}")
+            ignored = [name for name in ("messages", "prompt", "completion", "subset") if getattr(self, name)]
+            if ignored:
+                raise ValueError(f"skill {self.skill} has conversations, so {', '.join(ignored)} would be ignored; remove it")
         elif (self.prompt is None) != (self.completion is None):
             raise ValueError("prompt and completion name two columns of one file: give both or neither")
         elif self.messages is not None and self.prompt is not None:
@@ -181,7 +184,7 @@ class Recipe(BaseModel):
     model_config = _FROZEN
 
     model: ModelSection
-    stages: tuple[Stage, ...] = Field(min_length=1)
+    stages: tuple[Stage, ...]
     method: MethodSection = MethodSection()
     train: dict[str, Any] = {}
     """Arguments of TRL's ``SFTConfig`` (Hugging Face ``TrainingArguments``) by their own names. ``deepspeed`` may name a
@@ -194,6 +197,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _distinct_stages(self) -> Recipe:
+        if not self.stages:
+            raise ValueError("stages must hold at least one stage")
         names = [stage.name for stage in self.stages]
         repeated = {name for name in names if names.count(name) > 1}
         if repeated:
@@ -257,17 +262,17 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(values: Mapping[str, Any], *, place: str) -> Recipe:
     """Validate the values of a recipe; raise one ValueError that lists every problem found."""
-    problems = []
+    problems: list[str] = []
     recipe = None
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems.append(describe(error, Recipe, place=place))
+        problems += problems_of(error, Recipe)
     train = values.get("train")
     if isinstance(train, Mapping):
         problems += _train_problems(train)
     if problems or recipe is None:
-        raise ValueError("\n".join(problems))
+        raise ValueError(summarize(problems, place=place))
     return recipe
 
 
@@ -279,9 +284,9 @@ def _train_problems(train: Mapping[str, Any]) -> list[str]:
     problems = []
     for name in train:
         if name in _OWNED_ARGUMENTS:
-            problems.append(f"  - train.{name}: decided by the recipe; set {_OWNED_ARGUMENTS[name]}")
+            problems.append(f"train.{name}: decided by the recipe; set {_OWNED_ARGUMENTS[name]}")
         elif name not in valid:
-            problems.append(f"  - train.{name}: not an argument of SFTConfig{nearest(name, valid)}")
+            problems.append(f"train.{name}: not an argument of SFTConfig{nearest(name, valid)}")
     return problems
 
 

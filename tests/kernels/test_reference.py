@@ -1,0 +1,131 @@
+"""The reference operations against the plainest possible expressions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from epi_ds.isolation.mask import set_segment
+from epi_ds.isolation.layout import Segment
+from epi_ds.kernels import count_bits, hold, mask_, masked_sumsq, observe_, pack_bits, restore_, sketch_counts, unpack_bits
+from epi_ds.kernels.reference.chunks import CHUNK_NUMEL, chunks
+
+# 0, 1, around a byte, a prime, around a chunk.
+SIZES = [0, 1, 7, 8, 9, 1009, CHUNK_NUMEL - 1, CHUNK_NUMEL, CHUNK_NUMEL + 3]
+
+
+def random_mask(numel: int, share: float = 0.2) -> Tensor:
+    return torch.rand(numel, generator=torch.Generator().manual_seed(numel)) < share
+
+
+def bits_of(mask: Tensor) -> Tensor:
+    bits = torch.full((-(-mask.numel() // 8),), 255, dtype=torch.uint8)
+    pack_bits(mask, bits)
+    return bits
+
+
+@pytest.mark.parametrize("numel", SIZES)
+def test_bits_round_trip(numel: int) -> None:
+    mask = random_mask(numel)
+    bits = bits_of(mask)
+    assert torch.equal(unpack_bits(bits, 0, numel), mask)
+    assert count_bits(bits) == int(mask.sum())
+    for start, stop in ((0, numel), (numel // 3, numel), (min(3, numel), min(20, numel))):
+        assert torch.equal(unpack_bits(bits, start, stop), mask[start:stop])
+
+
+@pytest.mark.parametrize("numel", SIZES)
+def test_hold_and_restore_keep_bits_through_anything(numel: int) -> None:
+    mask = random_mask(numel)
+    bits = bits_of(mask)
+    values = torch.randn(numel)
+    if numel > 2:
+        values[0], values[1] = float("nan"), -0.0
+    before = values.clone()
+    held = hold(values, bits)
+    values.copy_(torch.randn(numel) * float("inf"))
+    changed = values.clone()
+    restore_(values, bits, held)
+    # NaN and the sign of zero are part of the bits.
+    assert torch.equal(values.view(torch.int32), torch.where(mask, before.view(torch.int32), changed.view(torch.int32)))
+
+
+@pytest.mark.parametrize("numel", SIZES)
+def test_mask_zeroes_isolated_entries_also_where_they_are_not_numbers(numel: int) -> None:
+    mask = random_mask(numel)
+    values = torch.full((numel,), float("nan"))
+    values[~mask] = 2.0
+    mask_(values, bits_of(mask))
+    assert torch.equal(values, torch.where(mask, 0.0, 2.0))
+
+
+@pytest.mark.parametrize("numel", SIZES)
+def test_masked_sumsq(numel: int) -> None:
+    mask = random_mask(numel)
+    values = torch.randn(numel)
+    for start, stop in ((0, numel), (numel // 3, numel)):
+        expected = values[start:stop][~mask[start:stop]].double().square().sum()
+        # The same fp64 numbers, summed by chunks.
+        torch.testing.assert_close(masked_sumsq(values, bits_of(mask), start=start, stop=stop), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_observe_is_the_exponential_average_of_squares(numel: int, dtype: torch.dtype) -> None:
+    importance = torch.rand(numel)
+    gradient = torch.randn(numel).to(dtype)
+    expected = 0.9 * importance.double() + 0.1 * (gradient.double() / 4) ** 2
+    untouched = gradient.clone()
+    observe_(importance, gradient, ema_decay=0.9, inverse_scale=0.25)
+    # Three roundings of fp32, 6e-8 each.
+    torch.testing.assert_close(importance.double(), expected, rtol=2e-7, atol=0)
+    assert torch.equal(gradient, untouched)
+
+
+def test_observe_saturates_and_keeps_non_finite_values_out() -> None:
+    largest = torch.finfo(torch.float32).max
+    importance = torch.tensor([0.0, 1.0, largest, largest, 1.0])
+    gradient = torch.tensor([1e30, float("nan"), float("inf"), -1e38, 0.0])
+    for _ in range(3):
+        observe_(importance, gradient, ema_decay=0.5)
+    assert importance.isfinite().all()
+    assert importance[2] == importance[3] == largest
+    assert importance[1] == importance[4] == 0.125
+    assert importance[0] == pytest.approx(largest * 0.875)
+
+
+def test_observe_without_a_gradient_only_decays() -> None:
+    importance = torch.tensor([1.0, 3.0])
+    observe_(importance, None, ema_decay=0.5)
+    assert importance.tolist() == [0.5, 1.5]
+
+
+@pytest.mark.parametrize("numel", SIZES)
+def test_sketch_counts_equal_comparisons(numel: int) -> None:
+    generator = torch.Generator().manual_seed(numel)
+    codes = torch.randint(0, 50, (numel,), generator=generator, dtype=torch.int32)
+    for edges in (torch.arange(0, 60, 3), torch.tensor([7, 7, 7]), torch.tensor([49]), torch.tensor([0, 49, 49])):
+        edges = edges.to(torch.int32)
+        expected = torch.stack([(codes >= edge).sum() for edge in edges])
+        assert torch.equal(sketch_counts(codes, edges), expected)
+
+
+def test_set_segment_leaves_its_neighbours_alone() -> None:
+    numel = 2 * CHUNK_NUMEL + 13
+    before = random_mask(numel)
+    for start, length in ((0, 5), (3, 2), (11, CHUNK_NUMEL + 1), (numel - 9, 9)):
+        bits = bits_of(before)
+        segment = Segment("p", 0, 0, start, length, length, 0, (length,))
+        mask = random_mask(length, share=0.5)
+        set_segment(bits, segment, mask)
+        expected = before.clone()
+        expected[start : start + length] = mask
+        assert torch.equal(unpack_bits(bits, 0, numel), expected)
+
+
+def test_chunks_cover_a_range_and_begin_at_bytes() -> None:
+    pieces = list(chunks(5, 3 * CHUNK_NUMEL + 1))
+    assert pieces[0][0] == 5
+    assert pieces[-1][1] == 3 * CHUNK_NUMEL + 1
+    assert all(a[1] == b[0] and b[0] % 8 == 0 for a, b in zip(pieces, pieces[1:], strict=False))

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from epi_ds.config import EPIConfig, PolicyName, parse_config
+
+
+def test_defaults_are_the_papers() -> None:
+    config = parse_config({})
+    assert (config.ratio, config.refresh_interval, config.ema_decay) == (0.01, 500, 0.99)
+    assert config.policy is PolicyName.EVOLVING
+
+
+def test_every_field_is_documented() -> None:
+    import ast
+    import inspect
+
+    (tree,) = ast.parse(inspect.getsource(EPIConfig)).body
+    body = tree.body
+    for node, following in zip(body, body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign):
+            assert isinstance(following, ast.Expr), f"{ast.unparse(node.target)} has no docstring"
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"ratio": 1.0}, ["ratio", "less than 1", "1.0"]),
+        ({"ratio": -0.1}, ["ratio", "greater than or equal to 0"]),
+        ({"ratio": float("nan")}, ["ratio"]),
+        ({"ema_decay": 1.0}, ["ema_decay", "less than 1"]),
+        ({"refresh_interval": 0}, ["refresh_interval", "greater than or equal to 1"]),
+        ({"selection": "global"}, ["selection", "normalized_global", "per_layer", "raw_global", "'global'"]),
+        ({"normalizer": "rank"}, ["normalizer", "selection: per_layer"]),
+        ({"policy": "static"}, ["exactly one source", "mask_from or probe_steps", "none"]),
+        ({"policy": "static", "mask_from": "a", "probe_steps": 2}, ["mask_from and probe_steps"]),
+        ({"probe_steps": 2}, ["probe_steps belongs to policy: static", "evolving"]),
+        ({"ratoi": 0.1}, ["ratoi: unknown key", "did you mean 'ratio'"]),
+        ({"zzz": 0.1}, ["zzz: unknown key", "valid keys are"]),
+    ],
+)
+def test_mistakes_are_named_with_value_and_rule(section: dict[str, Any], expected: list[str]) -> None:
+    with pytest.raises(ValueError, match="problem in") as raised:
+        parse_config(section)
+    for text in expected:
+        assert text in str(raised.value)
+
+
+def test_all_mistakes_are_named_at_once() -> None:
+    with pytest.raises(ValueError, match="3 problems in the ds_config") as raised:
+        parse_config({"ratio": 2, "refresh_interval": -1, "aply": "update"}, place="the ds_config")
+    assert str(raised.value).count("\n  - ") == 3
+
+
+def test_a_section_must_be_a_mapping() -> None:
+    with pytest.raises(ValueError, match="must be a mapping"):
+        parse_config(["ratio"])  # type: ignore[arg-type]
+
+
+def test_values_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        parse_config({}).ratio = 0.5  # type: ignore[misc]

@@ -1,0 +1,130 @@
+"""A room stands above everything it imports. Read from the imports with ast, so that it cannot drift."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Floor of every room, by the longest matching prefix.
+FLOORS = {
+    "epi_ds.cli": 6,
+    "epi_ds.train": 5,
+    "epi_ds.report": 5,
+    "epi_ds.hf": 4,
+    "epi_ds.api": 4,
+    "epi_ds.data": 4,
+    "epi_ds.zero3": 3,
+    "epi_ds.checkpoint": 3,
+    "epi_ds.isolation.controller": 2,
+    "epi_ds.isolation.collectives": 2,
+    "epi_ds.isolation": 1,
+    "epi_ds.config": 0,
+    "epi_ds.errors": 0,
+    "epi_ds.kernels": 0,
+    # Beside the house: they import only its ground floor.
+    "epi_ds.launch": 0,
+    "epi_ds.ds_configs": 0,
+    # The face of the package; its public names are imported when asked for.
+    "epi_ds": 0,
+}
+# Rooms on one floor that do not look into each other.
+APART = [
+    ("epi_ds.train", "epi_ds.report"),
+    ("epi_ds.zero3", "epi_ds.checkpoint"),
+    ("epi_ds.kernels", "epi_ds.config"),
+    ("epi_ds.data", "epi_ds.api"),
+    ("epi_ds.data", "epi_ds.hf"),
+]
+PACKAGE_FOLDERS = {"epi_ds": "epi_ds", "kernels": "epi_ds.kernels", "launch": "epi_ds.launch", "ds_configs": "epi_ds.ds_configs"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for folder, package in PACKAGE_FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def floor_of(module: str) -> int:
+    prefix = module
+    while prefix not in FLOORS:
+        prefix = prefix.rpartition(".")[0]
+    return FLOORS[prefix]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every imported module, imports inside functions and for type checkers included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            assert all(alias.name != "*" for alias in node.names), f"{path}:{node.lineno} imports *"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else str(node.module)
+
+
+def test_every_room_is_found() -> None:
+    assert len(MODULES) > 40
+    assert {floor_of(module) for module in MODULES} == set(range(7))
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_room_stands_above_everything_it_imports(module: str) -> None:
+    if module == "epi_ds":
+        return
+    for name in imported(MODULES[module]):
+        if name.startswith("epi_ds.") and name in MODULES:
+            assert floor_of(name) <= floor_of(module), f"{module} imports {name} from a floor above"
+            for one, other in APART:
+                for left, right in ((one, other), (other, one)):
+                    assert not (module.startswith(left) and name.startswith(right)), f"{module} looks into {name}"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_deepspeed_internals_stay_in_one_room(module: str) -> None:
+    for name in imported(MODULES[module]):
+        if name.startswith("deepspeed.runtime"):
+            assert module.startswith("epi_ds.zero3"), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if floor_of(m) < 3))
+def test_collectives_stay_in_one_room(module: str) -> None:
+    for name in imported(MODULES[module]):
+        if name.startswith(("torch.distributed", "deepspeed.comm")):
+            assert module == "epi_ds.isolation.collectives", f"{module} imports {name}"
+        if name.startswith("deepspeed"):
+            assert module.startswith("epi_ds.launch"), f"{module} imports {name}"
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    script = "import epi_ds, sys; print([m for m in ('transformers', 'trl', 'datasets', 'deepspeed') if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "[]"
+
+
+def test_kernels_and_launch_are_no_top_level_packages() -> None:
+    import epi_ds.kernels
+    import epi_ds.launch
+
+    assert Path(epi_ds.kernels.__file__).parent == ROOT / "kernels"
+    assert Path(epi_ds.launch.__file__).parent == ROOT / "launch"
+    listed = re.search(r"^packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    assert listed is not None
+    packages = set(ast.literal_eval(f"[{listed.group(1)}]"))
+    folders = {name.rpartition(".")[0] if path.name != "__init__.py" else name for name, path in MODULES.items()}
+    assert packages == folders

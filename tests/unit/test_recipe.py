@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from epi_ds import ds_configs
+from epi_ds.train.recipe import find_recipe, load_recipe, shipped_names
+
+MINIMAL: dict[str, Any] = {
+    "model": {"path": "somewhere"},
+    "stages": [{"name": "one", "data": {"skill": "logic", "rows": 8}}],
+    "output": "runs/x",
+}
+
+
+def write(folder: Path, recipe: dict[str, Any]) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_shipped_recipes_are_valid_and_say_what_they_are(name: str) -> None:
+    load_recipe(name)
+    assert find_recipe(name).read_text().startswith("# ")
+
+
+def test_overrides_reach_every_depth(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write(tmp_path, MINIMAL),
+        ["train.learning_rate=1e-5", "stages.0.epochs=3", "stages.one.data.rows=9", "method.epi.ratio=0.05", "ranks=2"],
+    )
+    assert recipe.train["learning_rate"] == 1e-5
+    assert recipe.stages[0].epochs == 3
+    assert recipe.stages[0].data.rows == 9
+    assert recipe.method.epi.ratio == 0.05
+    assert recipe.ranks == 2
+
+
+def test_a_number_in_scientific_notation_is_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {path: m}\nstages: [{name: a, data: {skill: logic, rows: 8}, learning_rate: 1e-5}]\noutput: o\n")
+    assert load_recipe(str(path)).stages[0].learning_rate == 1e-5
+
+
+def test_every_mistake_is_named_at_once_with_the_nearest_name(tmp_path: Path) -> None:
+    wrong = {
+        **MINIMAL,
+        "modle": 1,
+        "stages": [{"name": "a", "data": {"skill": "lgic", "rows": 8}}, {"name": "b", "data": {"rows": 3}}],
+        "method": {"epi": {"refresh_intervall": 3}},
+        "train": {"lerning_rate": 1, "max_steps": 3},
+    }
+    with pytest.raises(ValueError, match="6 problems in the recipe") as raised:
+        load_recipe(write(tmp_path, wrong))
+    for text in (
+        "modle: unknown key; did you mean 'model'?",
+        "there is no skill 'lgic'; did you mean 'logic'?",
+        "stages.1.data: give either skill or path",
+        "method.epi.refresh_intervall: unknown key; did you mean 'refresh_interval'?",
+        "train.lerning_rate: not an argument of SFTConfig; did you mean 'learning_rate'?",
+        "train.max_steps: decided by the recipe; set stages[].data.rows",
+    ):
+        assert text in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("nonsense", "must have the form key=value"),
+        ("stages.7.epochs=2", "'7' is not one of the 1 items here (one)"),
+        ("output.x=2", "'output' is a value, not a section"),
+        ("stages.0.data.prompt=question", "skill logic has conversations, so prompt would be ignored"),
+        ("stages.0.data={path: a.jsonl, prompt: q}", "prompt and completion name two columns"),
+        ("stages.0.data={path: a.jsonl, messages: m, prompt: q, completion: a}", "not both"),
+        ("stages.0.data.split=dev", "train or test"),
+        ("stages.0.data={skill: logic}", "rows must say how many"),
+    ],
+)
+def test_mistaken_overrides_are_explained(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match="override|problem") as raised:
+        load_recipe(write(tmp_path, MINIMAL), [override])
+    assert message in str(raised.value)
+
+
+def test_stage_names_must_differ(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stage names must differ, repeated: one"):
+        load_recipe(write(tmp_path, {**MINIMAL, "stages": MINIMAL["stages"] * 2}))
+
+
+def test_unknown_recipes_and_configurations_name_what_there_is() -> None:
+    with pytest.raises(ValueError, match="did you mean 'demo'"):
+        load_recipe("dmeo")
+    with pytest.raises(ValueError, match="there is no recipe file missing.yaml"):
+        load_recipe("missing.yaml")
+    with pytest.raises(ValueError, match="zero3, zero3_offload"):
+        ds_configs.load("zero4x")
+
+
+@pytest.mark.parametrize("name", ds_configs.names())
+def test_shipped_configurations_are_stage_3(name: str) -> None:
+    assert ds_configs.load(name)["zero_optimization"]["stage"] == 3

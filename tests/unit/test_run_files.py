@@ -1,0 +1,123 @@
+"""The files of a run: metrics that survive kills, committed checkpoints, score tables, the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epi_ds.report.page import write_report
+from epi_ds.report.scores import score_table
+from epi_ds.train.metrics import MetricsWriter, read_metrics
+from epi_ds.train.recipe import parse_recipe
+from epi_ds.train.resume import find_resume, marker_of
+from epi_ds.train.run_folder import RunFolder, commit
+
+RECIPE = parse_recipe(
+    {"model": {"path": "m"}, "stages": [{"name": "a", "data": {"skill": "logic", "rows": 8}}], "output": "o"}, place="test"
+)
+
+
+def test_metrics_are_cut_back_on_resume_and_torn_lines_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path, resume_step=None)
+    for step in range(6):
+        writer.write("step", step=step, stage="a", loss=1.0 / (step + 1))
+    writer.close()
+    with path.open("a") as file:
+        file.write('{"event": "step", "st')
+    assert [line["step"] for line in read_metrics(path)] == list(range(6))
+    writer = MetricsWriter(path, resume_step=3)
+    writer.write("step", step=4, stage="a", loss=9.0)
+    writer.close()
+    lines = list(read_metrics(path))
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert lines[2]["loss"] == 1 / 3
+    MetricsWriter(path, resume_step=None).close()
+    assert list(read_metrics(path)) == []
+    assert list(read_metrics(tmp_path / "absent.jsonl")) == []
+
+
+def checkpoint(folder: RunFolder, step: int, marker: dict[str, Any] | None) -> None:
+    path = folder.checkpoints / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    if marker is not None:
+        commit(path, {**marker, "step": step})
+
+
+def test_only_committed_checkpoints_are_resumed_from(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert find_resume(RECIPE, folder, world_size=2) is None
+    marker = marker_of(RECIPE, world_size=2)
+    checkpoint(folder, 9, marker)
+    checkpoint(folder, 10, marker)
+    checkpoint(folder, 11, None)
+    newest = find_resume(RECIPE, folder, world_size=2)
+    assert newest is not None
+    assert newest.step == 10
+
+
+def test_a_resume_that_would_train_other_rows_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    checkpoint(folder, 3, marker_of(RECIPE, world_size=2))
+    other = RECIPE.model_copy(update={"train": {"seed": 5}})
+    with pytest.raises(ValueError, match="train other rows") as raised:
+        find_resume(other, folder, world_size=3)
+    assert "world_size was 2, is 3" in str(raised.value)
+    assert "'seed': 5" in str(raised.value)
+    # What does not change the rows may change.
+    assert find_resume(RECIPE.model_copy(update={"train": {"save_steps": 5}}), folder, world_size=2) is not None
+
+
+def evaluation(step: int, stage: str, **values: float) -> dict[str, Any]:
+    scores = {
+        name: {"value": value, "num_rows": 4, "higher_is_better": name != "nll"} for name, value in values.items()
+    }
+    return {"event": "evaluation", "step": step, "stage": stage, "scores": scores}
+
+
+LINES = [
+    {
+        "event": "run", "step": 0, "stage": "a", "resumed": False, "world_size": 2, "total_steps": 4, "covered": 100,
+        "stages": {"a": [0, 2], "b<": [2, 4]}, "config": {"policy": "evolving", "ratio": 0.1, "refresh_interval": 2},
+    },
+    evaluation(0, "start", a=0.25, b=0.0, nll=2.0),
+    {"event": "step", "step": 1, "stage": "a", "loss": 2.0, "isolated": 0, "isolated_share": 0.0},
+    evaluation(2, "a", a=0.75, b=0.0, nll=1.0),
+    {
+        "event": "refresh", "step": 2, "stage": "a", "jaccard": None, "isolated": 10,
+        "layer_isolated": {"x": 4, "y": 6}, "layer_numel": {"x": 40, "y": 60},
+    },
+    {"event": "step", "step": 3, "stage": "b<", "loss": 1.0, "isolated": 10, "isolated_share": 0.1},
+    evaluation(4, "b", a=0.5, b=1.0, nll=1.5),
+]  # fmt: skip
+
+
+def test_forgetting_is_the_best_earlier_score_minus_the_last() -> None:
+    table = score_table(LINES)
+    assert table.columns == ("before", "after a", "after b")
+    assert {row.name: row.forgetting for row in table.rows} == {"a": 0.25, "b": -1.0, "nll": 0.5}
+    # Losses are no accuracies, and are left out of the mean.
+    assert table.mean_forgetting == pytest.approx((0.25 - 1.0) / 2)
+
+
+def test_the_report_is_the_same_page_every_time_and_escapes_names(tmp_path: Path) -> None:
+    pages = []
+    for name in ("one.html", "two.html"):
+        write_report(LINES, tmp_path / name, title="a <run>")
+        pages.append((tmp_path / name).read_text())
+    assert pages[0] == pages[1]
+    assert "a &lt;run&gt;" in pages[0]
+    assert "<run>" not in pages[0]
+    assert pages[0].count("<svg") == 5
+    assert "http" not in pages[0].replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+    with pytest.raises(ValueError, match="nothing to report"):
+        write_report([], tmp_path / "no.html", title="x")
+
+
+def test_a_commit_is_whole_or_absent(tmp_path: Path) -> None:
+    commit(tmp_path, {"step": 1})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from epi_ds.train.stages import StageRows, StageSpan, laid_end_to_end, plan_stages, row_order, stage_at
+
+STAGES = [StageRows("a", 10, 1), StageRows("b", 7, 3), StageRows("c", 4, 1)]
+
+
+def test_stages_are_laid_end_to_end_in_whole_batches() -> None:
+    assert plan_stages(STAGES, global_batch=4) == [StageSpan("a", 0, 2), StageSpan("b", 2, 7), StageSpan("c", 7, 8)]
+
+
+def test_a_stage_without_a_whole_batch_is_named() -> None:
+    with pytest.raises(ValueError, match="stage c has 4 rows x 1 epochs, fewer than one global batch of 5"):
+        plan_stages(STAGES, global_batch=5)
+
+
+@given(
+    st.lists(st.tuples(st.integers(8, 30), st.integers(1, 3)), min_size=1, max_size=4),
+    st.integers(1, 8),
+    st.integers(0, 2**31),
+)
+def test_order_is_one_permutation_per_stage_and_epoch(sizes: list[tuple[int, int]], batch: int, seed: int) -> None:
+    stages = [StageRows(str(i), rows, epochs) for i, (rows, epochs) in enumerate(sizes)]
+    spans = plan_stages(stages, global_batch=batch)
+    order = row_order(stages, spans, global_batch=batch, seed=seed)
+    assert len(order) == spans[-1].stop_step * batch
+    offset = position = 0
+    for stage, span in zip(stages, spans, strict=True):
+        own = order[position : position + span.num_steps * batch]
+        for epoch in range(stage.epochs):
+            part = own[epoch * stage.num_rows : (epoch + 1) * stage.num_rows]
+            assert len(set(part)) == len(part)
+            assert set(part) <= set(range(offset, offset + stage.num_rows))
+        offset += stage.num_rows
+        position += len(own)
+
+
+def test_order_depends_on_the_seed_the_stage_and_the_epoch() -> None:
+    stages = [StageRows("a", 50, 2), StageRows("b", 50, 1)]
+    spans = plan_stages(stages, global_batch=1)
+    one, other = (row_order(stages, spans, global_batch=1, seed=seed) for seed in (0, 1))
+    assert one != other
+    assert one[:50] != one[50:100] != [i - 50 for i in one[100:]]
+    assert one == row_order(stages, spans, global_batch=1, seed=0)
+
+
+def test_a_longer_batch_reads_the_same_rows() -> None:
+    """The position of a run is the number of rows it has consumed: the list does not depend on how it is cut."""
+    stages = [StageRows("a", 48, 1), StageRows("b", 24, 1)]
+    orders = [
+        row_order(stages, plan_stages(stages, global_batch=batch), global_batch=batch, seed=3) for batch in (1, 4, 8)
+    ]
+    assert orders[0] == orders[1] == orders[2]
+
+
+def test_steps_know_their_stage_and_their_learning_rate() -> None:
+    spans = plan_stages(STAGES, global_batch=4)
+    assert [stage_at(spans, step).name for step in range(9)] == list("aabbbbbcc")
+    factor = laid_end_to_end(spans, [lambda s: 10.0 + s, lambda s: 20.0 + s, lambda s: 30.0 + s])
+    assert [factor(step) for step in range(8)] == [10, 11, 20, 21, 22, 23, 24, 30]
