@@ -12,7 +12,9 @@ from epi_ds.errors import nearest
 
 def names() -> list[str]:
     """Return the names of the shipped configurations."""
-    return sorted(entry.name.removesuffix(".json") for entry in files(__name__).iterdir() if entry.name.endswith(".json"))
+    return sorted(
+        entry.name.removesuffix(".json") for entry in files(__name__).iterdir() if entry.name.endswith(".json")
+    )
 
 
 def load(name_or_path: str) -> dict[str, Any]:

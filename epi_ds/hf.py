@@ -34,20 +34,18 @@ class EPICallback(TrainerCallback):
             raise RuntimeError("no engine is attached yet: EPICallback attaches when training starts")
         return self._epi
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check the configuration and wait for the engine."""
         plugin = getattr(args, "deepspeed_plugin", None)
         if plugin is None:
             raise ValueError(
-                "EPICallback needs DeepSpeed ZeRO-3: pass deepspeed=... to the training arguments, and start the script "
-                "with the deepspeed launcher"
+                "EPICallback needs DeepSpeed ZeRO-3: pass deepspeed=... to the training arguments, and start the "
+                "script with the deepspeed launcher"
             )
         section = plugin.deepspeed_config.get(SECTION)
         if self._config is None and section is None:
             raise ValueError(
-                f'EPICallback has no configuration: pass one, or add an "{SECTION}" section to the DeepSpeed configuration'
+                f'EPICallback has no configuration: pass one, or add an "{SECTION}" section to the DeepSpeed config'
             )
         configs = [c for c in (self._config, section and parse_config(section)) if c]
         if len(configs) == 2 and configs[0] != configs[1]:

@@ -56,7 +56,7 @@ def build_operators(report: Callable[[str], None]) -> None:
                 get_accelerator().create_op_builder(name).load()
             except Exception as error:  # DeepSpeed and torch raise many types here
                 raise RuntimeError(
-                    f"DeepSpeed's {name.removesuffix('Builder')} could not be built in {folder}: {error}. It needs a C++ "
-                    "compiler (Debian, Ubuntu: apt-get install g++ python3-dev)"
+                    f"DeepSpeed's {name.removesuffix('Builder')} could not be built in {folder}: {error}. It needs a "
+                    "C++ compiler (Debian, Ubuntu: apt-get install g++ python3-dev)"
                 ) from error
             report(f"{name.removesuffix('Builder')} ready after {time.perf_counter() - started:.0f} s")

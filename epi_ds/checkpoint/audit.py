@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ class Moved(NamedTuple):
     """Isolated entries of one parameter that differ between two checkpoints."""
 
     parameter: str
-    count: int
+    num_entries: int
     first: Path
     second: Path
 
@@ -43,7 +44,7 @@ class AuditReport(NamedTuple):
     @property
     def isolated_moved(self) -> int:
         """Isolated entries that differ; 0 in a sound run."""
-        return sum(item.count for item in self.moved)
+        return sum(item.num_entries for item in self.moved)
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,14 @@ def audit(paths: Sequence[Path]) -> AuditReport:
     tags = find_tags(paths)
     pairs = [
         (first, second)
-        for first, second in zip(tags, tags[1:], strict=False)
+        for first, second in pairwise(tags)
         if first.window == second.window and first.window > 0 and first.step < second.step
     ]
     if not pairs:
         found = ", ".join(f"{tag.path.name} (step {tag.step}, window {tag.window})" for tag in tags)
         raise ValueError(
-            f"no two checkpoints were saved within one refresh window under a mask; found: {found}. Save more often than "
-            "refresh_interval"
+            f"no two checkpoints were saved within one refresh window under a mask; found: {found}. Save more often "
+            "than refresh_interval"
         )
     isolated = plastic = plastic_moved = 0
     moved: list[Moved] = []
@@ -110,7 +111,11 @@ def audit(paths: Sequence[Path]) -> AuditReport:
             if count := int((differs & mask).sum()):
                 moved.append(Moved(name, count, first.path, second.path))
     return AuditReport(
-        tuple((first.path, second.path) for first, second in pairs), isolated, plastic, plastic_moved, tuple(moved)
+        tuple((first.path, second.path) for first, second in pairs),
+        isolated,
+        plastic,
+        plastic_moved,
+        tuple(moved),
     )
 
 

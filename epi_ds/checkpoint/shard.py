@@ -81,8 +81,8 @@ class Shard:
             raise RuntimeError(f"{path} is not a readable isolation shard: {type(error).__name__}: {error}") from error
         if version != FORMAT_VERSION:
             raise RuntimeError(
-                f"{path} has format version {version}, this release reads {FORMAT_VERSION}; use the epi_ds release that "
-                "wrote it"
+                f"{path} has format version {version}, this release reads {FORMAT_VERSION}; use the epi_ds release "
+                "that wrote it"
             )
         segments = tuple(Segment(**{**item, "shape": tuple(item["shape"])}) for item in header["segments"])
         return cls(path, header["rank"], header["world_size"], tuple(header["layer_names"]), segments)

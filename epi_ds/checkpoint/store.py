@@ -59,15 +59,15 @@ class FileStateStore:
         segments = controller.layout.segments
         masks = {segment.name: controller.segment_mask(segment) for segment in segments}
         importance = (
-            {segment.name: controller.segment_importance(segment) for segment in segments} if controller.measures else {}
+            {segment.name: controller.segment_importance(segment) for segment in segments}
+            if controller.measures
+            else {}
         )
 
         def write() -> FileRecord:
             target.mkdir(parents=True, exist_ok=True)
             path = target / shard_name(rank)
-            write_shard(
-                path, controller.layout, rank=rank, world_size=world_size, masks=masks, importance=importance
-            )
+            write_shard(path, controller.layout, rank=rank, world_size=world_size, masks=masks, importance=importance)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             return record_of(path)

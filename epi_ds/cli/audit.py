@@ -23,7 +23,10 @@ def audit(
     for first, second in result.pairs:
         console.print(f"compared {first} and {second}", highlight=False, soft_wrap=True)
     for item in result.moved:
-        console.print(f"MOVED {item.count} entries of {item.parameter} from {item.first} to {item.second}", soft_wrap=True)
+        console.print(
+            f"MOVED {item.num_entries} entries of {item.parameter} from {item.first} to {item.second}",
+            soft_wrap=True,
+        )
     console.print(
         f"isolated {result.isolated}, moved {result.isolated_moved}; "
         f"plastic {result.plastic}, moved {result.plastic_moved}",

@@ -12,7 +12,8 @@ MODULE = "epi_ds.cli.main"
 def train(
     recipe: Annotated[str, typer.Argument(help="A .yaml file, or the name of a shipped recipe (epi-ds recipes).")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value with dotted keys, e.g. train.max_length=512 stages.0.epochs=2")
+        list[str] | None,
+        typer.Argument(help="key=value with dotted keys, e.g. train.max_length=512 stages.0.epochs=2"),
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what the run folder holds.")] = False,
 ) -> None:

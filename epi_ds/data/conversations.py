@@ -41,15 +41,15 @@ def find_columns(columns: Columns, available: Sequence[str], *, place: str) -> C
 
 def conversation_of(row: Mapping[str, Any], columns: Columns, *, place: str) -> list[Message]:
     """Return one row's conversation. Raises ValueError, naming ``place``, for one that cannot be learnt from."""
-    if columns.messages is not None:
-        turns = row[columns.messages]
-        messages = [Message(role=turn["role"], content=turn["content"]) for turn in turns or ()]
-    else:
+    if columns.completion is not None:
         prompt = "\n\n".join(str(row[name]) for name in columns.prompt if row[name])
         messages = [
             Message(role="user", content=prompt),
             Message(role="assistant", content=str(row[columns.completion] or "")),
         ]
+    else:
+        turns = row[columns.messages or "messages"]
+        messages = [Message(role=turn["role"], content=turn["content"]) for turn in turns or ()]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in messages) or "nothing"
         raise ValueError(f"{place}: a conversation must have a prompt and end with the assistant, this one has {roles}")

@@ -99,9 +99,7 @@ class IsolationController:
         self._listener = listener
         self._devices = list(devices)
         self._importance: list[Tensor] | None = None
-        self._bits = [
-            empty_bits(numel, device) for numel, device in zip(layout.sub_group_numel, devices, strict=True)
-        ]
+        self._bits = [empty_bits(numel, device) for numel, device in zip(layout.sub_group_numel, devices, strict=True)]
         self._local_isolated = [0] * len(self._bits)
         self._spans = tuple(
             merge_spans(Span(segment.start, segment.stop) for segment in group) for group in layout.by_sub_group
@@ -248,10 +246,7 @@ class IsolationController:
             )
         started, traffic = time.perf_counter(), self.exchange.traffic
         sketch = PartitionSketch(
-            [
-                (segment.layer, codes_of(self.segment_importance(segment)))
-                for segment in self.layout.segments
-            ],
+            [(segment.layer, codes_of(self.segment_importance(segment))) for segment in self.layout.segments],
             num_layers=len(self.layout.layer_names),
         )
         thresholds = find_thresholds(

@@ -178,9 +178,7 @@ def assign_layers(names: Sequence[str], layer: str | Mapping[str, str]) -> list[
         return list(names)
     if isinstance(layer, str):
         raise ValueError(f"layer must be 'block', 'tensor' or a mapping of groups, got {layer!r}")
-    groups = {
-        group: _match(names, [pattern], field=f"layer group {group!r}") for group, pattern in layer.items()
-    }
+    groups = {group: _match(names, [pattern], field=f"layer group {group!r}") for group, pattern in layer.items()}
     assigned = []
     for name in names:
         hits = [group for group, members in groups.items() if name in members]

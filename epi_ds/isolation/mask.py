@@ -37,7 +37,12 @@ def pieces_of(segments: Sequence[Segment], start: int, stop: int) -> Iterator[tu
 
 
 def select_bits(
-    importance: Tensor, before: Tensor, segments: Sequence[Segment], *, threshold_codes: Tensor, num_layers: int
+    importance: Tensor,
+    before: Tensor,
+    segments: Sequence[Segment],
+    *,
+    threshold_codes: Tensor,
+    num_layers: int,
 ) -> Selected:
     """Select the entries of one partition whose code reaches its layer's threshold.
 

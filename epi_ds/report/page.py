@@ -70,7 +70,7 @@ def _sections(metrics: Sequence[dict[str, Any]], stages: figures.Stages) -> list
         sections.append(
             _section(
                 "Scores",
-                "Every task before training and after each stage. Forgetting is the best earlier score minus the last one.",
+                "Every task before training and after each stage. Forgetting: the best earlier score minus the last.",
                 _score_rows(score_table(metrics)),
             )
         )
@@ -82,12 +82,16 @@ def _sections(metrics: Sequence[dict[str, Any]], stages: figures.Stages) -> list
         )
     if refreshes:
         explanation = (
-            "Overlap of each mask with the one before it: 1 keeps the same entries, and a dip after a stage begins shows "
-            "that other parameters became important."
+            "Overlap of each mask with the one before it: 1 keeps the same entries, and a dip after a stage begins "
+            "shows that other parameters became important."
         )
         sections.append(_section("Drift", explanation, figures.drift_figure(refreshes, stages)))
         sections.append(
-            _section("Layers", "Isolated share of each layer at each refresh.", figures.layer_figure(refreshes, stages))
+            _section(
+                "Layers",
+                "Isolated share of each layer at each refresh.",
+                figures.layer_figure(refreshes, stages),
+            )
         )
     return sections
 

@@ -85,9 +85,7 @@ def encode(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[t
 
     whole = tokens_of(tokenizer.apply_chat_template([list(c) for c in conversations], tokenize=False))
     prompts = tokens_of(
-        tokenizer.apply_chat_template(
-            [list(c[:-1]) for c in conversations], tokenize=False, add_generation_prompt=True
-        )
+        tokenizer.apply_chat_template([list(c[:-1]) for c in conversations], tokenize=False, add_generation_prompt=True)
     )
     return [
         (tokens, [_IGNORED] * len(prompt) + tokens[len(prompt) :])

@@ -93,9 +93,7 @@ class RunCallback(TrainerCallback):
         self._started = time.perf_counter()
         self._isolated_in_force = self._epi.stats().isolated
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report a refresh; at the end of a stage evaluate, and prepare the optimizer for the next one."""
         self._seconds = time.perf_counter() - self._started
         step = state.global_step

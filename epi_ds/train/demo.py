@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import shutil
 import signal
 import subprocess
@@ -31,7 +30,15 @@ def run_demo(output: Path, console: Console) -> None:
     recipe = load_recipe(RECIPE, [f"output={output}", f"model.path={base}"])
     console.print("[bold]1/3[/] pretraining a small Llama on the built-in skills, so that there is something to forget")
     _pretrain(base, recipe, console)
-    command = [sys.executable, "-m", "epi_ds.cli.main", "train", RECIPE, f"output={output}", f"model.path={base}"]
+    command = [
+        sys.executable,
+        "-m",
+        "epi_ds.cli.main",
+        "train",
+        RECIPE,
+        f"output={output}",
+        f"model.path={base}",
+    ]
     console.print("[bold]2/3[/] fine-tuning in stages with evolving isolation; interrupted on the way")
     _interrupt_after_checkpoint(command, RunFolder(output), console)
     console.print("[bold]3/3[/] the same command again: it resumes from the newest complete checkpoint")
@@ -74,5 +81,3 @@ def _interrupt_after_checkpoint(command: list[str], folder: RunFolder, console: 
     process.send_signal(signal.SIGTERM)
     process.wait()
     console.print(f"interrupted after checkpoint {step}", highlight=False)
-
-

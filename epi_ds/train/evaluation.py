@@ -86,7 +86,9 @@ class Evaluator:
         if self._decided is None:
             self._decided = self._weights == "gathered"
             if self._weights == "auto":
-                needed = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self._trainer.model.parameters())
+                needed = sum(
+                    getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self._trainer.model.parameters()
+                )
                 device = self._trainer.accelerator.device
                 if device.type == "cuda":
                     free, _ = torch.cuda.mem_get_info(device)

@@ -27,7 +27,9 @@ def export_model(engine: Any, tokenizer: Any, folder: Path) -> None:
         weights.update(_persistent_buffers(model))
         empty = [name for name, value in weights.items() if value.numel() == 0]
         if empty:
-            raise RuntimeError(f"refusing to export empty tensors: {', '.join(empty[:5])}; the weights were not gathered")
+            raise RuntimeError(
+                f"refusing to export empty tensors: {', '.join(empty[:5])}; the weights were not gathered"
+            )
         model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
         tokenizer.save_pretrained(folder)
     dist.barrier()

@@ -30,7 +30,7 @@ class MetricsWriter:
     """Appends to a metrics file; lines are complete on disk when `write` returns."""
 
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
-        """``resume_step`` keeps the lines up to that step, which a resumed run does not write again; None keeps none."""
+        """``resume_step`` keeps the lines up to that step, which a resumed run does not repeat; None keeps none."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_step is None else [m for m in read_metrics(path) if m["step"] <= resume_step]
         temporary = path.with_suffix(".tmp")

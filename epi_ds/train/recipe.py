@@ -94,7 +94,9 @@ class DataSource(BaseModel):
                 raise ValueError(f"split of a skill must be train or test, got {self.split!r}")
             ignored = [name for name in ("messages", "prompt", "completion", "subset") if getattr(self, name)]
             if ignored:
-                raise ValueError(f"skill {self.skill} has conversations, so {', '.join(ignored)} would be ignored; remove it")
+                raise ValueError(
+                    f"skill {self.skill} has conversations, so {', '.join(ignored)} would be ignored; remove it"
+                )
         elif (self.prompt is None) != (self.completion is None):
             raise ValueError("prompt and completion name two columns of one file: give both or neither")
         elif self.messages is not None and self.prompt is not None:
@@ -143,8 +145,8 @@ class EvaluationSection(BaseModel):
     """Rows per generated batch. Batches are formed before they are dealt to ranks, so scores do not depend on these."""
     max_new_tokens: int = Field(48, ge=1)
     weights: Literal["auto", "gathered", "partitioned"] = "auto"
-    """Gather all weights once per evaluation (fast, needs room for the whole model on every rank), keep them partitioned
-    (every token is generated in step on all ranks), or decide by the free memory."""
+    """Gather all weights once per evaluation (fast, needs room for the whole model on every rank), keep them
+    partitioned (every token is generated in step on all ranks), or decide by the free memory."""
 
     @field_validator("skills")
     @classmethod
@@ -187,8 +189,8 @@ class Recipe(BaseModel):
     stages: tuple[Stage, ...]
     method: MethodSection = MethodSection()
     train: dict[str, Any] = {}
-    """Arguments of TRL's ``SFTConfig`` (Hugging Face ``TrainingArguments``) by their own names. ``deepspeed`` may name a
-    shipped configuration."""
+    """Arguments of TRL's ``SFTConfig`` (Hugging Face ``TrainingArguments``) by their own names. ``deepspeed`` may name
+    a shipped configuration."""
     evaluation: EvaluationSection = EvaluationSection()
     output: str
     """Folder of the run."""

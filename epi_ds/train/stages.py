@@ -84,9 +84,7 @@ def stage_at(spans: Sequence[StageSpan], step: int) -> StageSpan:
     return spans[-1]
 
 
-def laid_end_to_end(
-    spans: Sequence[StageSpan], factors: Sequence[Callable[[int], float]]
-) -> Callable[[int], float]:
+def laid_end_to_end(spans: Sequence[StageSpan], factors: Sequence[Callable[[int], float]]) -> Callable[[int], float]:
     """Join one learning-rate factor per stage, each a function of the step within its stage, into one for the run."""
 
     def factor(step: int) -> float:

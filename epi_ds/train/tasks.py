@@ -36,9 +36,7 @@ def load_conversations(source: DataSource, *, seed: int) -> list[list[Message]]:
         return skill_conversations(source.skill, split=source.split, size=source.rows or 0, seed=seed)
     prompt = (source.prompt,) if isinstance(source.prompt, str) else source.prompt or ()
     columns = Columns(source.messages, prompt, source.completion)
-    return table_conversations(
-        source.path or "", columns, split=source.split, subset=source.subset, limit=source.rows
-    )
+    return table_conversations(source.path or "", columns, split=source.split, subset=source.subset, limit=source.rows)
 
 
 def build_tasks(recipe: Recipe) -> list[Task]:

@@ -31,7 +31,9 @@ def to_dataset(conversations: Sequence[Sequence[Message]], *, assistant_only_los
 class StageTrainer(SFTTrainer):
     """An SFTTrainer whose training rows are the stages' rows in the order of `row_order`."""
 
-    def __init__(self, *, stages: Sequence[Stage], stage_data: Sequence[Dataset], args: SFTConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, *, stages: Sequence[Stage], stage_data: Sequence[Dataset], args: SFTConfig, **kwargs: Any
+    ) -> None:
         """``stage_data`` are the stages' rows as `to_dataset` gives them; the other arguments are SFTTrainer's."""
         self.stages = list(stages)
         self._stage_data = list(stage_data)
@@ -62,7 +64,7 @@ class StageTrainer(SFTTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Lay the stages' schedules end to end."""
-        if self.lr_scheduler is None:
+        if getattr(self, "lr_scheduler", None) is None:
             factors = [self._stage_factor(stage, span) for stage, span in zip(self.stages, self.spans, strict=True)]
             factor = laid_end_to_end(self.spans, factors)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
@@ -91,6 +93,6 @@ class StageTrainer(SFTTrainer):
         return lambda step: peak * shape(step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save nothing inside a checkpoint: its weights are in DeepSpeed's shards, and the export is made at the end."""
+        """Save nothing inside a checkpoint: its weights are in DeepSpeed's shards, and the export comes at the end."""
         if not _internal_call:
             super().save_model(output_dir)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
 
@@ -12,6 +12,12 @@ from epi_ds.config import MissingState
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.zero3.cpu_adam import replay_steps
 from epi_ds.zero3.handle import EPI
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+else:
+    # A mixin: the class it is mixed over is the engine's own.
+    DeepSpeedEngine = object
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +35,7 @@ class StateStore(Protocol):
         """Replace the controller's state by a verified one; return ``extra`` as it was saved."""
 
 
-class IsolationEngineMixin:
+class IsolationEngineMixin(DeepSpeedEngine):
     """Mixed over the class of a DeepSpeed engine; ``epi`` and ``state_store`` are set when the class is assigned."""
 
     epi: EPI
@@ -79,7 +85,8 @@ class IsolationEngineMixin:
         without ``load_optimizer_states``: such a load begins a new run.
         """
         folder = self._tag_folder(load_dir, tag) if load_optimizer_states and not load_module_only else None
-        has_state = folder is not None and self._has_state(folder)
+        if folder is not None and not self._has_state(folder):
+            folder = None
         loaded, client_state = super().load_checkpoint(
             load_dir,
             tag,
@@ -89,7 +96,7 @@ class IsolationEngineMixin:
             load_module_only,
             custom_load_fn,
         )
-        if has_state and loaded is not None:
+        if folder is not None and loaded is not None:
             extra = self.state_store.load(folder, self.epi.controller)
             for average, saved in zip(self.optimizer.isolation.clipping, extra["clipping"], strict=True):
                 average.restore(saved)

@@ -58,7 +58,7 @@ def _engine_reasons(engine: Any) -> Iterator[str]:
     if engine.is_deepcompile_enabled():
         yield "DeepCompile replaces the gradient hooks that isolation observes; set compile.deepcompile: false"
     if engine.has_moe_layers:
-        yield "expert parallelism partitions experts over a group of their own; use a model without deepspeed.moe layers"
+        yield "expert parallelism partitions experts over their own group; use a model without deepspeed.moe layers"
     if not engine.managed_gradient_accumulation():
         yield "unmanaged gradient accumulation is not covered yet; set managed_gradient_accumulation: true"
 
@@ -66,7 +66,10 @@ def _engine_reasons(engine: Any) -> Iterator[str]:
 def _stage_reason(stage: int, ds_config: dict[str, Any]) -> str:
     unknown = next((key for key in ds_config if key.startswith("zero") and key != "zero_optimization"), None)
     hint = f" (ds_config has {unknown!r}{nearest(unknown, ['zero_optimization'])})" if unknown else ""
-    return f"ZeRO stage is {stage}{hint}, but importance is sharded beside stage 3 partitions; set zero_optimization.stage: 3"
+    return (
+        f"ZeRO stage is {stage}{hint}, but importance is sharded beside stage 3 partitions; set "
+        "zero_optimization.stage: 3"
+    )
 
 
 def _optimizer_reasons(optimizer: Any, config: EPIConfig) -> Iterator[str]:
@@ -76,21 +79,26 @@ def _optimizer_reasons(optimizer: Any, config: EPIConfig) -> Iterator[str]:
     if optimizer.use_muon:
         yield "Muon writes updates into the gradient buffers before the norm; use an Adam optimizer"
     if optimizer.torch_autocast_gradscaler is not None:
-        yield "torch autocast in fp16 may skip a step after the commit point; use bf16, or the fp16 section of ds_config"
+        yield "torch autocast in fp16 may skip a step after the commit point; use bf16, or ds_config's fp16 section"
     if optimizer.master_weights_and_grads_dtype != torch.float32:
         yield (
-            f"master weights are {optimizer.master_weights_and_grads_dtype}, and holding bits of rounded weights proves "
-            "nothing; remove fp16/bf16_master_weights_and_gradients"
+            f"master weights are {optimizer.master_weights_and_grads_dtype}, and holding the bits of rounded weights "
+            "proves nothing; remove fp16/bf16_master_weights_and_gradients"
         )
     if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
         yield "NVMe offload is not covered yet; set offload_optimizer.device and offload_param.device to cpu or none"
     if optimizer.offload_optimizer and optimizer.partial_offload != 1.0:
-        yield f"partial offload (ratio {optimizer.partial_offload}) is not covered yet; set offload_optimizer.ratio: 1.0"
+        yield (
+            f"partial offload (ratio {optimizer.partial_offload}) is not covered yet; set offload_optimizer.ratio: 1.0"
+        )
     if optimizer.zero_hpz_partition_size > 1:
         yield "hierarchical partitioning is not covered yet; set zero_hpz_partition_size: 1"
     if optimizer.all2all_process_group is not None:
         yield "quantized gradients are not covered yet; set zero_quantized_gradients: false"
-    if optimizer.model_parallel_group is not None and torch.distributed.get_world_size(optimizer.model_parallel_group) > 1:
+    if (
+        optimizer.model_parallel_group is not None
+        and torch.distributed.get_world_size(optimizer.model_parallel_group) > 1
+    ):
         yield "tensor parallelism is not covered: a mask would differ between the copies; set its size to 1"
     if optimizer.sequence_parallel_size > 1:
         yield "sequence parallelism is not covered yet; set sequence_parallel_size: 1"

@@ -14,7 +14,7 @@ A skipped step never reaches the commit point, so it leaves no trace. The class 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,12 @@ from epi_ds.isolation.layout import Span, merge_spans
 from epi_ds.kernels import hold, mask_, masked_sumsq, restore_
 from epi_ds.zero3.moments import ClippingAverage, clipping_factor, reset_moments, set_moments, state_age
 from epi_ds.zero3.window import AccumulationWindow
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero3Optimizer
+else:
+    # A mixin: the class it is mixed over is the optimizer's own, which may be a subclass.
+    Zero3Optimizer = object
 
 
 class IsolationContext:
@@ -63,7 +69,7 @@ class IsolationContext:
             buffer_start += start
 
 
-class IsolationMixin:
+class IsolationMixin(Zero3Optimizer):
     """Mixed over ``DeepSpeedZeroOptimizer_Stage3``; ``isolation`` is set when the class is assigned."""
 
     isolation: IsolationContext
@@ -149,7 +155,7 @@ class IsolationMixin:
     def _has_own_gradient(self, parameter: Any) -> bool:
         """Whether the commit point shows a gradient of this window."""
         if self.offload_optimizer:
-            # Copied to the host at the accumulation boundary only: what the boundary's micro-batch did not use is stale.
+            # Copied to the host at the accumulation boundary only: what that micro-batch did not use is stale.
             return self.get_param_id(parameter) in self.norm_for_param_grads
         return self.isolation.window.was_reduced(parameter)
 
@@ -196,7 +202,9 @@ class IsolationMixin:
         optimizer_weight = 1.0 - beta2 ** state_age(state)
         observed_steps = context.controller.counters.observed_steps
         importance_weight = 1.0 - context.controller.config.ema_decay**observed_steps
-        scale = context.clipping[param_group].corrected * optimizer_weight / importance_weight if observed_steps else 0.0
+        scale = (
+            context.clipping[param_group].corrected * optimizer_weight / importance_weight if observed_steps else 0.0
+        )
         set_moments(
             state,
             before=before,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from epi_ds.kernels.reference.mask_bits import masked_chunks
+from torch import Tensor
 
 
 def hold(values: Tensor, bits: Tensor) -> Tensor:

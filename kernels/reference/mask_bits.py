@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-
 from epi_ds.kernels.reference.chunks import chunks
+from torch import Tensor
 
 
 def _shifts(device: torch.device) -> Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from epi_ds.kernels.reference.chunks import chunks
+from torch import Tensor
 
 
 def observe_(importance: Tensor, gradient: Tensor | None, *, ema_decay: float, inverse_scale: float = 1.0) -> None:

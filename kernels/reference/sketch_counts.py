@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from epi_ds.kernels.reference.chunks import chunks
+from torch import Tensor
 
 
 def sketch_counts(codes: Tensor, edges: Tensor) -> Tensor:

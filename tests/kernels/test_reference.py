@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+from epi_ds.kernels import (
+    count_bits,
+    hold,
+    mask_,
+    masked_sumsq,
+    observe_,
+    pack_bits,
+    restore_,
+    sketch_counts,
+    unpack_bits,
+)
+from epi_ds.kernels.reference.chunks import CHUNK_NUMEL, chunks
 from torch import Tensor
 
-from epi_ds.isolation.mask import set_segment
 from epi_ds.isolation.layout import Segment
-from epi_ds.kernels import count_bits, hold, mask_, masked_sumsq, observe_, pack_bits, restore_, sketch_counts, unpack_bits
-from epi_ds.kernels.reference.chunks import CHUNK_NUMEL, chunks
+from epi_ds.isolation.mask import set_segment
 
 # 0, 1, around a byte, a prime, around a chunk.
 SIZES = [0, 1, 7, 8, 9, 1009, CHUNK_NUMEL - 1, CHUNK_NUMEL, CHUNK_NUMEL + 3]
@@ -67,7 +79,9 @@ def test_masked_sumsq(numel: int) -> None:
     for start, stop in ((0, numel), (numel // 3, numel)):
         expected = values[start:stop][~mask[start:stop]].double().square().sum()
         # The same fp64 numbers, summed by chunks.
-        torch.testing.assert_close(masked_sumsq(values, bits_of(mask), start=start, stop=stop), expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            masked_sumsq(values, bits_of(mask), start=start, stop=stop), expected, rtol=1e-12, atol=0
+        )
 
 
 @pytest.mark.parametrize("numel", SIZES)
@@ -105,7 +119,12 @@ def test_observe_without_a_gradient_only_decays() -> None:
 def test_sketch_counts_equal_comparisons(numel: int) -> None:
     generator = torch.Generator().manual_seed(numel)
     codes = torch.randint(0, 50, (numel,), generator=generator, dtype=torch.int32)
-    for edges in (torch.arange(0, 60, 3), torch.tensor([7, 7, 7]), torch.tensor([49]), torch.tensor([0, 49, 49])):
+    for edges in (
+        torch.arange(0, 60, 3),
+        torch.tensor([7, 7, 7]),
+        torch.tensor([49]),
+        torch.tensor([0, 49, 49]),
+    ):
         edges = edges.to(torch.int32)
         expected = torch.stack([(codes >= edge).sum() for edge in edges])
         assert torch.equal(sketch_counts(codes, edges), expected)
@@ -128,4 +147,4 @@ def test_chunks_cover_a_range_and_begin_at_bytes() -> None:
     pieces = list(chunks(5, 3 * CHUNK_NUMEL + 1))
     assert pieces[0][0] == 5
     assert pieces[-1][1] == 3 * CHUNK_NUMEL + 1
-    assert all(a[1] == b[0] and b[0] % 8 == 0 for a, b in zip(pieces, pieces[1:], strict=False))
+    assert all(before[1] == after[0] and after[0] % 8 == 0 for before, after in pairwise(pieces))

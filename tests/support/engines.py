@@ -81,7 +81,9 @@ def full_importance(engine: Any) -> dict[str, Tensor]:
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     """Assert equality of every bit, and name what differs."""
     assert left.keys() == right.keys()
-    different = {name: (left[name] - right[name]).abs().max().item() for name in left if not left[name].equal(right[name])}
+    different = {
+        name: (left[name] - right[name]).abs().max().item() for name in left if not left[name].equal(right[name])
+    }
     assert not different, f"bits differ (largest difference): {different}"
 
 

@@ -32,7 +32,7 @@ class RankError(AssertionError):
 
 
 def _serve(rank: int, world_size: int, folder: str, connection: Connection) -> None:
-    log = open(f"{folder}/rank_{rank}.log", "w", buffering=1)
+    log = open(f"{folder}/rank_{rank}.log", "w", buffering=1)  # noqa: SIM115 - stdout and stderr for good
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
@@ -75,7 +75,10 @@ class RankPool:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world_size, self._folder.name, theirs), daemon=True, name=f"rank{rank}"
+                target=_serve,
+                args=(rank, world_size, self._folder.name, theirs),
+                daemon=True,
+                name=f"rank{rank}",
             )
             process.start()
             theirs.close()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ def test_every_field_is_documented() -> None:
 
     (tree,) = ast.parse(inspect.getsource(EPIConfig)).body
     body = tree.body
-    for node, following in zip(body, body[1:], strict=False):
+    for node, following in pairwise(body):
         if isinstance(node, ast.AnnAssign):
             assert isinstance(following, ast.Expr), f"{ast.unparse(node.target)} has no docstring"
 

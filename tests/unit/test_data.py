@@ -10,7 +10,10 @@ from epi_ds.data.conversations import Columns
 from epi_ds.data.scoring import exact_match, final_number, same_final_number
 from epi_ds.data.sources import skill_conversations, table_conversations
 
-ROWS = [{"question": "1+1?", "hint": "", "answer": "It is 2\n#### 2"}, {"question": "2+2?", "hint": "add", "answer": "#### 4"}]
+ROWS = [
+    {"question": "1+1?", "hint": "", "answer": "It is 2\n#### 2"},
+    {"question": "2+2?", "hint": "add", "answer": "#### 4"},
+]
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -47,9 +50,17 @@ def test_messages_are_found_without_being_named(tmp_path: Path) -> None:
     ("rows", "columns", "message"),
     [
         (ROWS, Columns(), "has the columns question, hint, answer: name the ones to use"),
-        (ROWS, Columns(prompt=("q",), completion="answer"), "has no column q; there are question, hint, answer"),
+        (
+            ROWS,
+            Columns(prompt=("q",), completion="answer"),
+            "has no column q; there are question, hint, answer",
+        ),
         ([{"prompt": "a", "completion": ""}], Columns(), "row 0: the last question or its answer is empty"),
-        ([{"messages": [{"role": "user", "content": "a"}]}], Columns(), "row 0: a conversation must have a prompt and end"),
+        (
+            [{"messages": [{"role": "user", "content": "a"}]}],
+            Columns(),
+            "row 0: a conversation must have a prompt and end",
+        ),
         (
             [{"messages": [{"role": "human", "content": "a"}, {"role": "assistant", "content": "b"}]}],
             Columns(),
@@ -60,7 +71,7 @@ def test_messages_are_found_without_being_named(tmp_path: Path) -> None:
 def test_rows_that_cannot_be_learnt_from_are_named(
     tmp_path: Path, rows: list[dict[str, Any]], columns: Columns, message: str
 ) -> None:
-    with pytest.raises(ValueError, match="row|column") as raised:
+    with pytest.raises(ValueError, match=r"row|column") as raised:
         table_conversations(write_rows(tmp_path / "rows.json", rows), columns)
     assert message in str(raised.value)
 
@@ -78,7 +89,13 @@ def test_skills_end_with_the_assistant() -> None:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("so 3 and 4\n#### 1,234", 1234), ("#### -2.5 dollars", -2.5), ("first 3, then 12.", 12), ("none", None), ("####", None)],
+    [
+        ("so 3 and 4\n#### 1,234", 1234),
+        ("#### -2.5 dollars", -2.5),
+        ("first 3, then 12.", 12),
+        ("none", None),
+        ("####", None),
+    ],
 )
 def test_final_number(text: str, number: float | None) -> None:
     assert final_number(text) == number

@@ -43,7 +43,12 @@ APART = [
     ("epi_ds.data", "epi_ds.api"),
     ("epi_ds.data", "epi_ds.hf"),
 ]
-PACKAGE_FOLDERS = {"epi_ds": "epi_ds", "kernels": "epi_ds.kernels", "launch": "epi_ds.launch", "ds_configs": "epi_ds.ds_configs"}
+PACKAGE_FOLDERS = {
+    "epi_ds": "epi_ds",
+    "kernels": "epi_ds.kernels",
+    "launch": "epi_ds.launch",
+    "ds_configs": "epi_ds.ds_configs",
+}
 
 
 def modules() -> dict[str, Path]:
@@ -112,7 +117,9 @@ def test_collectives_stay_in_one_room(module: str) -> None:
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    script = "import epi_ds, sys; print([m for m in ('transformers', 'trl', 'datasets', 'deepspeed') if m in sys.modules])"
+    script = (
+        "import epi_ds, sys; print([m for m in ('transformers', 'trl', 'datasets', 'deepspeed') if m in sys.modules])"
+    )
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "[]"
 

@@ -6,11 +6,25 @@ from hypothesis import strategies as st
 
 from epi_ds.isolation.layout import Parameter, Span, assign_layers, block_of, build_layout, merge_spans
 
-NAMES = ["model.embed_tokens.weight", "model.layers.0.q.weight", "model.layers.0.q.bias", "model.layers.11.mlp.weight", "model.norm.weight", "lm_head.weight"]
+NAMES = [
+    "model.embed_tokens.weight",
+    "model.layers.0.q.weight",
+    "model.layers.0.q.bias",
+    "model.layers.11.mlp.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+]
 
 
 def test_blocks_are_the_outermost_numbered_entry() -> None:
-    assert assign_layers(NAMES, "block") == ["model.embed_tokens", "model.layers.0", "model.layers.0", "model.layers.11", "model.norm", "lm_head"]
+    assert assign_layers(NAMES, "block") == [
+        "model.embed_tokens",
+        "model.layers.0",
+        "model.layers.0",
+        "model.layers.11",
+        "model.norm",
+        "lm_head",
+    ]
     assert block_of("vision_tower.encoder.layers.3.mlp.experts.7.weight") == "vision_tower.encoder.layers.3"
     assert block_of("language_model.layers.3.mlp.weight") == "language_model.layers.3"
     assert block_of("0.weight") == "0"
@@ -39,11 +53,21 @@ def test_groups_must_share_the_parameters_out(groups: dict[str, str], message: s
 
 
 @given(
-    st.lists(st.lists(st.integers(1, 3).flatmap(lambda d: st.lists(st.integers(0, 7), min_size=d, max_size=d)), min_size=1, max_size=4), min_size=1, max_size=3),
+    st.lists(
+        st.lists(
+            st.integers(1, 3).flatmap(lambda d: st.lists(st.integers(0, 7), min_size=d, max_size=d)),
+            min_size=1,
+            max_size=4,
+        ),
+        min_size=1,
+        max_size=3,
+    ),
     st.integers(1, 5),
 )
 def test_the_ranks_cover_every_entry_exactly_once(shapes: list[list[list[int]]], world_size: int) -> None:
-    groups = [[Parameter(f"p{i}_{j}.weight", tuple(shape)) for j, shape in enumerate(group)] for i, group in enumerate(shapes)]
+    groups = [
+        [Parameter(f"p{i}_{j}.weight", tuple(shape)) for j, shape in enumerate(group)] for i, group in enumerate(shapes)
+    ]
     layouts = [build_layout(groups, rank=rank, world_size=world_size, layer="tensor") for rank in range(world_size)]
     for group in groups:
         for parameter in group:

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from epi_ds.kernels import pack_bits
+
 from epi_ds.zero3.moments import ClippingAverage, clipping_factor, reset_moments, set_moments, state_age
 from epi_ds.zero3.window import AccumulationWindow
 
@@ -40,7 +40,11 @@ def test_a_rebuilt_second_moment_is_finite() -> None:
     state = {"exp_avg": torch.ones(1), "exp_avg_sq": torch.ones(1)}
     largest = torch.finfo(torch.float32).max
     set_moments(
-        state, before=bits_of([True]), now=bits_of([False]), importance=torch.tensor([largest]), importance_scale=9.0
+        state,
+        before=bits_of([True]),
+        now=bits_of([False]),
+        importance=torch.tensor([largest]),
+        importance_scale=9.0,
     )
     assert state["exp_avg_sq"].tolist() == [largest]
 
@@ -71,7 +75,9 @@ def test_clipping_average_starts_unbiased_saves_and_resets() -> None:
     assert average.corrected == 1.0
 
 
-@pytest.mark.parametrize(("norm", "max_norm", "factor"), [(0.5, 1.0, 1.0), (4.0, 1.0, 0.25), (4.0, 0.0, 1.0), (0.0, 1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("norm", "max_norm", "factor"), [(0.5, 1.0, 1.0), (4.0, 1.0, 0.25), (4.0, 0.0, 1.0), (0.0, 1.0, 1.0)]
+)
 def test_clipping_factor(norm: float, max_norm: float, factor: float) -> None:
     assert clipping_factor(norm, max_norm) == pytest.approx(factor, rel=1e-5)
 

@@ -31,7 +31,13 @@ def test_shipped_recipes_are_valid_and_say_what_they_are(name: str) -> None:
 def test_overrides_reach_every_depth(tmp_path: Path) -> None:
     recipe = load_recipe(
         write(tmp_path, MINIMAL),
-        ["train.learning_rate=1e-5", "stages.0.epochs=3", "stages.one.data.rows=9", "method.epi.ratio=0.05", "ranks=2"],
+        [
+            "train.learning_rate=1e-5",
+            "stages.0.epochs=3",
+            "stages.one.data.rows=9",
+            "method.epi.ratio=0.05",
+            "ranks=2",
+        ],
     )
     assert recipe.train["learning_rate"] == 1e-5
     assert recipe.stages[0].epochs == 3
@@ -42,7 +48,9 @@ def test_overrides_reach_every_depth(tmp_path: Path) -> None:
 
 def test_a_number_in_scientific_notation_is_a_number(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text("model: {path: m}\nstages: [{name: a, data: {skill: logic, rows: 8}, learning_rate: 1e-5}]\noutput: o\n")
+    path.write_text(
+        "model: {path: m}\nstages: [{name: a, data: {skill: logic, rows: 8}, learning_rate: 1e-5}]\noutput: o\n"
+    )
     assert load_recipe(str(path)).stages[0].learning_rate == 1e-5
 
 
@@ -81,7 +89,7 @@ def test_every_mistake_is_named_at_once_with_the_nearest_name(tmp_path: Path) ->
     ],
 )
 def test_mistaken_overrides_are_explained(tmp_path: Path, override: str, message: str) -> None:
-    with pytest.raises(ValueError, match="override|problem") as raised:
+    with pytest.raises(ValueError, match=r"override|problem") as raised:
         load_recipe(write(tmp_path, MINIMAL), [override])
     assert message in str(raised.value)
 
@@ -94,7 +102,7 @@ def test_stage_names_must_differ(tmp_path: Path) -> None:
 def test_unknown_recipes_and_configurations_name_what_there_is() -> None:
     with pytest.raises(ValueError, match="did you mean 'demo'"):
         load_recipe("dmeo")
-    with pytest.raises(ValueError, match="there is no recipe file missing.yaml"):
+    with pytest.raises(ValueError, match=r"there is no recipe file missing.yaml"):
         load_recipe("missing.yaml")
     with pytest.raises(ValueError, match="zero3, zero3_offload"):
         ds_configs.load("zero4x")

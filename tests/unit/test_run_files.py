@@ -16,7 +16,8 @@ from epi_ds.train.resume import find_resume, marker_of
 from epi_ds.train.run_folder import RunFolder, commit
 
 RECIPE = parse_recipe(
-    {"model": {"path": "m"}, "stages": [{"name": "a", "data": {"skill": "logic", "rows": 8}}], "output": "o"}, place="test"
+    {"model": {"path": "m"}, "stages": [{"name": "a", "data": {"skill": "logic", "rows": 8}}], "output": "o"},
+    place="test",
 )
 
 
@@ -112,7 +113,9 @@ def test_the_report_is_the_same_page_every_time_and_escapes_names(tmp_path: Path
     assert "a &lt;run&gt;" in pages[0]
     assert "<run>" not in pages[0]
     assert pages[0].count("<svg") == 5
-    assert "http" not in pages[0].replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+    assert "http" not in pages[0].replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")
     with pytest.raises(ValueError, match="nothing to report"):
         write_report([], tmp_path / "no.html", title="x")
 

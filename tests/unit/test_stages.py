@@ -10,7 +10,11 @@ STAGES = [StageRows("a", 10, 1), StageRows("b", 7, 3), StageRows("c", 4, 1)]
 
 
 def test_stages_are_laid_end_to_end_in_whole_batches() -> None:
-    assert plan_stages(STAGES, global_batch=4) == [StageSpan("a", 0, 2), StageSpan("b", 2, 7), StageSpan("c", 7, 8)]
+    assert plan_stages(STAGES, global_batch=4) == [
+        StageSpan("a", 0, 2),
+        StageSpan("b", 2, 7),
+        StageSpan("c", 7, 8),
+    ]
 
 
 def test_a_stage_without_a_whole_batch_is_named() -> None:

@@ -131,7 +131,9 @@ def test_thresholds_do_not_depend_on_the_cut(selection: Selection, normalizer: N
         assert torch.equal(found.codes, reference.codes)
 
 
-@pytest.mark.parametrize(("selection", "normalizer", "expected"), [(*c, n) for c, n in zip(CASES, (4, 5, 3, 3), strict=True)])
+@pytest.mark.parametrize(
+    ("selection", "normalizer", "expected"), [(*c, n) for c, n in zip(CASES, (4, 5, 3, 3), strict=True)]
+)
 def test_exchanges_do_not_grow_with_the_number_of_layers(
     selection: Selection, normalizer: Normalizer, expected: int
 ) -> None:
@@ -143,7 +145,9 @@ def test_exchanges_do_not_grow_with_the_number_of_layers(
 
 
 @pytest.mark.parametrize(("selection", "normalizer"), CASES)
-def test_never_more_than_the_budget_and_no_room_for_the_next_value(selection: Selection, normalizer: Normalizer) -> None:
+def test_never_more_than_the_budget_and_no_room_for_the_next_value(
+    selection: Selection, normalizer: Normalizer
+) -> None:
     rng = np.random.default_rng(0)
     layers = [np.exp(rng.normal(0, 2, 5001)).astype(np.float32) for _ in range(5)]
     found, _ = search(layers, "0.01", selection, normalizer)
@@ -212,7 +216,13 @@ def test_flush_to_zero_changes_nothing() -> None:
         torch.set_flush_denormal(False)
 
 
-@given(st.lists(st.lists(st.floats(0, 3.4028234663852886e38, width=32), min_size=1, max_size=30), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.lists(st.floats(0, 3.4028234663852886e38, width=32), min_size=1, max_size=30),
+        min_size=1,
+        max_size=6,
+    )
+)
 @settings(max_examples=150, deadline=None)
 def test_any_finite_values_equal_the_oracle(values: list[list[float]]) -> None:
     layers = [np.array(v, dtype=np.float32) for v in values]

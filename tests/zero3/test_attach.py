@@ -62,7 +62,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "partial offload (ratio 0.5)",
         "offload_optimizer.ratio: 1.0",
     ),
-    "hpz": ({"zero_optimization": {"zero_hpz_partition_size": 2}}, "hierarchical", "zero_hpz_partition_size: 1"),
+    "hpz": (
+        {"zero_optimization": {"zero_hpz_partition_size": 2}},
+        "hierarchical",
+        "zero_hpz_partition_size: 1",
+    ),
     "16-bit master weights": (
         {"offload": True, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
         "master weights are torch.bfloat16",
@@ -221,8 +225,19 @@ def check_handle() -> None:
         epi = engine.epi
         assert epi.thresholds() == {}
         assert epi.stats().last_refresh is None
-        assert sum(row.numel for row in epi.layers()) == epi.stats().covered == sum(p.ds_numel for p in engine.module.parameters())
-        assert [row.name for row in epi.layers()] == ["embed", "blocks.0", "blocks.1", "norm", "head", "scale"]
+        assert (
+            sum(row.numel for row in epi.layers())
+            == epi.stats().covered
+            == sum(p.ds_numel for p in engine.module.parameters())
+        )
+        assert [row.name for row in epi.layers()] == [
+            "embed",
+            "blocks.0",
+            "blocks.1",
+            "norm",
+            "head",
+            "scale",
+        ]
         for step in range(3):
             train_step(engine, step, odd_batch)
         stats = epi.stats()
@@ -243,7 +258,7 @@ def check_handle() -> None:
         report = epi.memory_report()
         # fp32 importance and one bit a parameter; padding makes up the rest in a model this small.
         assert 4.125 <= report.bytes_per_parameter_share < 4.3
-        with pytest.raises(ValueError, match="did you mean 'head.weight'"):
+        with pytest.raises(ValueError, match=r"did you mean 'head.weight'"):
             epi.mask("head.weihgt")
         with pytest.raises(ValueError, match="nothing would ever be isolated"):
             epi.check_planned_steps(2)

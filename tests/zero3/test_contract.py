@@ -25,7 +25,14 @@ OPTIMIZER_OVERRIDES = {
     "_optimizer_step": ["self", "sub_group_id"],
 }
 ENGINE_OVERRIDES = {
-    "save_checkpoint": ["self", "save_dir", "tag", "client_state", "save_latest", "exclude_frozen_parameters"],
+    "save_checkpoint": [
+        "self",
+        "save_dir",
+        "tag",
+        "client_state",
+        "save_latest",
+        "exclude_frozen_parameters",
+    ],
     "load_checkpoint": [
         "self",
         "load_dir",

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.engines import assert_same, ds_config, engine_of, full_masks, full_moments, full_weights, train_step
+from tests.support.engines import (
+    assert_same,
+    ds_config,
+    engine_of,
+    full_masks,
+    full_moments,
+    full_weights,
+    train_step,
+)
 from tests.support.models import OddNet, odd_batch
 from tests.support.ranks import run_ranks
 
@@ -82,7 +90,7 @@ def test_isolated_entries_do_not_move_in_other_placements(apply: str, placement:
 
 
 def check_update_only_undoes() -> None:
-    """Under `apply: update` the moments and, without clipping, the plastic weights are plain ZeRO-3's for one window."""
+    """Under `apply: update` the moments and, without clipping, the plastic weights are plain ZeRO-3's for a window."""
     changes: dict[str, Any] = {"gradient_clipping": 0.0}
     section = {"ratio": 0.2, "refresh_interval": INTERVAL, "ema_decay": 0.9, "apply": "update"}
     states = []

@@ -54,7 +54,9 @@ def gather(engine: Any, recorded: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def assert_importance(engine: Any, expected: dict[str, Tensor], *, rtol: float) -> None:
     for name, values in full_importance(engine).items():
-        torch.testing.assert_close(values.double(), expected[name], rtol=rtol, atol=0.0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            values.double(), expected[name], rtol=rtol, atol=0.0, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def check_recorded(model: type[nn.Module], batch: Callable[..., Any], apply: str, changes: dict[str, Any]) -> None:
@@ -93,7 +95,9 @@ def test_importance_is_the_average_of_what_the_commit_shows(world_size: int, off
     ],
     ids=["tied", "bf16", "bf16-fp32-accumulation", "sub-groups", "all-reduce"],
 )
-def test_importance_in_other_settings(model: type[nn.Module], batch: Callable[..., Any], changes: dict[str, Any]) -> None:
+def test_importance_in_other_settings(
+    model: type[nn.Module], batch: Callable[..., Any], changes: dict[str, Any]
+) -> None:
     run_ranks(check_recorded, 2, model, batch, "reduction", changes)
 
 

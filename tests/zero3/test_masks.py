@@ -111,7 +111,11 @@ def test_masks_do_not_depend_on_the_world_size_or_the_transport(world_size: int,
     _assert_equal(run_ranks(select_masks, world_size, exchange, {}))
 
 
-@pytest.mark.parametrize("changes", [{"offload": True}, {"zero_optimization": {"sub_group_size": 30}}], ids=["offload", "sub-groups"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"offload": True}, {"zero_optimization": {"sub_group_size": 30}}],
+    ids=["offload", "sub-groups"],
+)
 def test_masks_do_not_depend_on_the_placement(changes: dict[str, Any]) -> None:
     _assert_equal(run_ranks(select_masks, 2, "auto", changes))
 

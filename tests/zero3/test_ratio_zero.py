@@ -22,7 +22,12 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
             "weights": full_weights(engine),
             "moments": full_moments(engine),
             "norm": float(engine.get_global_grad_norm()),
-            "counters": (engine.global_steps, engine.global_samples, engine.skipped_steps, engine.micro_steps),
+            "counters": (
+                engine.global_steps,
+                engine.global_samples,
+                engine.skipped_steps,
+                engine.micro_steps,
+            ),
         }
 
 

@@ -35,7 +35,11 @@ def _final(engine: Any) -> dict[str, Any]:
         "state": full_weights(engine) | full_moments(engine),
         "importance": full_importance(engine),
         "masks": full_masks(engine),
-        "numbers": (engine.epi.stats().counters, engine.epi.thresholds(), [average.to_dict() for average in engine.optimizer.isolation.clipping]),
+        "numbers": (
+            engine.epi.stats().counters,
+            engine.epi.thresholds(),
+            [average.to_dict() for average in engine.optimizer.isolation.clipping],
+        ),
     }
 
 
@@ -159,7 +163,7 @@ def test_audit_finds_held_weights_and_a_moved_one(saved: Path, tmp_path: Path) -
     _flip_one_isolated_weight(folder / "global_step5")
     report = audit([folder])
     # The flipped weight differs from the checkpoint before it and from the one after it.
-    assert [item.count for item in report.moved] == [1, 1]
+    assert [item.num_entries for item in report.moved] == [1, 1]
 
 
 def _flip_one_isolated_weight(tag: Path) -> None:
@@ -214,6 +218,11 @@ def test_a_save_after_an_unused_parameter_warns_by_name(tmp_path: Path) -> None:
 def test_the_manifest_is_readable_by_people(saved: Path) -> None:
     manifest = json.loads((saved / "global_step6" / "epi" / "manifest.json").read_text())
     assert manifest["world_size"] == 2
-    assert manifest["counters"] == {"applied_steps": 6, "observed_steps": 6, "active_steps": 2, "refreshes": 1}
+    assert manifest["counters"] == {
+        "applied_steps": 6,
+        "observed_steps": 6,
+        "active_steps": 2,
+        "refreshes": 1,
+    }
     assert manifest["config"]["ratio"] == 0.2
     assert set(manifest["files"]) == {"rank_00000.safetensors", "rank_00001.safetensors"}

@@ -1,0 +1,42 @@
+# make demo   installs what is missing and shows the whole of it, in under five minutes on two cores
+# make test   runs all tests and lints, as CI does
+
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+# Operators are built for one environment's torch and by one release of ninja: keep both inside the environment.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo test lint types unit clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=24"
+	# On its own and by its exact version: what torch is installed decides what everything after it resolves to.
+	$(BIN)/pip install --quiet "$(shell grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/epi-ds build-operators
+	touch $@
+
+demo: install
+	$(BIN)/epi-ds demo
+
+test: install lint
+	$(BIN)/pytest
+
+# mypy knows no package-dir mapping: show it the package as it is installed, kernels, launch and ds_configs inside.
+TYPED := $(VENV)/typed/epi_ds
+
+lint: install
+	rm -rf $(TYPED) && mkdir -p $(TYPED)
+	ln -s $(CURDIR)/epi_ds/* $(CURDIR)/kernels $(CURDIR)/launch $(CURDIR)/ds_configs $(TYPED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd $(VENV)/typed && ../bin/mypy --config-file ../../pyproject.toml --package epi_ds
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
