@@ -18,7 +18,7 @@ class _Problem(NamedTuple):
 
 
 def _small(rng: random.Random) -> int:
-    return rng.randint(1, 9)
+    return rng.randint(2, 9)
 
 
 def _buy(rng: random.Random) -> _Problem:
@@ -43,7 +43,7 @@ def _together(rng: random.Random) -> _Problem:
 
 
 def _bags(rng: random.Random) -> _Problem:
-    name, thing, a, b = rng.choice(NAMES), rng.choice(OBJECTS), _small(rng), _small(rng)
+    name, thing, a, b = rng.choice(NAMES), rng.choice(OBJECTS), rng.randint(2, 5), rng.randint(2, 5)
     question = f"{name} has {a} bags with {b} {thing} in each. How many {thing} does {name} have?"
     return _Problem(question, f"{a} * {b} = {a * b}.", a * b)
 
@@ -51,14 +51,14 @@ def _bags(rng: random.Random) -> _Problem:
 def _lose(rng: random.Random) -> _Problem:
     name, thing, a, b = rng.choice(NAMES), rng.choice(OBJECTS), _small(rng), _small(rng)
     total = a + b
-    c = rng.randint(1, min(9, total))
+    c = rng.randint(2, 4)
     question = f"{name} has {a} {thing}, buys {b} more and loses {c}. How many {thing} are left?"
     return _Problem(question, f"{a} + {b} = {total}. {total} - {c} = {total - c}.", total - c)
 
 
 def _find(rng: random.Random) -> _Problem:
     name, thing = rng.choice(NAMES), rng.choice(OBJECTS)
-    a, b, c = _small(rng), _small(rng), _small(rng)
+    a, b, c = _small(rng), _small(rng), rng.randint(2, 4)
     question = f"{name} has {a} {thing}, buys {b} more and finds {c}. How many {thing} does {name} have now?"
     return _Problem(question, f"{a} + {b} = {a + b}. {a + b} + {c} = {a + b + c}.", a + b + c)
 

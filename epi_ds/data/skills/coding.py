@@ -9,9 +9,9 @@ from epi_ds.data.skills.safe_eval import RefusedCodeError, Value, call, parse_fu
 from epi_ds.data.skills.task import Row, single_turn
 
 _FUNCTIONS = tuple("apply calc compute f find g get h job make run solve step task use work".split())
-_PARAMETERS = tuple("a b k m n t v x".split())
+_PARAMETERS = tuple("abkmntvx")
 _NUMBERS = (-7, -1, 0, 1, 2, 5, 30, 101)
-_LISTS: tuple[list[int | str], ...] = ([3, -1, 4, 15, 9, 2, 6, 5, 35, 8, 97], [7, 0], [12, -40, 8], [])
+_LISTS: tuple[Value, ...] = ([3, -1, 4, 15, 9, 2, 6, 5, 35, 8, 97], [7, 0], [12, -40, 8], [])
 
 
 class _Problem(NamedTuple):
@@ -23,6 +23,11 @@ class _Problem(NamedTuple):
 def _around(number: int) -> tuple[int, ...]:
     """Return inputs that tell a comparison or an offset by `number` from its neighbours."""
     return (number - 1, number, number + 1, 2 * number, *_NUMBERS)
+
+
+def _counted(stop: int) -> Value:
+    """Return 0, 1, ... up to `stop`, long enough to tell a prefix or a sum from its neighbours."""
+    return [*range(stop)]
 
 
 def _plus(x: str, k: int) -> _Problem:
@@ -50,11 +55,11 @@ def _larger(x: str, k: int) -> _Problem:
 
 
 def _prefix(x: str, k: int) -> _Problem:
-    return _Problem(f"the first {k} items of the list {x}", f"{x}[:{k}]", [list(range(2 * k)), *_LISTS])
+    return _Problem(f"the first {k} items of the list {x}", f"{x}[:{k}]", [_counted(2 * k), *_LISTS])
 
 
 def _total(x: str, k: int) -> _Problem:
-    return _Problem(f"the sum of the list {x} plus {k}", f"sum({x}) + {k}", [list(range(k)), *_LISTS])
+    return _Problem(f"the sum of the list {x} plus {k}", f"sum({x}) + {k}", [_counted(k), *_LISTS])
 
 
 _TEMPLATES: tuple[Callable[[str, int], _Problem], ...] = (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from epi_ds.data.skills.task import Row, single_turn
-from epi_ds.data.skills.words import NAMES, TRAITS
+from epi_ds.data.skills.words import EVENTS, NAMES, TRAITS
 
 LETTERS = "ABCD"
 
@@ -15,44 +15,29 @@ _LETTER = re.compile(rf"\b[{LETTERS}]\b")
 
 
 class Literal(NamedTuple):
-    """A trait that somebody has, or does not have."""
+    """A statement that is claimed to be true, or false."""
 
-    trait: str
+    statement: str
+    """The letter of an option, or an event that is no option."""
     holds: bool = True
-
-    def negated(self) -> "Literal":
-        """Return the opposite claim about the same trait."""
-        return Literal(self.trait, not self.holds)
-
-    def says(self, name: str) -> str:
-        """Write the claim about `name` as a clause."""
-        return f"{name} is {self.trait}" if self.holds else f"{name} is not {self.trait}"
 
 
 class Premise(NamedTuple):
-    """Something a puzzle states: at least one of the literals is true."""
+    """Something a puzzle states: at least one of the literals is right."""
 
     any_of: tuple[Literal, ...]
     text: str
 
 
-def fact(name: str, literal: Literal) -> Premise:
-    """State a literal outright."""
-    return Premise((literal,), f"{literal.says(name)}.")
+class Puzzle(NamedTuple):
+    """Premises, and whether the option asked for must be true or must be false."""
 
-
-def implies(name: str, first: Literal, then: Literal) -> Premise:
-    """State that `then` holds whenever `first` does."""
-    return Premise((first.negated(), then), f"If {first.says(name)}, {then.says(name)}.")
-
-
-def either(name: str, left: Literal, right: Literal) -> Premise:
-    """State that at least one of two literals holds."""
-    return Premise((left, right), f"{left.says(name)} or {right.says(name)}.")
+    premises: tuple[Premise, ...]
+    asks_for: bool
 
 
 def entails(premises: Sequence[Premise], claim: Literal) -> bool:
-    """Tell whether a claim is true under every truth assignment that makes all premises true.
+    """Tell whether a claim is right under every truth assignment that makes all premises true.
 
     Args:
         premises: What is given.
@@ -62,72 +47,89 @@ def entails(premises: Sequence[Premise], claim: Literal) -> bool:
         Whether it follows. Premises that contradict each other entail everything.
     """
     literals = [literal for premise in premises for literal in premise.any_of]
-    traits = sorted({literal.trait for literal in [*literals, claim]})
-    for values in itertools.product((False, True), repeat=len(traits)):
-        world = dict(zip(traits, values, strict=True))
-        if world[claim.trait] == claim.holds:
+    statements = sorted({literal.statement for literal in [*literals, claim]})
+    for values in itertools.product((False, True), repeat=len(statements)):
+        world = dict(zip(statements, values, strict=True))
+        if world[claim.statement] == claim.holds:
             continue
-        if all(any(world[one.trait] == one.holds for one in premise.any_of) for premise in premises):
+        if all(any(world[one.statement] == one.holds for one in premise.any_of) for premise in premises):
             return False
     return True
 
 
-def _modus_ponens(name: str, a: Literal, b: Literal, _: Literal) -> list[Premise]:
-    return [implies(name, a, b), fact(name, a)]
+def right_options(puzzle: Puzzle) -> list[str]:
+    """Return the letters of all options that follow, but for those a premise states outright."""
+    claims = [Literal(letter, puzzle.asks_for) for letter in LETTERS]
+    stated = {premise.any_of[0] for premise in puzzle.premises if len(premise.any_of) == 1}
+    return [claim.statement for claim in claims if claim not in stated and entails(puzzle.premises, claim)]
 
 
-def _modus_tollens(name: str, a: Literal, b: Literal, _: Literal) -> list[Premise]:
-    return [implies(name, a, b), fact(name, b.negated())]
+def _fact(statement: str, holds: bool) -> Premise:
+    return Premise((Literal(statement, holds),), f"{statement} is {'true' if holds else 'false'}.")
 
 
-def _disjunctive_syllogism(name: str, a: Literal, b: Literal, _: Literal) -> list[Premise]:
-    return [either(name, a, b), fact(name, a.negated())]
+def _implies(first: str, then: str) -> Premise:
+    return Premise((Literal(first, False), Literal(then)), f"If {first}, then {then}.")
 
 
-def _transitivity(name: str, a: Literal, b: Literal, c: Literal) -> list[Premise]:
-    return [implies(name, a, b), implies(name, b, c), fact(name, a)]
+def _either(left: str, right: str) -> Premise:
+    return Premise((Literal(left), Literal(right)), f"{left} or {right} is true.")
 
 
-def _unused_rule(name: str, a: Literal, b: Literal, c: Literal) -> list[Premise]:
-    return [implies(name, a, b), implies(name, c, b.negated()), fact(name, a)]
+def _not_both(left: str, right: str) -> Premise:
+    return Premise((Literal(left, False), Literal(right, False)), f"{left} and {right} are not both true.")
 
 
-_TEMPLATES: tuple[Callable[[str, Literal, Literal, Literal], list[Premise]], ...] = (
+def _modus_ponens(a: str, b: str, c: str, event: str) -> Puzzle:
+    return Puzzle((_implies(a, b), _fact(a, True)), asks_for=True)
+
+
+def _modus_tollens(a: str, b: str, c: str, event: str) -> Puzzle:
+    return Puzzle((_implies(a, b), _fact(b, False)), asks_for=False)
+
+
+def _disjunctive_syllogism(a: str, b: str, c: str, event: str) -> Puzzle:
+    return Puzzle((_either(a, b), _fact(a, False)), asks_for=True)
+
+
+def _exclusion(a: str, b: str, c: str, event: str) -> Puzzle:
+    return Puzzle((_not_both(a, b), _fact(a, True)), asks_for=False)
+
+
+def _transitivity(a: str, b: str, c: str, event: str) -> Puzzle:
+    return Puzzle((_implies(a, event), _implies(event, b), _fact(a, True)), asks_for=True)
+
+
+def _converse(a: str, b: str, c: str, event: str) -> Puzzle:
+    """Tempt to affirm the consequent: `c` would imply what is given, but does not follow from it."""
+    return Puzzle((_implies(c, a), _implies(a, b), _fact(a, True)), asks_for=True)
+
+
+TEMPLATES: tuple[Callable[[str, str, str, str], Puzzle], ...] = (
     _modus_ponens,
     _modus_tollens,
     _disjunctive_syllogism,
+    _exclusion,
     _transitivity,
-    _unused_rule,
+    _converse,
 )
 
 
-def _options(premises: Sequence[Premise], traits: Sequence[str], rng: random.Random) -> tuple[Literal, list[Literal]]:
-    """Return the one claim that follows, and all options in random order."""
-    claims = [Literal(trait, holds) for trait in traits for holds in (True, False)]
-    stated = {premise.any_of[0] for premise in premises if len(premise.any_of) == 1}
-    right = rng.choice([claim for claim in claims if claim not in stated and entails(premises, claim)])
-    wrong = rng.sample([claim for claim in claims if not entails(premises, claim)], len(LETTERS) - 1)
-    options = [right, *wrong]
-    rng.shuffle(options)
-    return right, options
-
-
 class Logic:
-    """Puzzles with two or three premises and four options, of which exactly one follows."""
+    """Puzzles about four statements, exactly one of which follows from two or three premises."""
 
     name = "logic"
 
     def draw(self, rng: random.Random) -> Row:
         """Draw one puzzle."""
-        name = rng.choice(NAMES)
-        traits = rng.sample(TRAITS, 4)
-        a, b, c = (Literal(trait) for trait in traits[:3])
-        premises = rng.choice(_TEMPLATES)(name, a, b, c)
-        right, options = _options(premises, traits, rng)
-        lines = [f"{letter}. {option.says(name)}" for letter, option in zip(LETTERS, options, strict=True)]
-        question = " ".join(premise.text for premise in premises) + " What follows?\n" + "\n".join(lines)
-        letter = LETTERS[options.index(right)]
-        return single_turn(question, letter, reference=letter)
+        person, traits = rng.choice(NAMES), rng.sample(TRAITS, len(LETTERS))
+        a, b, c = rng.sample(LETTERS, 3)
+        puzzle = rng.choice(TEMPLATES)(a, b, c, rng.choice(EVENTS))
+        (right,) = right_options(puzzle)
+        lines = [f"{letter}. {person} is {trait}" for letter, trait in zip(LETTERS, traits, strict=True)]
+        lines.append(" ".join(premise.text for premise in puzzle.premises))
+        lines.append(f"Which other one must be {'true' if puzzle.asks_for else 'false'}?")
+        return single_turn("\n".join(lines), right, reference=right)
 
     def check(self, row: Row, answer: str) -> bool:
         """Tell whether `answer` names the right letter and no other."""

@@ -115,20 +115,23 @@ def _parameters(found: ast.FunctionDef) -> tuple[str, ...]:
 
 def _bounded(value: Any) -> Value:
     """Return `value` if it is of an allowed type and within the bounds."""
-    if type(value) is list:
-        if len(value) > MAX_SIZE or any(type(item) not in (bool, int, float, str) for item in value):
-            raise _refusal("list", f"it must hold at most {MAX_SIZE} numbers and strings")
-        size = len(value) + sum(len(item) for item in value if type(item) is str)
-        within = size <= MAX_SIZE
-    elif type(value) is str:
-        within = len(value) <= MAX_SIZE
+    if type(value) is list and any(type(item) not in (bool, int, float, str) for item in value):
+        raise _refusal("list", "only numbers and strings may be its items")
+    if type(value) in (list, str):
+        within = _size(value) <= MAX_SIZE
     elif type(value) in (bool, int, float):
         within = math.isfinite(value) and abs(value) <= MAX_NUMBER
     else:
         raise _refusal(f"value of type {type(value).__name__}", "only numbers, strings and lists are allowed")
     if not within:
         raise _refusal(f"{type(value).__name__} value", f"size {MAX_SIZE} and magnitude {MAX_NUMBER} are the most")
-    return value  # type: ignore[no-any-return]
+    return value
+
+
+def _size(value: str | list[Any]) -> int:
+    if isinstance(value, str):
+        return len(value)
+    return len(value) + sum(len(item) for item in value if isinstance(item, str))
 
 
 def _is_number(value: Value) -> bool:
@@ -148,10 +151,8 @@ def _numeric(compute: Callable[[Any, Any], Any]) -> Callable[[Value, Value], Any
 def _multiply(left: Any, right: Any) -> Any:
     if not _is_number(left):
         left, right = right, left
-    if isinstance(right, str | list) and isinstance(left, int):
-        size = len(right) + sum(len(item) for item in right if isinstance(item, str))
-        if size * left > 2 * MAX_SIZE:
-            raise _refusal(f"repetition {left} times", f"a sequence has a size of at most {MAX_SIZE}")
+    if isinstance(right, str | list) and isinstance(left, int) and _size(right) * left > MAX_SIZE:
+        raise _refusal(f"repetition {left} times", f"a sequence has a size of at most {MAX_SIZE}")
     return left * right
 
 
@@ -262,8 +263,7 @@ def _subscript(node: ast.Subscript, names: Mapping[str, Value]) -> Any:
     if not isinstance(node.slice, ast.Slice):
         return group[_evaluate(node.slice, names)]
     ends = [
-        None if end is None else _evaluate(end, names)
-        for end in (node.slice.lower, node.slice.upper, node.slice.step)
+        None if end is None else _evaluate(end, names) for end in (node.slice.lower, node.slice.upper, node.slice.step)
     ]
     return group[slice(*ends)]
 
