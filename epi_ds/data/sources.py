@@ -22,6 +22,7 @@ def table_conversations(
     """Read conversations from a file, or from the hub where ``path`` is no file.
 
     path   a ``.json``, ``.jsonl`` or ``.parquet`` file, or a hub id
+    split  a split in the notation of ``datasets``, such as ``train[-200:]``; a file is one split called ``train``
     limit  read the first rows only
 
     Raises ValueError for a file that does not exist, or rows that cannot be learnt from, by row number.
@@ -40,5 +41,5 @@ def _load_table(path: str, *, split: str, subset: str | None) -> Any:
     if suffix in _LOADERS:
         if not Path(path).is_file():
             raise ValueError(f"there is no data file {path}")
-        return load_dataset(_LOADERS[suffix], data_files=path, split="train")
+        return load_dataset(_LOADERS[suffix], data_files=path, split=split)
     return load_dataset(path, name=subset, split=split)

@@ -13,10 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from epi_ds.train.base_model import pretrain_small_model
-from epi_ds.train.recipe import Recipe, load_recipe
+from epi_ds.train.recipe import load_recipe
 from epi_ds.train.run_folder import RunFolder
 
 RECIPE = "demo"
+# What the model knows before it is fine-tuned, and may forget.
+BASE_SKILLS = ("code", "logic")
+_BASE_STEPS = 300
 _POLL_SECONDS = 0.2
 
 
@@ -27,9 +30,9 @@ def run_demo(output: Path, console: Console) -> None:
     """
     shutil.rmtree(output, ignore_errors=True)
     base = output / "base"
-    recipe = load_recipe(RECIPE, [f"output={output}", f"model.path={base}"])
-    console.print("[bold]1/3[/] pretraining a small Llama on the built-in skills, so that there is something to forget")
-    _pretrain(base, recipe, console)
+    load_recipe(RECIPE, [f"output={output}", f"model.path={base}"])
+    console.print(f"[bold]1/3[/] pretraining a small Llama on {' and '.join(BASE_SKILLS)}: something to forget")
+    _pretrain(base, console)
     command = [
         sys.executable,
         "-m",
@@ -47,8 +50,7 @@ def run_demo(output: Path, console: Console) -> None:
         raise RuntimeError(f"the resumed run failed with exit code {finished.returncode}; its output is above")
 
 
-def _pretrain(folder: Path, recipe: Recipe, console: Console) -> None:
-    steps = 300
+def _pretrain(folder: Path, console: Console) -> None:
     with Progress(
         TextColumn("pretraining"),
         BarColumn(),
@@ -58,14 +60,14 @@ def _pretrain(folder: Path, recipe: Recipe, console: Console) -> None:
         console=console,
         disable=not console.is_terminal,
     ) as progress:
-        task = progress.add_task("", total=steps, loss=float("nan"))
+        task = progress.add_task("", total=_BASE_STEPS, loss=float("nan"))
 
         def report(step: int, loss: float) -> None:
             progress.update(task, completed=step, loss=loss)
             if not console.is_terminal and step % 50 == 0:
-                console.print(f"pretraining step {step}/{steps}  loss {loss:.3f}", highlight=False)
+                console.print(f"pretraining step {step}/{_BASE_STEPS}  loss {loss:.3f}", highlight=False)
 
-        pretrain_small_model(folder, skills=recipe.evaluation.skills, steps=steps, report=report)
+        pretrain_small_model(folder, skills=BASE_SKILLS, steps=_BASE_STEPS, batch_size=16, report=report)
 
 
 def _interrupt_after_checkpoint(command: list[str], folder: RunFolder, console: Console) -> None:

@@ -64,7 +64,8 @@ class DataSource(BaseModel):
     path: str | None = None
     """A ``.json``, ``.jsonl`` or ``.parquet`` file, or a hub id."""
     split: str = "train"
-    """Split of a hub data set, or ``train`` / ``test`` of a skill."""
+    """``train`` or ``test`` of a skill; else a split in the notation of ``datasets``, such as ``train[-200:]``. A file
+    is one split called ``train``."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     rows: int | None = Field(None, ge=1)
