@@ -17,7 +17,9 @@ def audit(
     Compares neighbouring checkpoints of every refresh window. Exits 1 if an isolated entry moved.
     """
     from epi_ds.checkpoint.audit import audit as compare
+    from epi_ds.launch.environment import prepare_environment
 
+    prepare_environment()
     console = Console()
     result = compare(paths)
     for first, second in result.pairs:

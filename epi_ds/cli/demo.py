@@ -20,5 +20,9 @@ def demo(
     from epi_ds.train.demo import run_demo
 
     prepare_environment()
-    run_demo(output, Console())
+    try:
+        run_demo(output, Console())
+    except RuntimeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
     audit([output])

@@ -47,7 +47,7 @@ def _summary(metrics: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) 
     facts = {
         "steps": f"{done} of {run['total_steps']}",
         "ranks": str(run["world_size"]),
-        "resumed": f"{sum(line['resumed'] for line in runs)} times",
+        "resumes": str(sum(line["resumed"] for line in runs)),
         "policy": config["policy"],
         "requested ratio": f"{config['ratio']:.2%}",
         "refresh interval": f"{config['refresh_interval']} steps",

@@ -26,7 +26,7 @@ def small_llama(vocab_size: int, **changes: Any) -> LlamaForCausalLM:
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
-        # At the default of 0.02 attention stays uniform for hundreds of steps, and nothing that needs copying is learnt.
+        # At the default of 0.02 attention stays uniform for hundreds of steps, and no copying is learnt.
         "initializer_range": 0.04,
         **changes,
     }

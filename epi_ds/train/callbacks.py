@@ -24,6 +24,9 @@ from epi_ds.zero3.handle import EPI
 
 # Stage name of what happens before the first step.
 BEFORE = "start"
+# TRL counts these from the start of the process, so after a resume they would fall back. The trainer's own count of
+# tokens goes on: train.include_num_input_tokens_seen.
+_PER_PROCESS = ("num_tokens",)
 
 
 class RunCallback(TrainerCallback):
@@ -123,7 +126,7 @@ class RunCallback(TrainerCallback):
             "step",
             state.global_step,
             stage,
-            **{key: value for key, value in logs.items() if isinstance(value, (int, float))},
+            **{k: v for k, v in logs.items() if isinstance(v, (int, float)) and k not in _PER_PROCESS},
             isolated=self._isolated_in_force,
             isolated_share=share,
             seconds=self._seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import subprocess
@@ -11,15 +12,18 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers.utils.logging import disable_progress_bar
 
+from epi_ds.data.skills import SKILLS
 from epi_ds.train.base_model import pretrain_small_model
 from epi_ds.train.recipe import load_recipe
 from epi_ds.train.run_folder import RunFolder
 
 RECIPE = "demo"
-# What the model knows before it is fine-tuned, and may forget.
-BASE_SKILLS = ("code", "logic")
-_BASE_STEPS = 300
+# Enough to know all five skills a little and two of them well, in about a minute.
+_BASE_STEPS = 600
+# In the second of the recipe's three stages, with masks in force.
+_INTERRUPT_FROM_STEP = 72
 _POLL_SECONDS = 0.2
 
 
@@ -28,10 +32,11 @@ def run_demo(output: Path, console: Console) -> None:
 
     Raises RuntimeError when the run fails, or ends before it could be interrupted.
     """
+    disable_progress_bar()
     shutil.rmtree(output, ignore_errors=True)
     base = output / "base"
     load_recipe(RECIPE, [f"output={output}", f"model.path={base}"])
-    console.print(f"[bold]1/3[/] pretraining a small Llama on {' and '.join(BASE_SKILLS)}: something to forget")
+    console.print(f"[bold]1/3[/] pretraining a small Llama on {len(SKILLS)} skills, so that it has something to forget")
     _pretrain(base, console)
     command = [
         sys.executable,
@@ -64,22 +69,26 @@ def _pretrain(folder: Path, console: Console) -> None:
 
         def report(step: int, loss: float) -> None:
             progress.update(task, completed=step, loss=loss)
-            if not console.is_terminal and step % 50 == 0:
+            if not console.is_terminal and step % 100 == 0:
                 console.print(f"pretraining step {step}/{_BASE_STEPS}  loss {loss:.3f}", highlight=False)
 
-        pretrain_small_model(folder, skills=BASE_SKILLS, steps=_BASE_STEPS, batch_size=16, report=report)
+        pretrain_small_model(folder, skills=tuple(SKILLS), steps=_BASE_STEPS, batch_size=16, report=report)
 
 
 def _interrupt_after_checkpoint(command: list[str], folder: RunFolder, console: Console) -> None:
-    """Start the run and terminate it some steps after its second complete checkpoint."""
+    """Start the run and terminate it some steps after a complete checkpoint."""
+
+    def newest() -> int:
+        return max((checkpoint.step for checkpoint in folder.committed_checkpoints()), default=0)
+
     process = subprocess.Popen(command)
-    while process.poll() is None and len(folder.committed_checkpoints()) < 2:
+    while process.poll() is None and newest() < _INTERRUPT_FROM_STEP:
         time.sleep(_POLL_SECONDS)
+    # Let it train on, so that the interruption costs steps and the resume has something to repeat.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=1.0)
     if process.poll() is not None:
         raise RuntimeError(f"the run ended with exit code {process.returncode} before it could be interrupted")
-    step = folder.committed_checkpoints()[-1].step
-    # Let it train on, so that the interruption costs steps and the resume has something to repeat.
-    time.sleep(2.0)
     process.send_signal(signal.SIGTERM)
     process.wait()
-    console.print(f"interrupted after checkpoint {step}", highlight=False)
+    console.print(f"interrupted after checkpoint {newest()}", highlight=False)

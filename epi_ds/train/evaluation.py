@@ -115,16 +115,18 @@ class Evaluator:
     def _own_batches(self, gathered: bool) -> Iterator[tuple[Batch, bool]]:
         """Yield this rank's batches and whether they count.
 
-        With partitioned weights every forward is collective, so ranks with fewer batches repeat one that does not.
+        With partitioned weights every forward is collective, so ranks with fewer batches repeat one that does not
+        count, and a round never mixes generation with teacher forcing, which take different numbers of forwards.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        rounds = -(-len(self._batches) // world_size)
-        for index in range(rounds):
-            position = index * world_size + rank
-            if position < len(self._batches):
-                yield self._batches[position], True
-            elif not gathered:
-                yield self._batches[-1], False
+        generated = [batch for batch in self._batches if self._tasks[batch.task].check is not None]
+        teacher_forced = [batch for batch in self._batches if self._tasks[batch.task].check is None]
+        for batches in (generated, teacher_forced):
+            for first in range(0, len(batches), world_size):
+                if first + rank < len(batches):
+                    yield batches[first + rank], True
+                elif not gathered:
+                    yield batches[-1], False
 
     def _score(self, model: Any, batch: Batch, *, synced: bool) -> list[tuple[int, int, float, float]]:
         """Score a batch: (task, row, points, weight) per row."""

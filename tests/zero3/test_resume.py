@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from typer.testing import CliRunner
 
 from epi_ds.checkpoint.audit import audit
+from epi_ds.cli.main import app
 from tests.support.engines import (
     assert_same,
     ds_config,
@@ -164,6 +166,12 @@ def test_audit_finds_held_weights_and_a_moved_one(saved: Path, tmp_path: Path) -
     report = audit([folder])
     # The flipped weight differs from the checkpoint before it and from the one after it.
     assert [item.num_entries for item in report.moved] == [1, 1]
+
+    command = CliRunner()
+    sound, damaged = command.invoke(app, ["audit", str(saved)]), command.invoke(app, ["audit", str(folder)])
+    assert (sound.exit_code, damaged.exit_code) == (0, 1)
+    assert "moved 0;" in sound.output
+    assert "MOVED 1 entries of" in damaged.output
 
 
 def _flip_one_isolated_weight(tag: Path) -> None:

@@ -1,0 +1,230 @@
+"""``epi-ds train``: stages, rows, resuming and evaluation, over real launchers."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from epi_ds.train.recipe import load_recipe
+from epi_ds.train.run_folder import RunFolder
+from epi_ds.train.stages import StageRows, plan_stages, row_order
+from epi_ds.train.tasks import load_conversations
+from tests.end_to_end.conftest import Demo
+from tests.support.processes import checked, launch, run_epi_ds
+
+pytestmark = pytest.mark.end_to_end
+
+RECORDER = "tests.end_to_end.recorder"
+RANKS = 2
+MICRO_BATCH = 2
+ACCUMULATION = 2
+# Global batches of 8 rows: 5, 5 and 4 steps.
+STAGE_ROWS = {"reset": 40, "carry": 43, "chat": 32}
+TOTAL_STEPS = 14
+# In the middle of the second stage, two steps after the newest checkpoint.
+DIES_AT = 8
+NEWEST_CHECKPOINT = 6
+
+
+def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
+    """Write a recipe of three stages over three forms of data into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table, chat = folder / "table.jsonl", folder / "chat.json"
+    table.write_text(
+        "".join(
+            json.dumps({"question": f"What is {i}?", "answer": f"A {i}."}) + "\n" for i in range(STAGE_ROWS["carry"])
+        )
+    )
+    turns = [
+        [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"{i}"}]
+        for i in range(STAGE_ROWS["chat"])
+    ]
+    chat.write_text(json.dumps([{"talk": turn} for turn in turns]))
+    columns = {"prompt": "question", "completion": "answer"}
+    recipe: dict[str, Any] = {
+        "model": {"path": str(base), "dtype": "float32"},
+        "stages": [
+            {"name": "reset", "data": {"skill": "arithmetic", "rows": STAGE_ROWS["reset"]}},
+            {
+                "name": "carry",
+                "data": {"path": str(table), **columns},
+                "evaluation": {"path": str(table), **columns, "metric": "loss", "rows": 20},
+                "moments": "carry",
+            },
+            {"name": "chat", "data": {"path": str(chat), "messages": "talk"}, "moments": "reset"},
+        ],
+        "method": {"epi": {"ratio": 0.1, "refresh_interval": 3, "ema_decay": 0.9}},
+        "train": {
+            "per_device_train_batch_size": MICRO_BATCH,
+            "gradient_accumulation_steps": ACCUMULATION,
+            "learning_rate": 3e-4,
+            "save_steps": 3,
+            "max_length": 128,
+            "seed": 3,
+        },
+        # Three batches of each of two skills, and three of a loss: every rank but one has one less.
+        "evaluation": {"skills": ["code"], "rows": 24, "batch_size": 8, "max_new_tokens": 24, "weights": "gathered"},
+        "output": str(folder / "run"),
+        "ranks": RANKS,
+    }
+    recipe = {
+        key: {**value, **changes.pop(key, {})} if isinstance(value, dict) else value for key, value in recipe.items()
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**recipe, **changes}, sort_keys=False))
+    return path
+
+
+def lines_of(run: Path, *events: str) -> list[dict[str, Any]]:
+    """Return a run's metrics of these events, without what is measured in seconds."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if "seconds" not in key and "per_second" not in key}
+        for line in lines
+        if line["event"] in events
+    ]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return a digest of every file in a folder."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def base(demo: Demo) -> Path:
+    """The demo's small model: it knows something, so scores are not all zero."""
+    return demo.folder / "base"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recorded run of all steps, evaluated with partitioned weights."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    recipe = write_recipe(folder, base, evaluation={"weights": "partitioned"})
+    checked(launch(RECORDER, str(recipe), str(folder), num_ranks=RANKS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, evaluated with gathered weights, killed in its second stage and continued by ``epi-ds train``."""
+    folder = tmp_path_factory.mktemp("resumed")
+    recipe = write_recipe(folder, base)
+    killed = launch(RECORDER, str(recipe), str(folder), str(DIES_AT), num_ranks=RANKS)
+    assert killed.exit_code != 0
+    assert RunFolder(folder / "run").committed_checkpoints()[-1].step == NEWEST_CHECKPOINT, killed.output[-4000:]
+    output = checked(run_epi_ds("train", str(recipe)))
+    assert f"resuming {folder / 'run' / 'checkpoints'}/checkpoint-{NEWEST_CHECKPOINT}" in output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recorded(uninterrupted: Path) -> list[list[dict[str, Any]]]:
+    """What each rank of the uninterrupted run trained on, per micro-batch."""
+    return [
+        [json.loads(line) for line in (uninterrupted / f"rank_{rank}.jsonl").read_text().splitlines()]
+        for rank in range(RANKS)
+    ]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(uninterrupted: Path, resumed: Path) -> None:
+    left, right = uninterrupted / "run", resumed / "run"
+    steps = lines_of(left, "step")
+    assert [line["step"] for line in steps] == list(range(1, TOTAL_STEPS + 1))
+    assert steps == lines_of(right, "step")
+    # Thresholds, layers' shares and Jaccard of every mask; the masks themselves lie in the checkpoints.
+    assert lines_of(left, "refresh") == lines_of(right, "refresh")
+    last = f"checkpoints/checkpoint-{TOTAL_STEPS}/global_step{TOTAL_STEPS}/epi"
+    shards = digests(left / last)
+    assert len(shards) == RANKS + 1
+    assert shards == digests(right / last)
+    assert digests(left / "export") == digests(right / "export")
+
+
+def test_ranks_train_on_different_rows_in_the_documented_order(
+    uninterrupted: Path, base: Path, recorded: list[list[dict[str, Any]]]
+) -> None:
+    """Micro-batch after micro-batch, rank 0 takes the next rows of the run's order and rank 1 those after them."""
+    recipe = load_recipe(str(uninterrupted / "recipe.yaml"), [])
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    conversations = [load_conversations(stage.data, seed=3) for stage in recipe.stages]
+    counts = [StageRows(stage.name, len(c), 1) for stage, c in zip(recipe.stages, conversations, strict=True)]
+    global_batch = RANKS * MICRO_BATCH * ACCUMULATION
+    order = row_order(counts, plan_stages(counts, global_batch=global_batch), global_batch=global_batch, seed=3)
+    flat = list(itertools.chain.from_iterable(conversations))
+    expected = [tokenizer.apply_chat_template(list(flat[row]), return_dict=True)["input_ids"] for row in order]
+    seen = [
+        row
+        for micro_batches in zip(*recorded, strict=True)
+        for micro_batch in micro_batches
+        for row in micro_batch["rows"]
+    ]
+    assert seen == expected
+    assert len(seen) == TOTAL_STEPS * global_batch
+
+
+def test_moments_are_reset_or_carried_as_each_stage_says(recorded: list[list[dict[str, Any]]]) -> None:
+    momentum = {line["step"]: line["momentum"] for line in reversed(recorded[0])}
+    # The first stage starts without any, the second carries, the third resets.
+    assert [step for step in range(TOTAL_STEPS) if momentum[step] == 0.0] == [0, 10]
+
+
+def test_metrics_say_which_stage_runs(uninterrupted: Path) -> None:
+    stages = [line["stage"] for line in lines_of(uninterrupted / "run", "step")]
+    assert stages == ["reset"] * 5 + ["carry"] * 5 + ["chat"] * 4
+    # S, mask and the count of applied steps go on over the stages' ends.
+    assert [line["step"] for line in lines_of(uninterrupted / "run", "refresh")] == [3, 6, 9, 12]
+
+
+def test_gathered_and_partitioned_evaluation_agree(uninterrupted: Path, resumed: Path) -> None:
+    partitioned, gathered = lines_of(uninterrupted / "run", "evaluation"), lines_of(resumed / "run", "evaluation")
+    assert [line["step"] for line in partitioned] == [0, 5, 10, 14]
+    assert partitioned == gathered
+    # The comparison would be empty with a model that solves nothing or everything.
+    assert any(0 < score["value"] < 1 for score in partitioned[0]["scores"].values())
+    assert partitioned[0]["scores"]["carry"]["value"] > partitioned[2]["scores"]["carry"]["value"] > 0
+
+
+def test_one_rank_scores_and_probes_for_a_static_mask(uninterrupted: Path, base: Path, tmp_path: Path) -> None:
+    """One rank, another policy: the same scores before training, and one mask from the first step to the last."""
+    epi = {"policy": "static", "ratio": 0.1, "probe_steps": 2}
+    recipe = write_recipe(tmp_path, base, method={"epi": epi})
+    checked(
+        run_epi_ds(
+            "train", str(recipe), "ranks=1", "stages.0.data.rows=12", "stages.1.data.rows=4", "stages.2.data.rows=4"
+        )
+    )
+    (before, *_) = lines_of(tmp_path / "run", "evaluation")
+    assert before == lines_of(uninterrupted / "run", "evaluation")[0]
+    (refresh,) = lines_of(tmp_path / "run", "refresh")
+    assert refresh["step"] == 0
+    assert {line["isolated"] for line in lines_of(tmp_path / "run", "step")} == {refresh["isolated"]}
+    assert 0.099 < lines_of(tmp_path / "run", "step")[0]["isolated_share"] <= 0.1
+
+
+def test_a_resume_with_other_rows_is_refused_before_training(resumed: Path, tmp_path: Path) -> None:
+    shutil.copytree(resumed, tmp_path / "copy")
+    finished = run_epi_ds(
+        "train", str(resumed / "recipe.yaml"), f"output={tmp_path / 'copy' / 'run'}", "stages.0.data.rows=48", "ranks=1"
+    )
+    checked(finished, 2)
+    assert "belongs to another recipe" in finished.output
+    assert "world_size was 2, is 1" in finished.output
+    assert "--restart" in finished.output
+
+
+def test_all_misspelt_keys_are_named_before_anything_is_loaded() -> None:
+    finished = run_epi_ds("train", "demo", "trian.seed=1", "method.epi.rato=0.1", "train.learning_rat=1")
+    checked(finished, 2)
+    for wrong, right in {"trian": "train", "rato": "ratio", "learning_rat": "learning_rate"}.items():
+        assert wrong in finished.output
+        assert right in finished.output
+    assert "Traceback" not in finished.output
