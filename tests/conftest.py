@@ -22,6 +22,20 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ[
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests measured, which pytest would swallow with their output: `record_property("measured", line)`."""
+    lines = [
+        line
+        for report in terminalreporter.getreports("passed")
+        for name, line in report.user_properties
+        if name == "measured"
+    ]
+    if lines:
+        terminalreporter.section("measured")
+        for line in lines:
+            terminalreporter.line(line)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _end_ranks() -> Iterator[None]:
     yield

@@ -13,6 +13,7 @@ and for each factor).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple
 
@@ -121,13 +122,19 @@ def measure(apply: str, beta2: float, clipping: Clipping) -> ReleaseRatio:
 @pytest.mark.parametrize("apply", ["reduction", "update"])
 @pytest.mark.parametrize("beta2", [0.99, 0.999])
 @pytest.mark.parametrize("clipping", Clipping, ids=lambda clipping: clipping.value)
-def test_released_entries_do_not_jump(apply: str, beta2: float, clipping: Clipping) -> None:
+def test_released_entries_do_not_jump(
+    apply: str, beta2: float, clipping: Clipping, record_property: Callable[[str, object], None]
+) -> None:
     ratio = run_ranks(measure, 1, apply, beta2, clipping)[0]
-    factors = ", ".join(f"x{factor}: {value:.2f}" for factor, value in ratio.by_factor.items())
-    print(f"release ratio, apply {apply}, beta2 {beta2}, clipping {clipping.value}: {ratio.pooled:.2f} ({factors})")
+    factors = ", ".join(f"x{factor:g}: {value:.2f}" for factor, value in ratio.by_factor.items())
+    record_property(
+        "measured",
+        f"release ratio, apply {apply}, beta2 {beta2}, clipping {clipping.value}: {ratio.pooled:.2f} ({factors})",
+    )
     if apply == "update" and clipping is Clipping.JUMPING:
-        # Not bounded: the moments that `update` keeps (the paper's eq. 12-13) are of gradients clipped at another norm.
-        # `reduction` rebuilds them, and is.
+        # The moments that `update` keeps (the paper's eq. 12-13) are of gradients clipped at another norm, so the bound
+        # does not hold; `reduction` rebuilds them. README lists it as a limit, which this line keeps honest.
+        assert ratio.pooled > BOUND
         return
     assert ratio.pooled <= BOUND
     assert max(ratio.by_factor.values()) <= BOUND
