@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from epi_ds.errors import nearest
+from epi_ds.errors import UserError, nearest
 
 
 def names() -> list[str]:
@@ -25,7 +25,7 @@ def load(name_or_path: str) -> dict[str, Any]:
     elif name_or_path in names():
         text = files(__name__).joinpath(f"{name_or_path}.json").read_text()
     else:
-        raise ValueError(
+        raise UserError(
             f"deepspeed: {name_or_path!r} is neither a JSON file nor one of the shipped configurations "
             f"({', '.join(names())}){nearest(name_or_path, names())}"
         )

@@ -11,6 +11,7 @@ import deepspeed
 
 from epi_ds.checkpoint.store import FileStateStore, load_masks
 from epi_ds.config import EPIConfig, parse_config
+from epi_ds.errors import UserError
 from epi_ds.zero3.attach import attach as attach_to_engine
 from epi_ds.zero3.handle import EPI
 
@@ -28,7 +29,7 @@ def read_section(ds_config: Any) -> EPIConfig:
         with open(ds_config) as file:
             ds_config = json.load(file)
     if not isinstance(ds_config, Mapping) or SECTION not in ds_config:
-        raise ValueError(
+        raise UserError(
             f'{place} is missing; add a top-level "{SECTION}" key (not inside "zero_optimization"), for example '
             f'{{"{SECTION}": {{"ratio": 0.01, "refresh_interval": 500}}}}'
         )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from epi_ds.errors import problems_of, summarize
+from epi_ds.errors import UserError, problems_of, summarize
 
 
 class PolicyName(str, Enum):
@@ -123,19 +123,19 @@ class EPIConfig(BaseModel):
     @classmethod
     def _refuse_rank(cls, value: Any) -> Any:
         if value == "rank":
-            raise ValueError("rank normalisation is the same thing as selection: per_layer; set that instead")
+            raise UserError("rank normalisation is the same thing as selection: per_layer; set that instead")
         return value
 
     @model_validator(mode="after")
     def _check_policy(self) -> EPIConfig:
         sources = [name for name in ("mask_from", "probe_steps") if getattr(self, name) is not None]
         if self.policy is PolicyName.STATIC and len(sources) != 1:
-            raise ValueError(
+            raise UserError(
                 "policy: static needs exactly one source of its mask, mask_from or probe_steps; got "
                 + (" and ".join(sources) or "none")
             )
         if self.policy is not PolicyName.STATIC and sources:
-            raise ValueError(f"{sources[0]} belongs to policy: static, but policy is {self.policy.value}")
+            raise UserError(f"{sources[0]} belongs to policy: static, but policy is {self.policy.value}")
         return self
 
 
@@ -144,8 +144,8 @@ def parse_config(section: Mapping[str, Any] | EPIConfig, *, place: str = 'the "e
     if isinstance(section, EPIConfig):
         return section
     if not isinstance(section, Mapping):
-        raise ValueError(f"{place} must be a mapping of settings, got {type(section).__name__}: {section!r}")
+        raise UserError(f"{place} must be a mapping of settings, got {type(section).__name__}: {section!r}")
     try:
         return EPIConfig.model_validate(dict(section))
     except ValidationError as error:
-        raise ValueError(summarize(problems_of(error, EPIConfig), place=place)) from None
+        raise UserError(summarize(problems_of(error, EPIConfig), place=place)) from None

@@ -8,6 +8,10 @@ from collections.abc import Iterable, Sequence
 from pydantic import BaseModel, ValidationError
 
 
+class UserError(ValueError):
+    """The user's mistake: the message names the value, the rule, the place and the remedy, and needs no traceback."""
+
+
 def nearest(name: str, valid_names: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest of ``valid_names``, or an empty string."""
     close = difflib.get_close_matches(name, list(valid_names), n=1, cutoff=0.6)

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from epi_ds.api import SECTION, attach
 from epi_ds.config import EPIConfig, parse_config
+from epi_ds.errors import UserError
 from epi_ds.zero3.handle import EPI
 
 
@@ -38,18 +39,18 @@ class EPICallback(TrainerCallback):
         """Check the configuration and wait for the engine."""
         plugin = getattr(args, "deepspeed_plugin", None)
         if plugin is None:
-            raise ValueError(
+            raise UserError(
                 "EPICallback needs DeepSpeed ZeRO-3: pass deepspeed=... to the training arguments, and start the "
                 "script with the deepspeed launcher"
             )
         section = plugin.deepspeed_config.get(SECTION)
         if self._config is None and section is None:
-            raise ValueError(
+            raise UserError(
                 f'EPICallback has no configuration: pass one, or add an "{SECTION}" section to the DeepSpeed config'
             )
         configs = [c for c in (self._config, section and parse_config(section)) if c]
         if len(configs) == 2 and configs[0] != configs[1]:
-            raise ValueError(
+            raise UserError(
                 f'EPICallback was given a configuration, and the "{SECTION}" section of the DeepSpeed configuration '
                 "says something else; keep one of them"
             )

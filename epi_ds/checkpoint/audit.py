@@ -18,6 +18,7 @@ from torch import Tensor
 
 from epi_ds.checkpoint.manifest import FOLDER, Manifest, read_manifest
 from epi_ds.checkpoint.shard import Shard, shard_name
+from epi_ds.errors import UserError
 
 _OPTIMIZER_SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 
@@ -74,7 +75,7 @@ def find_tags(paths: Sequence[Path]) -> list[Tag]:
     for path in paths:
         manifests = sorted(path.rglob(f"{FOLDER}/manifest.json"))
         if not manifests:
-            raise ValueError(f"{path} holds no checkpoint with isolation state (no {FOLDER}/manifest.json below it)")
+            raise UserError(f"{path} holds no checkpoint with isolation state (no {FOLDER}/manifest.json below it)")
         for file in manifests:
             manifest = read_manifest(file.parent)
             if manifest is not None:
@@ -95,7 +96,7 @@ def audit(paths: Sequence[Path]) -> AuditReport:
     ]
     if not pairs:
         found = ", ".join(f"{tag.path.name} (step {tag.step}, window {tag.window})" for tag in tags)
-        raise ValueError(
+        raise UserError(
             f"no two checkpoints were saved within one refresh window under a mask; found: {found}. Save more often "
             "than refresh_interval"
         )
@@ -122,7 +123,7 @@ def audit(paths: Sequence[Path]) -> AuditReport:
 def _compare(first: Tag, second: Tag) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """Yield (parameter, mask, weights before, weights after) for every rank's slices."""
     if first.manifest.world_size != second.manifest.world_size:
-        raise ValueError(
+        raise UserError(
             f"{first.path} was saved by {first.manifest.world_size} ranks and {second.path} by "
             f"{second.manifest.world_size}; audit each part of the run alone"
         )
@@ -130,11 +131,11 @@ def _compare(first: Tag, second: Tag) -> Iterator[tuple[str, Tensor, Tensor, Ten
         before = Shard.open(first.path / FOLDER / shard_name(rank))
         after = Shard.open(second.path / FOLDER / shard_name(rank))
         if before.segments != after.segments:
-            raise ValueError(f"{before.path} and {after.path} are slices of different models or partitionings")
+            raise UserError(f"{before.path} and {after.path} are slices of different models or partitionings")
         weights = _master_weights(first.path, rank), _master_weights(second.path, rank)
         for (segment, mask), (_, mask_after) in zip(before.masks(), after.masks(), strict=True):
             if not torch.equal(mask, mask_after):
-                raise ValueError(
+                raise UserError(
                     f"{segment.name}: {first.path} and {second.path} are of one refresh window, but their masks differ"
                 )
             if segment.real_numel:
@@ -150,4 +151,4 @@ def _master_weights(tag: Path, rank: int) -> list[Tensor]:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
             groups: list[Tensor] = state["optimizer_state_dict"]["fp32_flat_groups"]
             return [group.detach().float() for group in groups]
-    raise ValueError(f"{tag} has no optimizer shard of rank {rank} (zero_pp_rank_{rank}_mp_rank_00_optim_states.pt)")
+    raise UserError(f"{tag} has no optimizer shard of rank {rank} (zero_pp_rank_{rank}_mp_rank_00_optim_states.pt)")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 
 import typer
 
 from epi_ds.cli import audit, demo, operators, recipes, report, train
+from epi_ds.errors import UserError
 
 app = typer.Typer(
     name="epi-ds",
@@ -38,8 +40,10 @@ def main() -> None:
     _quieten()
     try:
         app(standalone_mode=True)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except UserError as error:
+        # Every rank meets the same mistake; one says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from epi_ds.data.skills import Message
+from epi_ds.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -28,14 +29,14 @@ def find_columns(columns: Columns, available: Sequence[str], *, place: str) -> C
             return Columns(messages="messages")
         if "prompt" in available and "completion" in available:
             return Columns(prompt=("prompt",), completion="completion")
-        raise ValueError(
+        raise UserError(
             f"{place} has the columns {', '.join(available)}: name the ones to use, for example prompt: "
             f"{available[0]}, completion: {available[-1]}"
         )
     wanted = [columns.messages, *columns.prompt, columns.completion]
     missing = [name for name in wanted if name is not None and name not in available]
     if missing:
-        raise ValueError(f"{place} has no column {', '.join(missing)}; there are {', '.join(available)}")
+        raise UserError(f"{place} has no column {', '.join(missing)}; there are {', '.join(available)}")
     return columns
 
 
@@ -52,10 +53,10 @@ def conversation_of(row: Mapping[str, Any], columns: Columns, *, place: str) -> 
         messages = [Message(role=turn["role"], content=turn["content"]) for turn in turns or ()]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in messages) or "nothing"
-        raise ValueError(f"{place}: a conversation must have a prompt and end with the assistant, this one has {roles}")
+        raise UserError(f"{place}: a conversation must have a prompt and end with the assistant, this one has {roles}")
     for message in messages:
         if message["role"] not in ROLES:
-            raise ValueError(f"{place}: role {message['role']!r} is none of {', '.join(ROLES)}")
+            raise UserError(f"{place}: role {message['role']!r} is none of {', '.join(ROLES)}")
     if not messages[-1]["content"] or not messages[-2]["content"]:
-        raise ValueError(f"{place}: the last question or its answer is empty; remove the row")
+        raise UserError(f"{place}: the last question or its answer is empty; remove the row")
     return messages

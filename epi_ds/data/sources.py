@@ -7,6 +7,7 @@ from typing import Any
 
 from epi_ds.data.conversations import Columns, conversation_of, find_columns
 from epi_ds.data.skills import Message, Split, rows
+from epi_ds.errors import UserError
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -40,6 +41,6 @@ def _load_table(path: str, *, split: str, subset: str | None) -> Any:
     suffix = Path(path).suffix
     if suffix in _LOADERS:
         if not Path(path).is_file():
-            raise ValueError(f"there is no data file {path}")
+            raise UserError(f"there is no data file {path}")
         return load_dataset(_LOADERS[suffix], data_files=path, split=split)
     return load_dataset(path, name=subset, split=split)

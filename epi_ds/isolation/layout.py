@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from epi_ds.errors import UserError
+
 
 class Parameter(NamedTuple):
     """A trainable parameter as every rank sees it."""
@@ -123,7 +125,7 @@ def select_covered(names: Sequence[str], *, include: Sequence[str], exclude: Seq
     included = _match(names, include, field="include") if include else set(names)
     covered_names = included - _match(names, exclude, field="exclude")
     if not covered_names:
-        raise ValueError(
+        raise UserError(
             f"include={list(include)} and exclude={list(exclude)} leave none of the {len(names)} trainable parameters "
             "covered, so nothing would ever be isolated; relax one of them"
         )
@@ -136,7 +138,7 @@ def _match(names: Sequence[str], patterns: Sequence[str], *, field: str) -> set[
         regex = _compile(pattern, field=field)
         hits = {name for name in names if regex.search(name)}
         if not hits:
-            raise ValueError(
+            raise UserError(
                 f"{field}: the pattern {pattern!r} matches none of the {len(names)} trainable parameters "
                 f"({_some(names)}); correct or remove it"
             )
@@ -148,7 +150,7 @@ def _compile(pattern: str, *, field: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{field}: {pattern!r} is not a regular expression: {error}") from None
+        raise UserError(f"{field}: {pattern!r} is not a regular expression: {error}") from None
 
 
 def _some(names: Sequence[str]) -> str:
@@ -177,14 +179,14 @@ def assign_layers(names: Sequence[str], layer: str | Mapping[str, str]) -> list[
     if layer == "tensor":
         return list(names)
     if isinstance(layer, str):
-        raise ValueError(f"layer must be 'block', 'tensor' or a mapping of groups, got {layer!r}")
+        raise UserError(f"layer must be 'block', 'tensor' or a mapping of groups, got {layer!r}")
     groups = {group: _match(names, [pattern], field=f"layer group {group!r}") for group, pattern in layer.items()}
     assigned = []
     for name in names:
         hits = [group for group, members in groups.items() if name in members]
         if len(hits) != 1:
             found = f"the groups {', '.join(hits)}" if hits else "no group"
-            raise ValueError(
+            raise UserError(
                 f"layer: the parameter {name} matches {found}, but every covered parameter must match exactly one; "
                 "narrow the patterns, add a group for the rest, or exclude the parameter"
             )

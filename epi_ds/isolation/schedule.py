@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from epi_ds.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -40,5 +42,5 @@ def check_planned_steps(planned_steps: int, interval: int, *, allow_inactive: bo
         f"(refresh_interval {interval}): nothing would ever be isolated. Set refresh_interval to {proposal}"
     )
     if not allow_inactive:
-        raise ValueError(message + ", or allow_inactive: true to run anyway")
+        raise UserError(message + ", or allow_inactive: true to run anyway")
     logger.warning("%s; running anyway, because allow_inactive is true", message)

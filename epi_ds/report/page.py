@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from epi_ds.errors import UserError
 from epi_ds.report import figures
 from epi_ds.report.scores import ScoreTable, score_table
 
@@ -25,7 +26,7 @@ def write_report(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) -
     """Write the page of a run from the lines of its metrics file. Raises ValueError where no run ever started."""
     runs = [line for line in metrics if line["event"] == "run"]
     if not runs:
-        raise ValueError(f"there is nothing to report: {path.parent} holds no metrics of a run")
+        raise UserError(f"there is nothing to report: {path.parent} holds no metrics of a run")
     body = [
         f"<h1>{escape(title)}</h1>",
         _summary(metrics, runs),

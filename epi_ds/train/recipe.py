@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from epi_ds.config import EPIConfig
 from epi_ds.data.skills import SKILLS
-from epi_ds.errors import nearest, problems_of, summarize
+from epi_ds.errors import UserError, nearest, problems_of, summarize
 from epi_ds.launch import recipes as shipped
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
@@ -81,27 +81,27 @@ class DataSource(BaseModel):
     @classmethod
     def _known_skill(cls, name: str | None) -> str | None:
         if name is not None and name not in SKILLS:
-            raise ValueError(f"there is no skill {name!r}{nearest(name, SKILLS)}; there are {', '.join(SKILLS)}")
+            raise UserError(f"there is no skill {name!r}{nearest(name, SKILLS)}; there are {', '.join(SKILLS)}")
         return name
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSource:
         if (self.skill is None) == (self.path is None):
-            raise ValueError("give either skill or path")
+            raise UserError("give either skill or path")
         if self.skill is not None:
             if self.rows is None:
-                raise ValueError(f"skill {self.skill} is generated, so rows must say how many")
+                raise UserError(f"skill {self.skill} is generated, so rows must say how many")
             if self.split not in ("train", "test"):
-                raise ValueError(f"split of a skill must be train or test, got {self.split!r}")
+                raise UserError(f"split of a skill must be train or test, got {self.split!r}")
             ignored = [name for name in ("messages", "prompt", "completion", "subset") if getattr(self, name)]
             if ignored:
-                raise ValueError(
+                raise UserError(
                     f"skill {self.skill} has conversations, so {', '.join(ignored)} would be ignored; remove it"
                 )
         elif (self.prompt is None) != (self.completion is None):
-            raise ValueError("prompt and completion name two columns of one file: give both or neither")
+            raise UserError("prompt and completion name two columns of one file: give both or neither")
         elif self.messages is not None and self.prompt is not None:
-            raise ValueError("give messages, or prompt and completion, not both")
+            raise UserError("give messages, or prompt and completion, not both")
         return self
 
 
@@ -154,7 +154,7 @@ class EvaluationSection(BaseModel):
     def _known_skills(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
             if name not in SKILLS:
-                raise ValueError(f"there is no skill {name!r}{nearest(name, SKILLS)}; there are {', '.join(SKILLS)}")
+                raise UserError(f"there is no skill {name!r}{nearest(name, SKILLS)}; there are {', '.join(SKILLS)}")
         return names
 
 
@@ -201,11 +201,11 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _distinct_stages(self) -> Recipe:
         if not self.stages:
-            raise ValueError("stages must hold at least one stage")
+            raise UserError("stages must hold at least one stage")
         names = [stage.name for stage in self.stages]
         repeated = {name for name in names if names.count(name) > 1}
         if repeated:
-            raise ValueError(f"stage names must differ, repeated: {', '.join(sorted(repeated))}")
+            raise UserError(f"stage names must differ, repeated: {', '.join(sorted(repeated))}")
         return self
 
     def task_names(self) -> tuple[str, ...]:
@@ -227,10 +227,10 @@ def find_recipe(name_or_path: str) -> Path:
     if path.suffix in {".yaml", ".yml"}:
         if path.is_file():
             return path
-        raise ValueError(f"there is no recipe file {name_or_path}")
+        raise UserError(f"there is no recipe file {name_or_path}")
     if name_or_path in shipped_names():
         return Path(shipped.__file__).parent / f"{name_or_path}.yaml"
-    raise ValueError(
+    raise UserError(
         f"{name_or_path!r} is neither a .yaml file nor a shipped recipe ({', '.join(shipped_names())})"
         f"{nearest(name_or_path, shipped_names())}"
     )
@@ -257,7 +257,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(name_or_path)
     values = _read_yaml(path.read_text())
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}")
+        raise UserError(f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}")
     for override in overrides:
         _override(values, override)
     return parse_recipe(values, place=f"the recipe {path}")
@@ -275,7 +275,7 @@ def parse_recipe(values: Mapping[str, Any], *, place: str) -> Recipe:
     if isinstance(train, Mapping):
         problems += _train_problems(train)
     if problems or recipe is None:
-        raise ValueError(summarize(problems, place=place))
+        raise UserError(summarize(problems, place=place))
     return recipe
 
 
@@ -296,7 +296,7 @@ def _train_problems(train: Mapping[str, Any]) -> list[str]:
 def _override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ValueError(f"override {override!r} must have the form key=value, for example train.max_length=512")
+        raise UserError(f"override {override!r} must have the form key=value, for example train.max_length=512")
     *parents, last = key.split(".")
     node: Any = values
     for part in parents:
@@ -305,7 +305,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         else:
             node = node.setdefault(part, {})
         if not isinstance(node, (dict, list)):
-            raise ValueError(f"override {key}: {part!r} is a value, not a section, in this recipe")
+            raise UserError(f"override {key}: {part!r} is a value, not a section, in this recipe")
     value = _read_yaml(text)
     if isinstance(node, list):
         node[_position(node, last, key)] = value
@@ -321,4 +321,4 @@ def _position(items: list[Any], part: str, key: str) -> int:
     if part.isdigit() and int(part) < len(items):
         return int(part)
     known = ", ".join(str(name) for name in names)
-    raise ValueError(f"override {key}: {part!r} is not one of the {len(items)} items here ({known})")
+    raise UserError(f"override {key}: {part!r} is not one of the {len(items)} items here ({known})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from epi_ds.errors import UserError
 from epi_ds.train.recipe import Recipe
 from epi_ds.train.run_folder import Checkpoint, RunFolder
 
@@ -46,7 +47,7 @@ def find_resume(recipe: Recipe, folder: RunFolder, *, world_size: int) -> Checkp
         if newest.marker.get(name) != value
     ]
     if differences:
-        raise ValueError(
+        raise UserError(
             f"{newest.path} belongs to another recipe, and a resume would train other rows:\n  - "
             + "\n  - ".join(differences)
             + "\nRestore the recipe, choose another output, or start over with --restart"

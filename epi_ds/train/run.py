@@ -15,6 +15,7 @@ from trl import SFTConfig
 
 from epi_ds import ds_configs
 from epi_ds.api import SECTION
+from epi_ds.errors import UserError
 from epi_ds.hf import EPICallback
 from epi_ds.train.accelerate_setup import prepare_accelerate
 from epi_ds.train.callbacks import RunCallback
@@ -112,7 +113,7 @@ def _make_trainer(
 def _deepspeed_config(given: Any, recipe: Recipe) -> dict[str, Any]:
     config = dict(given) if isinstance(given, dict) else ds_configs.load(str(given))
     if SECTION in config:
-        raise ValueError(f'the DeepSpeed configuration has an "{SECTION}" section, but a recipe has method.{SECTION}')
+        raise UserError(f'the DeepSpeed configuration has an "{SECTION}" section, but a recipe has method.{SECTION}')
     # Defaults are left out: accelerate takes any "auto" inside a DeepSpeed configuration for one of its own.
     return {**config, SECTION: recipe.method.epi.model_dump(mode="json", exclude_defaults=True)}
 

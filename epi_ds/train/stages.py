@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from epi_ds.errors import UserError
+
 
 class StageSpan(NamedTuple):
     """The steps of one stage, ``[first_step, stop_step)`` counted from 0 over the whole run."""
@@ -44,7 +46,7 @@ def plan_stages(stages: Sequence[StageRows], *, global_batch: int) -> list[Stage
     for stage in stages:
         num_steps = stage.num_rows * stage.epochs // global_batch
         if num_steps == 0:
-            raise ValueError(
+            raise UserError(
                 f"stage {stage.name} has {stage.num_rows} rows x {stage.epochs} epochs, fewer than one global batch of "
                 f"{global_batch} (micro-batch x accumulation x ranks); give it more rows or use a smaller batch"
             )

@@ -11,6 +11,7 @@ from transformers import get_scheduler
 from trl import SFTConfig, SFTTrainer
 
 from epi_ds.data.skills import Message
+from epi_ds.errors import UserError
 from epi_ds.train.recipe import Stage
 from epi_ds.train.stages import StageRows, StageSpan, laid_end_to_end, plan_stages, row_order
 
@@ -84,7 +85,7 @@ class StageTrainer(SFTTrainer):
         )
         if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
             name = stage.lr_scheduler_type or self.args.lr_scheduler_type
-            raise ValueError(
+            raise UserError(
                 f"stage {stage.name}: lr_scheduler_type {name} depends on metrics and has no shape over a stage; use "
                 "constant, linear, cosine or another schedule of the step"
             )

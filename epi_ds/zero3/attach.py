@@ -10,6 +10,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from epi_ds.config import Apply, EPIConfig
+from epi_ds.errors import UserError
 from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.layout import Layout, Parameter, build_layout
@@ -45,7 +46,7 @@ def attach(engine: Any, config: EPIConfig, *, state_store: StateStore) -> EPI:
     Raises ValueError or RuntimeError before anything is changed; see `check_engine`.
     """
     if isinstance(engine, IsolationEngineMixin):
-        raise ValueError("this engine has isolation attached already; use engine.epi")
+        raise UserError("this engine has isolation attached already; use engine.epi")
     check_engine(engine, config)
     optimizer = engine.optimizer
     layout = layout_of(optimizer, config)

@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from epi_ds.config import Apply, EPIConfig
-from epi_ds.errors import nearest
+from epi_ds.errors import UserError, nearest
 
 SUPPORTED_DEEPSPEED = SpecifierSet(">=0.19.8,<0.20", prereleases=True)
 
@@ -36,7 +36,7 @@ def check_engine(engine: Any, config: EPIConfig) -> None:
         )
     reasons = list(_engine_reasons(engine)) or list(_optimizer_reasons(engine.optimizer, config))
     if reasons:
-        raise ValueError("isolation cannot be attached to this engine:\n" + "\n".join(f"  - {r}" for r in reasons))
+        raise UserError("isolation cannot be attached to this engine:\n" + "\n".join(f"  - {r}" for r in reasons))
 
 
 def _engine_reasons(engine: Any) -> Iterator[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epi_ds.config import EPIConfig, PolicyName
-from epi_ds.errors import nearest
+from epi_ds.errors import UserError, nearest
 from epi_ds.isolation.controller import Counters, IsolationController, Refresh
 from epi_ds.isolation.importance import decode
 from epi_ds.isolation.layout import Segment
@@ -179,7 +179,7 @@ class EPI:
     def _segment(self, name: str) -> Segment:
         segments = self._controller.layout.by_name
         if name not in segments:
-            raise ValueError(f"{name!r} is not a covered parameter{nearest(name, segments)}")
+            raise UserError(f"{name!r} is not a covered parameter{nearest(name, segments)}")
         return segments[name]
 
     def _gather(self, segment: Segment, values: Tensor) -> Tensor:

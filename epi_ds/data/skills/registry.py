@@ -10,6 +10,7 @@ from epi_ds.data.skills.dialogue import Dialogue
 from epi_ds.data.skills.instruct import Instruct
 from epi_ds.data.skills.logic import Logic
 from epi_ds.data.skills.task import Row, Skill, Split, draw_rows
+from epi_ds.errors import UserError
 
 _ALL: tuple[Skill, ...] = (Arithmetic(), Code(), Logic(), Instruct(), Dialogue())
 
@@ -32,7 +33,7 @@ def get_skill(name: str) -> Skill:
     if name in SKILLS:
         return SKILLS[name]
     nearest = difflib.get_close_matches(name, SKILLS, n=1, cutoff=0.0)[0]
-    raise ValueError(f"unknown skill {name!r}: a skill is one of {', '.join(SKILLS)}; did you mean {nearest!r}?")
+    raise UserError(f"unknown skill {name!r}: a skill is one of {', '.join(SKILLS)}; did you mean {nearest!r}?")
 
 
 def rows(skill_name: str, *, split: Split, size: int, seed: int) -> list[Row]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, NamedTuple, Protocol, TypedDict
 
+from epi_ds.errors import UserError
+
 TEST_SHARE = 5
 """One prompt in this many is a test prompt."""
 
@@ -100,7 +102,7 @@ def draw_rows(skill: Skill, *, split: Split, size: int, seed: int) -> list[Row]:
         ValueError: If `size` is negative, or the skill has no row in the split.
     """
     if size < 0:
-        raise ValueError(f"size={size} for skill {skill.name!r}: must be 0 or more; pass the number of rows")
+        raise UserError(f"size={size} for skill {skill.name!r}: must be 0 or more; pass the number of rows")
     rng = random.Random(f"{skill.name}:{seed}")
     drawn: list[Row] = []
     seen: set[str] = set()
@@ -117,7 +119,7 @@ def draw_rows(skill: Skill, *, split: Split, size: int, seed: int) -> list[Row]:
         barren += 1
         if barren >= PATIENCE:
             if not drawn:
-                raise ValueError(
+                raise UserError(
                     f"skill {skill.name!r} gave no {split.value} row in {PATIENCE} draws: a skill needs rows in "
                     "both splits; give its `draw` more distinct prompts"
                 )
@@ -144,7 +146,7 @@ def row_from_dict(record: Mapping[str, Any]) -> Row:
     """
     missing = [key for key in ("messages", "reference") if key not in record]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"record has keys {sorted(record)} but lacks {missing}: a skill row needs `messages` and "
             "`reference`; pass what `row_to_dict` returned"
         )
