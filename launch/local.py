@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ctypes
 import json
 import os
 import signal
@@ -11,8 +12,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 from epi_ds.launch.environment import prepare_environment
+
+from epi_ds.errors import UserError
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def free_port() -> int:
@@ -23,13 +29,34 @@ def free_port() -> int:
         return port
 
 
-def launch_command(module: str, arguments: Sequence[str], *, num_ranks: int, port: int) -> list[str]:
-    """Return the command that runs ``python -m module arguments`` in ``num_ranks`` ranks.
+def device_ids(num_ranks: int) -> list[int | str]:
+    """Return the devices of this machine that ``num_ranks`` ranks use, one each: those the user left visible.
+
+    Ranks on the CPU have no devices, so theirs are mere numbers. Imports torch. Raises ValueError where there are fewer
+    devices than ranks.
+    """
+    import torch
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
+        return list(range(num_ranks))
+    found = torch.accelerator.device_count()
+    if num_ranks > found:
+        raise UserError(
+            f"ranks: {num_ranks}, but this machine shows {found} devices and every rank needs its own; set "
+            f"ranks={found}, or hide the devices (CUDA_VISIBLE_DEVICES=) to train on the CPU"
+        )
+    # Numbers or UUIDs. The node launcher sets the variable anew, so without this a job would move to others' devices.
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return [int(name) if name.isdigit() else name for name in visible[:num_ranks]] or list(range(num_ranks))
+
+
+def launch_command(module: str, arguments: Sequence[str], *, devices: Sequence[int | str], port: int) -> list[str]:
+    """Return the command that runs ``python -m module arguments`` in one rank per device.
 
     This is the node launcher that ``deepspeed`` itself starts. Going through the ``deepspeed`` command would put a
     process in between that dies of a signal without passing it on, and leaves the ranks behind.
     """
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(num_ranks))}).encode()).decode()
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(devices)}).encode()).decode()
     return [
         sys.executable,
         "-u",
@@ -47,26 +74,37 @@ def launch_command(module: str, arguments: Sequence[str], *, num_ranks: int, por
     ]
 
 
+def _die_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when its parent ends, however it ends (Linux)."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def start_child(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start a command that does not outlive this process: a killed parent leaves no rank behind on the devices."""
+    return subprocess.Popen(command, preexec_fn=_die_with_parent if sys.platform == "linux" else None, **options)
+
+
 def run_ranks(module: str, arguments: Sequence[str], *, num_ranks: int) -> int:
     """Run a module in ``num_ranks`` ranks of this machine and return the exit code.
 
-    SIGINT and SIGTERM are passed on to the launcher, which ends all ranks.
+    SIGINT, SIGTERM and SIGHUP are passed on to the launcher, which ends all ranks.
     """
     prepare_environment()
     environment = os.environ.copy()
     # Without this every rank starts as many threads as the machine has cores.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    process = subprocess.Popen(
-        launch_command(module, arguments, num_ranks=num_ranks, port=free_port()),
+    process = start_child(
+        launch_command(module, arguments, devices=device_ids(num_ranks), port=free_port()),
         env=environment,
         # A terminal's Ctrl-C reaches the whole foreground group; the ranks must get it once, through the launcher.
         start_new_session=True,
     )
 
     def forward(number: int, _frame: FrameType | None) -> None:
-        process.send_signal(number)
+        # The launcher knows SIGINT and SIGTERM only.
+        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         return process.wait()
     finally:

@@ -2,7 +2,7 @@
 
 DeepSpeed compiles an operator when a rank first uses it. A rank killed during that leaves torch's lock file behind,
 and every later start then waits for it forever (https://github.com/pytorch/pytorch/issues/189245). Built here, under a
-lock that the kernel releases with its process, a lock file that is found belongs to nobody and can be removed.
+lock that the kernel releases with its process, a lock file that no running process keeps open belongs to nobody.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 from epi_ds.launch.environment import accelerator_name, prepare_environment
 
 # What ZeRO-3 with Adam uses, by accelerator. On a GPU the fused optimizer is all that is compiled.
@@ -32,8 +33,14 @@ def _exclusive(folder: Path) -> Iterator[None]:
 
 
 def stale_locks(folder: Path) -> list[Path]:
-    """Return torch's build locks in an extensions folder. Stale when nobody is building there."""
-    return sorted(folder.glob("*/lock")) + sorted(folder.glob("*/*/lock"))
+    """Return the build locks of torch in an extensions folder that no process of this machine keeps open."""
+    held: set[str] = set()
+    for process in psutil.process_iter():
+        # Processes of other users, and those that end meanwhile.
+        with suppress(psutil.Error):
+            held.update(file.path for file in process.open_files())
+    locks = [*folder.glob("*/lock"), *folder.glob("*/*/lock")]
+    return sorted(lock for lock in locks if str(lock.resolve()) not in held)
 
 
 def build_operators(report: Callable[[str], None]) -> None:
@@ -45,7 +52,14 @@ def build_operators(report: Callable[[str], None]) -> None:
     accelerator = accelerator_name()
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     from deepspeed.accelerator import get_accelerator
+    from torch.utils import cpp_extension
 
+    if accelerator == "cuda" and cpp_extension.CUDA_HOME is None:
+        report(
+            "no CUDA toolkit (nvcc) found, so DeepSpeed's FusedAdam and CPUAdam are not built. The shipped zero3 "
+            "configuration does without them; zero3_offload needs them"
+        )
+        return
     with _exclusive(folder):
         for lock in stale_locks(folder):
             report(f"removing {lock}, left by a build that was killed")

@@ -13,6 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Before torch or DeepSpeed is imported here or in a rank.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if os.environ["DS_ACCELERATOR"] == "cpu":
+    # Otherwise accelerate finds the GPUs and moves batches there, away from DeepSpeed's weights.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
@@ -19,6 +20,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def options(
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by the deepspeed launcher.")] = 0,
+) -> None:
+    """Fine-tune large language models without making them forget."""
+    # The rank is read from the environment; the launcher passes this on top unless it is told not to.
+
+
 app.command("train")(train.train)
 app.command("demo")(demo.demo)
 app.command("audit")(audit.audit)

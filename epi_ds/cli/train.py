@@ -22,13 +22,14 @@ def train(
     Starts its ranks itself, unless it runs inside a launcher already. Continues where the run folder has a complete
     checkpoint.
     """
-    from epi_ds.launch.environment import default_ranks, is_rank, prepare_environment
+    from epi_ds.launch.environment import check_not_a_task, default_ranks, is_rank, prepare_environment
     from epi_ds.train.recipe import load_recipe
 
     prepare_environment()
     # Before any rank starts: everything that is wrong with the recipe, at once.
     loaded = load_recipe(recipe, overrides or [])
     if not is_rank():
+        check_not_a_task()
         from epi_ds.launch.local import run_ranks
 
         arguments = ["train", recipe, *(overrides or []), *(["--restart"] if restart else [])]

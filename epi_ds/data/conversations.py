@@ -41,22 +41,43 @@ def find_columns(columns: Columns, available: Sequence[str], *, place: str) -> C
 
 
 def conversation_of(row: Mapping[str, Any], columns: Columns, *, place: str) -> list[Message]:
-    """Return one row's conversation. Raises ValueError, naming ``place``, for one that cannot be learnt from."""
+    """Return one row's conversation; its last question or answer may be empty.
+
+    Prompt and completion are texts, numbers or lists of messages. Raises ValueError, naming ``place``, for what is no
+    conversation that can be learnt from.
+    """
     if columns.completion is not None:
-        prompt = "\n\n".join(str(row[name]) for name in columns.prompt if row[name])
-        messages = [
-            Message(role="user", content=prompt),
-            Message(role="assistant", content=str(row[columns.completion] or "")),
-        ]
+        prompt, completion = [row[name] for name in columns.prompt], row[columns.completion]
+        messages = [*_turns(prompt, "user", place=place), *_turns([completion], "assistant", place=place)]
     else:
-        turns = row[columns.messages or "messages"]
-        messages = [Message(role=turn["role"], content=turn["content"]) for turn in turns or ()]
+        messages = _turns([row[columns.messages or "messages"]], "user", place=place)
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in messages) or "nothing"
         raise UserError(f"{place}: a conversation must have a prompt and end with the assistant, this one has {roles}")
-    for message in messages:
-        if message["role"] not in ROLES:
-            raise UserError(f"{place}: role {message['role']!r} is none of {', '.join(ROLES)}")
-    if not messages[-1]["content"] or not messages[-2]["content"]:
-        raise UserError(f"{place}: the last question or its answer is empty; remove the row")
     return messages
+
+
+def _turns(cells: Sequence[Any], role: str, *, place: str) -> list[Message]:
+    """Return the turns in cells: messages as they are, or one turn of ``role`` made of all texts that are not empty."""
+    if any(isinstance(cell, (list, tuple)) for cell in cells):
+        if len(cells) > 1:
+            raise UserError(f"{place}: several columns cannot be joined where one of them holds messages")
+        return [_message(turn, place=place) for turn in cells[0]]
+    texts = []
+    for cell in cells:
+        if cell is not None and not isinstance(cell, (str, int, float)):
+            raise UserError(f"{place}: expected a text, a number or a list of messages, got {type(cell).__name__}")
+        texts.append("" if cell is None else str(cell))
+    return [Message(role=role, content="\n\n".join(text for text in texts if text))]
+
+
+def _message(turn: Any, *, place: str) -> Message:
+    if not isinstance(turn, Mapping) or "role" not in turn or "content" not in turn:
+        raise UserError(f"{place}: a message must have role and content, got {turn!r:.200}")
+    if turn["role"] not in ROLES:
+        raise UserError(f"{place}: role {turn['role']!r} is none of {', '.join(ROLES)}")
+    if turn.get("tool_calls"):
+        raise UserError(f"{place}: tool calls are not supported; write the call into the content, or remove the row")
+    if turn["content"] is not None and not isinstance(turn["content"], str):
+        raise UserError(f"{place}: content must be a text, got {type(turn['content']).__name__}")
+    return Message(role=turn["role"], content=turn["content"] or "")

@@ -75,7 +75,8 @@ def _sections(metrics: Sequence[dict[str, Any]], stages: figures.Stages) -> list
                 _score_rows(score_table(metrics)),
             )
         )
-        sections.append(_section("Accuracy", "", figures.score_figure(evaluations, stages)))
+        if any(score["higher_is_better"] for line in evaluations for score in line["scores"].values()):
+            sections.append(_section("Accuracy", "", figures.score_figure(evaluations, stages)))
     if steps:
         sections.append(_section("Loss", "", figures.loss_figure(steps, stages)))
         sections.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import accelerate
@@ -10,21 +11,29 @@ import torch.distributed as dist
 
 from epi_ds.launch.environment import accelerator_name, is_rank
 
+DEFAULT_TIMEOUT_SECONDS = 1800.0
 
-def prepare_accelerate() -> dict[str, Any]:
+
+def prepare_accelerate(*, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> dict[str, Any]:
     """Start the process group the way accelerate's DeepSpeed support wants it; return the training arguments it needs.
 
     Before training arguments are built. On the CPU three things are needed together: ``use_cpu`` would silently train
     plain DDP, and without the configured state accelerate believes in a single process, so that every rank would train
     on the same rows.
+
+    timeout_seconds  how long a collective waits for a rank that is behind; transformers calls it ``ddp_timeout``, and
+                     applies it only where it makes the process group itself
     """
     if not is_rank():
         raise RuntimeError("a recipe runs inside ranks; start it with epi-ds train or the deepspeed launcher")
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    timeout = timedelta(seconds=timeout_seconds)
     if accelerator_name() == "cpu":
-        accelerate.PartialState(backend="gloo")
+        # On a machine with GPUs accelerate would move the batches there, away from DeepSpeed's weights.
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+        accelerate.PartialState(backend="gloo", timeout=timeout)
         return {"accelerator_config": {"use_configured_state": True}, "dataloader_pin_memory": False}
-    accelerate.PartialState()
+    accelerate.PartialState(timeout=timeout)
     return {}
 
 

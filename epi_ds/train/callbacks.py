@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from epi_ds.train.evaluation import Evaluator
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.recipe import Moments
-from epi_ds.train.run_folder import commit
+from epi_ds.train.run_folder import RunFolder, commit
 from epi_ds.train.stages import StageSpan, stage_at
 from epi_ds.train.trainer import StageTrainer
 from epi_ds.zero3.handle import EPI
@@ -40,15 +39,21 @@ class RunCallback(TrainerCallback):
         evaluator: Evaluator,
         metrics: MetricsWriter | None,
         progress: ProgressDisplay,
+        folder: RunFolder,
         marker: dict[str, Any],
+        save_total_limit: int | None,
     ) -> None:
-        """``metrics`` is None on all ranks but 0; ``marker`` goes into every committed checkpoint."""
+        """``metrics`` is None on all ranks but 0; ``marker`` goes into every committed checkpoint, of which the newest
+        ``save_total_limit`` are kept.
+        """
         self._trainer = trainer
         self._isolation = isolation
         self._evaluator = evaluator
         self._metrics = metrics
         self._progress = progress
+        self._folder = folder
         self._marker = marker
+        self._save_total_limit = save_total_limit
         self._started = 0.0
         self._seconds = 0.0
         self._isolated_in_force = 0
@@ -137,8 +142,10 @@ class RunCallback(TrainerCallback):
         """Declare the checkpoint complete once every rank has written its part."""
         dist.barrier()
         if dist.get_rank() == 0:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            commit(folder, {**self._marker, "step": state.global_step})
+            checkpoint = self._folder.checkpoints / f"checkpoint-{state.global_step}"
+            commit(checkpoint, {**self._marker, "step": state.global_step})
+            if self._save_total_limit is not None:
+                self._folder.rotate(self._save_total_limit)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -10,11 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils.logging import disable_progress_bar
 
 from epi_ds.data.skills import SKILLS
+from epi_ds.launch.local import start_child
 from epi_ds.train.base_model import pretrain_small_model
 from epi_ds.train.recipe import load_recipe
 from epi_ds.train.run_folder import RunFolder
@@ -28,14 +31,16 @@ _POLL_SECONDS = 0.2
 
 
 def run_demo(output: Path, console: Console) -> None:
-    """Run the shipped demo recipe into ``output``, whose content is thrown away.
+    """Run the shipped demo recipe into ``output``; what an earlier demo left there is thrown away.
 
     Raises RuntimeError when the run fails, or ends before it could be interrupted.
     """
     disable_progress_bar()
-    shutil.rmtree(output, ignore_errors=True)
-    base = output / "base"
-    load_recipe(RECIPE, [f"output={output}", f"model.path={base}"])
+    folder, base = RunFolder(output), output / "base"
+    folder.clear()
+    shutil.rmtree(base, ignore_errors=True)
+    recipe = load_recipe(RECIPE, [f"output={output}", f"model.path={base}"])
+    _use_cpu_without_enough_devices(recipe.ranks or 1, console)
     console.print(f"[bold]1/3[/] pretraining a small Llama on {len(SKILLS)} skills, so that it has something to forget")
     _pretrain(base, console)
     command = [
@@ -48,11 +53,17 @@ def run_demo(output: Path, console: Console) -> None:
         f"model.path={base}",
     ]
     console.print("[bold]2/3[/] fine-tuning in stages with evolving isolation; interrupted on the way")
-    _interrupt_after_checkpoint(command, RunFolder(output), console)
+    _interrupt_after_checkpoint(command, folder, console)
     console.print("[bold]3/3[/] the same command again: it resumes from the newest complete checkpoint")
-    finished = subprocess.run(command)
-    if finished.returncode:
-        raise RuntimeError(f"the resumed run failed with exit code {finished.returncode}; its output is above")
+    if exit_code := start_child(command).wait():
+        raise RuntimeError(f"the resumed run failed with exit code {exit_code}; its output is above")
+
+
+def _use_cpu_without_enough_devices(ranks: int, console: Console) -> None:
+    found = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if 0 < found < ranks:
+        console.print(f"{found} device for {ranks} ranks: the demo runs on the CPU", highlight=False)
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 
 def _pretrain(folder: Path, console: Console) -> None:
@@ -81,7 +92,7 @@ def _interrupt_after_checkpoint(command: list[str], folder: RunFolder, console: 
     def newest() -> int:
         return max((checkpoint.step for checkpoint in folder.committed_checkpoints()), default=0)
 
-    process = subprocess.Popen(command)
+    process = start_child(command)
     while process.poll() is None and newest() < _INTERRUPT_FROM_STEP:
         time.sleep(_POLL_SECONDS)
     # Let it train on, so that the interruption costs steps and the resume has something to repeat.

@@ -62,7 +62,7 @@ class Evaluator:
         self._batches = cut_batches(tasks, batch_size=batch_size)
         self._max_new_tokens = max_new_tokens
         self._weights = weights
-        self._decided: bool | None = None
+        self._announced: bool | None = None
 
     def evaluate(self) -> dict[str, Score]:
         """Score every task. Collective. Leaves the model in the mode it was in, and every random state alone."""
@@ -82,33 +82,35 @@ class Evaluator:
         return self._merge(results)
 
     def _gathers(self) -> bool:
-        """Decide once, alike on all ranks, whether the whole model fits on every one of them."""
-        if self._decided is None:
-            self._decided = self._weights == "gathered"
-            if self._weights == "auto":
-                needed = sum(
-                    getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self._trainer.model.parameters()
-                )
-                device = self._trainer.accelerator.device
-                if device.type == "cuda":
-                    free, _ = torch.cuda.mem_get_info(device)
-                else:
-                    free = psutil.virtual_memory().available // dist.get_world_size()
-                fits = torch.tensor([int(free > _ROOM_FACTOR * needed)], device=device)
-                dist.all_reduce(fits, op=dist.ReduceOp.MIN)
-                self._decided = bool(fits.item())
-            if dist.get_rank() == 0:
-                logger.info(
-                    "evaluation %s",
-                    "gathers the weights once" if self._decided else "keeps weights partitioned and generates in step",
-                )
-        return self._decided
+        """Decide, alike on all ranks, whether the whole model fits on every one of them now."""
+        gathered = self._weights == "gathered"
+        if self._weights == "auto":
+            needed = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self._trainer.model.parameters())
+            device = self._trainer.accelerator.device
+            if device.type == "cuda":
+                free, _ = torch.cuda.mem_get_info(device)
+            else:
+                free = psutil.virtual_memory().available // dist.get_world_size()
+            fits = torch.tensor([int(free > _ROOM_FACTOR * needed)], device=device)
+            dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+            gathered = bool(fits.item())
+        if gathered is not self._announced and dist.get_rank() == 0:
+            logger.info(
+                "evaluation %s",
+                "gathers the weights once" if gathered else "keeps weights partitioned and generates in step",
+            )
+        self._announced = gathered
+        return gathered
 
     @contextmanager
     def _model(self, gathered: bool) -> Iterator[Any]:
         """Yield the model to generate with, without the forward that TRL patched in for training."""
         with unwrap_model_for_generation(
-            self._trainer.model_wrapped, self._trainer.accelerator, gather_deepspeed3_params=gathered
+            self._trainer.model_wrapped,
+            self._trainer.accelerator,
+            gather_deepspeed3_params=gathered,
+            # Activation checkpointing is off while generating and comes back as it was.
+            gradient_checkpointing_kwargs=self._trainer.args.gradient_checkpointing_kwargs,
         ) as unwrapped:
             yield unwrapped
 
@@ -176,17 +178,16 @@ class Evaluator:
         encoded = self._encode(conversations, side="right", generate=False)
         prompts = self._encode([c[:-1] for c in conversations], side="right", generate=True)
         logits = model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), encoded["input_ids"][:, 1:].flatten(), reduction="none"
-        ).view(len(conversations), -1)
-        positions = torch.arange(1, encoded["input_ids"].shape[1], device=losses.device)
-        starts = prompts["attention_mask"].sum(dim=1, keepdim=True)
-        answer = (positions >= starts) & encoded["attention_mask"][:, 1:].bool()
-        sums = losses.double().mul(answer).sum(dim=1).tolist()
-        return [
-            (batch.task, row, total, float(count))
-            for row, total, count in zip(batch.rows, sums, answer.sum(dim=1).tolist(), strict=True)
-        ]
+        starts = prompts["attention_mask"].sum(dim=1).tolist()
+        stops = encoded["attention_mask"].sum(dim=1).tolist()
+        scored = []
+        # Row by row and answers only: a whole batch of logits in fp32 can be larger than the model.
+        for index, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            losses = torch.nn.functional.cross_entropy(
+                logits[index, start - 1 : stop - 1].float(), encoded["input_ids"][index, start:stop], reduction="none"
+            )
+            scored.append((batch.task, batch.rows[index], float(losses.double().sum()), float(stop - start)))
+        return scored
 
     def _merge(self, results: list[tuple[int, int, float, float]]) -> dict[str, Score]:
         gathered: list[list[tuple[int, int, float, float]]] = [[] for _ in range(dist.get_world_size())]

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from typing import Any
 
 from epi_ds.errors import UserError
 from epi_ds.train.recipe import Recipe
 from epi_ds.train.run_folder import Checkpoint, RunFolder
 
-# Arguments that decide which row is trained when, and with which learning rate.
-_ORDERING_ARGUMENTS = (
-    "seed",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_length",
-    "packing",
-    "assistant_only_loss",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
+logger = logging.getLogger(__name__)
+
+# Arguments of how a run is watched, saved and fed, which change neither the rows nor the arithmetic.
+_HARMLESS_ARGUMENTS = re.compile(
+    "(save|logging|log|report|hub|push|dataloader|ddp_timeout|disable_tqdm|run_name|project|dataset_num_proc|eval|"
+    "per_device_eval|include_num_input_tokens_seen|skip_memory_metrics|debug)"
 )
 
 
 def marker_of(recipe: Recipe, *, world_size: int) -> dict[str, Any]:
-    """Return what decides which row is trained when, as it is written into every complete checkpoint."""
+    """Return what decides which row is trained when and how, as it is written into every complete checkpoint."""
     return {
         "model": recipe.model.model_dump(mode="json"),
         "stages": [stage.model_dump(mode="json", exclude={"evaluation"}) for stage in recipe.stages],
-        "train": {name: recipe.train.get(name) for name in _ORDERING_ARGUMENTS},
+        "train": {name: value for name, value in recipe.train.items() if not _HARMLESS_ARGUMENTS.match(name)},
         "world_size": world_size,
     }
 
@@ -35,10 +32,17 @@ def marker_of(recipe: Recipe, *, world_size: int) -> dict[str, Any]:
 def find_resume(recipe: Recipe, folder: RunFolder, *, world_size: int) -> Checkpoint | None:
     """Return the newest complete checkpoint of the run, or None where there is none.
 
-    Raises ValueError when it is of a recipe that would train other rows.
+    Warns of incomplete ones. Raises ValueError when the newest is of a recipe that would train other rows.
     """
     committed = folder.committed_checkpoints()
     if not committed:
+        incomplete = sorted(path.name for path in folder.checkpoints.glob("checkpoint-*"))
+        if incomplete:
+            logger.warning(
+                "%s holds no complete checkpoint, only %s, cut off while it was written: the run starts at step 0",
+                folder.checkpoints,
+                ", ".join(incomplete),
+            )
         return None
     newest = committed[-1]
     differences = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 from trl import SFTConfig
 
-from epi_ds import ds_configs
 from epi_ds.api import SECTION
 from epi_ds.errors import UserError
 from epi_ds.hf import EPICallback
-from epi_ds.train.accelerate_setup import prepare_accelerate
+from epi_ds.train.accelerate_setup import DEFAULT_TIMEOUT_SECONDS, prepare_accelerate
 from epi_ds.train.callbacks import RunCallback
 from epi_ds.train.evaluation import Evaluator
 from epi_ds.train.export import export_model
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.progress import ProgressDisplay
-from epi_ds.train.recipe import Recipe
+from epi_ds.train.recipe import Recipe, deepspeed_config
 from epi_ds.train.resume import find_resume, marker_of
 from epi_ds.train.run_folder import Checkpoint, RunFolder, write_atomically
-from epi_ds.train.tasks import build_tasks, load_conversations
+from epi_ds.train.tasks import Task, build_tasks, load_conversations
 from epi_ds.train.trainer import StageTrainer, to_dataset
 
 # Where the recipe does not say otherwise.
 _DEFAULT_ARGUMENTS: dict[str, Any] = {
-    "deepspeed": "zero3",
     "logging_steps": 1,
     "report_to": "none",
     "disable_tqdm": True,
+    # TRL's default is bf16 wherever the machine can; a recipe that says nothing gives the same weights everywhere.
     "bf16": False,
 }
 
@@ -44,17 +43,16 @@ def run_recipe(recipe: Recipe, *, restart: bool = False) -> RunFolder:
 
     Collective: every rank of a launcher calls it. ``restart`` throws away what the folder holds.
     """
-    extra_arguments = prepare_accelerate()
+    timeout = recipe.train.get("ddp_timeout", DEFAULT_TIMEOUT_SECONDS)
+    extra_arguments = prepare_accelerate(timeout_seconds=timeout)
     # One display, ours: the libraries' bars of all ranks would be drawn over each other.
     disable_dataset_bars()
     disable_transformers_bars()
     folder = RunFolder(Path(recipe.output))
     is_writer = dist.get_rank() == 0
     if restart and is_writer:
-        shutil.rmtree(folder.root, ignore_errors=True)
-    dist.barrier()
-    resume = find_resume(recipe, folder, world_size=dist.get_world_size())
-    dist.barrier()
+        folder.clear()
+    resume = _agree_on_resume(recipe, folder)
     console = Console() if is_writer else None
     metrics = None
     if is_writer:
@@ -62,9 +60,10 @@ def run_recipe(recipe: Recipe, *, restart: bool = False) -> RunFolder:
         write_atomically(folder.recipe, recipe.model_dump(mode="json"))
         metrics = MetricsWriter(folder.metrics, resume_step=resume.step if resume else None)
     try:
+        tasks = build_tasks(recipe)
         isolation = EPICallback()
         trainer = _make_trainer(recipe, folder, isolation, extra_arguments)
-        _train(recipe, trainer, isolation, metrics=metrics, console=console, resume=resume)
+        _train(recipe, trainer, isolation, tasks, folder=folder, metrics=metrics, console=console, resume=resume)
         export_model(trainer.model_wrapped, trainer.processing_class, folder.export)
     finally:
         if metrics is not None:
@@ -72,20 +71,51 @@ def run_recipe(recipe: Recipe, *, restart: bool = False) -> RunFolder:
     return folder
 
 
+def _agree_on_resume(recipe: Recipe, folder: RunFolder) -> Checkpoint | None:
+    """Return what rank 0 finds: a file system may show one rank a checkpoint that another does not see yet."""
+    found: list[Checkpoint | UserError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = find_resume(recipe, folder, world_size=dist.get_world_size())
+        except UserError as error:
+            found[0] = error
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]
+
+
 def _make_trainer(
     recipe: Recipe, folder: RunFolder, isolation: EPICallback, extra_arguments: dict[str, Any]
 ) -> StageTrainer:
-    arguments = {**_DEFAULT_ARGUMENTS, **recipe.train, **extra_arguments}
+    # Defaults of the section are left out: accelerate takes any "auto" inside a DeepSpeed configuration for one of its
+    # own.
+    section = recipe.method.epi.model_dump(mode="json", exclude_defaults=True)
     args = SFTConfig(
         **{
-            **arguments,
+            **_DEFAULT_ARGUMENTS,
+            **recipe.train,
+            **extra_arguments,
             "output_dir": str(folder.checkpoints),
             "num_train_epochs": 1,
             "train_sampling_strategy": "sequential",
             "eval_strategy": "no",
-            "deepspeed": _deepspeed_config(arguments["deepspeed"], recipe),
+            "deepspeed": {**deepspeed_config(recipe.train), SECTION: section},
+            # Checkpoints are removed when a newer one is complete, which the trainer cannot know.
+            "save_total_limit": None,
         }
     )
+    # The cheap things first: a wrong column is found before a large model is read.
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, revision=recipe.model.revision)
+    if tokenizer.chat_template is None and args.chat_template_path is None:
+        raise UserError(
+            f"{recipe.model.path} has no chat template, so conversations cannot be written as text; set "
+            "train.chat_template_path to a template file or to a model that has one"
+        )
+    stage_data = [
+        to_dataset(load_conversations(stage.data, seed=args.seed), assistant_only_loss=args.assistant_only_loss)
+        for stage in recipe.stages
+    ]
     # After the arguments: they tell from_pretrained that ZeRO-3 partitions the weights as they are loaded.
     model = AutoModelForCausalLM.from_pretrained(
         recipe.model.path,
@@ -93,11 +123,6 @@ def _make_trainer(
         revision=recipe.model.revision,
         **({"attn_implementation": a} if (a := recipe.model.attn_implementation) else {}),
     )
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, revision=recipe.model.revision)
-    stage_data = [
-        to_dataset(load_conversations(stage.data, seed=args.seed), assistant_only_loss=args.assistant_only_loss)
-        for stage in recipe.stages
-    ]
     trainer = StageTrainer(
         stages=recipe.stages,
         stage_data=stage_data,
@@ -110,26 +135,20 @@ def _make_trainer(
     return trainer
 
 
-def _deepspeed_config(given: Any, recipe: Recipe) -> dict[str, Any]:
-    config = dict(given) if isinstance(given, dict) else ds_configs.load(str(given))
-    if SECTION in config:
-        raise UserError(f'the DeepSpeed configuration has an "{SECTION}" section, but a recipe has method.{SECTION}')
-    # Defaults are left out: accelerate takes any "auto" inside a DeepSpeed configuration for one of its own.
-    return {**config, SECTION: recipe.method.epi.model_dump(mode="json", exclude_defaults=True)}
-
-
 def _train(
     recipe: Recipe,
     trainer: StageTrainer,
     isolation: EPICallback,
+    tasks: Sequence[Task],
     *,
+    folder: RunFolder,
     metrics: MetricsWriter | None,
     console: Console | None,
     resume: Checkpoint | None,
 ) -> None:
     evaluator = Evaluator(
         trainer,
-        build_tasks(recipe),
+        tasks,
         batch_size=recipe.evaluation.batch_size,
         max_new_tokens=recipe.evaluation.max_new_tokens,
         weights=recipe.evaluation.weights,
@@ -144,7 +163,9 @@ def _train(
             evaluator=evaluator,
             metrics=metrics,
             progress=progress,
+            folder=folder,
             marker=marker_of(recipe, world_size=dist.get_world_size()),
+            save_total_limit=recipe.train.get("save_total_limit"),
         )
         trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,22 @@ class RunFolder:
     def recipe(self) -> Path:
         """The recipe as it was run."""
         return self.root / "recipe.json"
+
+    def clear(self) -> None:
+        """Remove what a run writes, and nothing else that lies in the folder."""
+        for file in (self.metrics, self.report, self.recipe):
+            file.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.export):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def rotate(self, limit: int) -> None:
+        """Remove all checkpoints but the newest ``limit`` complete ones."""
+        kept = {checkpoint.path for checkpoint in self.committed_checkpoints()[-limit:]}
+        for folder in self.checkpoints.glob("checkpoint-*"):
+            if folder not in kept:
+                # The marker first: what is half removed must not look complete.
+                (folder / _MARKER).unlink(missing_ok=True)
+                shutil.rmtree(folder)
 
     def committed_checkpoints(self) -> list[Checkpoint]:
         """Return the complete checkpoints, by step."""

@@ -42,7 +42,7 @@ def run_epi_ds(*arguments: str, timeout: float = 300.0) -> Finished:
 
 def launch(module: str, *arguments: str, num_ranks: int, timeout: float = 300.0) -> Finished:
     """Run a module in ranks under DeepSpeed's node launcher."""
-    return run_command(launch_command(module, arguments, num_ranks=num_ranks, port=free_port()), timeout=timeout)
+    return run_command(launch_command(module, arguments, devices=range(num_ranks), port=free_port()), timeout=timeout)
 
 
 def checked(finished: Finished, exit_code: int = 0) -> str:

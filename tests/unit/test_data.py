@@ -46,6 +46,23 @@ def test_messages_are_found_without_being_named(tmp_path: Path) -> None:
     assert table_conversations(path, Columns(messages="talk")) == [messages]
 
 
+def test_prompt_and_completion_may_be_messages(tmp_path: Path) -> None:
+    prompt = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    completion = [{"role": "assistant", "content": "hello"}]
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": prompt, "completion": completion}])
+    assert table_conversations(path, Columns()) == [prompt + completion]
+
+
+def test_a_number_is_an_answer_and_an_empty_one_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "1-1", "completion": 0}, {"prompt": "", "completion": 3}, {"prompt": "1+1", "completion": 2}]
+    path = write_rows(tmp_path / "rows.json", rows)
+    answers = [messages[1]["content"] for messages in table_conversations(path, Columns())]
+    assert answers == ["0", "2"]
+    assert "left out 1 rows without a question or an answer (rows 1)" in caplog.text
+    # The limit is of rows that can be used.
+    assert len(table_conversations(path, Columns(), limit=2)) == 2
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "message"),
     [
@@ -55,7 +72,20 @@ def test_messages_are_found_without_being_named(tmp_path: Path) -> None:
             Columns(prompt=("q",), completion="answer"),
             "has no column q; there are question, hint, answer",
         ),
-        ([{"prompt": "a", "completion": ""}], Columns(), "row 0: the last question or its answer is empty"),
+        ([{"prompt": "a", "completion": ""}], Columns(), "no row with both a question and an answer"),
+        ([{"prompt": {"text": "a"}, "completion": "b"}], Columns(), "row 0: expected a text, a number or a list"),
+        (
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": "a"},
+                        {"role": "assistant", "content": None, "tool_calls": ["f"]},
+                    ]
+                }
+            ],
+            Columns(),
+            "row 0: tool calls are not supported",
+        ),
         (
             [{"messages": [{"role": "user", "content": "a"}]}],
             Columns(),

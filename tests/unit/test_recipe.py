@@ -86,6 +86,18 @@ def test_every_mistake_is_named_at_once_with_the_nearest_name(tmp_path: Path) ->
         ("stages.0.data={path: a.jsonl, messages: m, prompt: q, completion: a}", "not both"),
         ("stages.0.data.split=dev", "train or test"),
         ("stages.0.data={skill: logic}", "rows must say how many"),
+        ("stages.0.data={path: a.jsonl, prompt: q, completion: a}", "there is no data file a.jsonl"),
+        ("stages.0.lr_scheduler_type=cosinus", "'cosinus' is no schedule; did you mean 'cosine'?"),
+        ("train.lr_scheduler_type=cosinus", "'cosinus' is no schedule; did you mean 'cosine'?"),
+        ("train.learning_rate=fast", "train.learning_rate: must be float, got 'fast'"),
+        ("train.bf16=maybe", "train.bf16: must be bool or null, got 'maybe'"),
+        ("train.gradient_accumulation_steps='4'", "train.gradient_accumulation_steps: must be int, got '4'"),
+        ("train.save_only_model=true", "without optimizer and importance no run can continue"),
+        ("train.optim=adafactor", "set optimizer in the DeepSpeed configuration"),
+        ("train.dataset_kwargs={skip_prepare_dataset: true}", "would train the first stage only"),
+        ("train.deepspeed=zero4x", "neither a JSON file nor one of the shipped configurations"),
+        ("train.deepspeed={scheduler: {type: WarmupLR}}", "would replace the schedules of the stages"),
+        ("train.deepspeed={epi: {ratio: 0.1}}", "a recipe has method.epi"),
     ],
 )
 def test_mistaken_overrides_are_explained(tmp_path: Path, override: str, message: str) -> None:

@@ -60,6 +60,36 @@ def test_only_committed_checkpoints_are_resumed_from(tmp_path: Path) -> None:
     assert newest.step == 10
 
 
+def test_a_run_without_a_complete_checkpoint_says_that_it_starts_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = RunFolder(tmp_path)
+    checkpoint(folder, 11, None)
+    assert find_resume(RECIPE, folder, world_size=2) is None
+    assert "only checkpoint-11" in caplog.text
+    assert "starts at step 0" in caplog.text
+
+
+def test_rotation_keeps_the_newest_complete_checkpoints(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for step in (2, 10, 6):
+        checkpoint(folder, step, {})
+    checkpoint(folder, 4, None)
+    folder.rotate(2)
+    assert [found.step for found in folder.committed_checkpoints()] == [6, 10]
+    assert len(list(folder.checkpoints.iterdir())) == 2
+
+
+def test_clearing_a_run_leaves_what_it_did_not_write(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    checkpoint(folder, 2, {})
+    for path in (folder.metrics, folder.report, tmp_path / "mine.txt", tmp_path / "base" / "weights"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    folder.clear()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "mine.txt"]
+
+
 def test_a_resume_that_would_train_other_rows_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     checkpoint(folder, 3, marker_of(RECIPE, world_size=2))
@@ -68,6 +98,9 @@ def test_a_resume_that_would_train_other_rows_is_refused(tmp_path: Path) -> None
         find_resume(other, folder, world_size=3)
     assert "world_size was 2, is 3" in str(raised.value)
     assert "'seed': 5" in str(raised.value)
+    # How often a run saves or logs may change between two runs.
+    watched = RECIPE.model_copy(update={"train": {"save_steps": 5, "logging_steps": 2, "report_to": "tensorboard"}})
+    assert find_resume(watched, folder, world_size=2) is not None
     # What does not change the rows may change.
     assert find_resume(RECIPE.model_copy(update={"train": {"save_steps": 5}}), folder, world_size=2) is not None
 

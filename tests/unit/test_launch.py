@@ -1,0 +1,61 @@
+"""Starting ranks: whose devices, which tasks, and locks that builds leave behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from epi_ds.launch.environment import check_not_a_task
+from epi_ds.launch.local import device_ids
+from epi_ds.launch.operators import stale_locks
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """What torch says on a machine with four GPUs, which this one need not be."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [("", [0, 1]), ("4,5,6,7", [4, 5]), ("GPU-8a, GPU-9b,7,6", ["GPU-8a", "GPU-9b"])]
+)
+def test_ranks_use_the_devices_that_the_user_left_visible(
+    four_gpus: pytest.MonkeyPatch, visible: str, expected: list[int | str]
+) -> None:
+    four_gpus.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert device_ids(2) == expected
+
+
+def test_more_ranks_than_devices_are_refused(four_gpus: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"ranks: 5, but this machine shows 4 devices.*set ranks=4"):
+        device_ids(5)
+    four_gpus.setenv("DS_ACCELERATOR", "cpu")
+    assert device_ids(5) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_one_of_several_tasks_does_not_start_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(variable, "1")
+    check_not_a_task()
+    monkeypatch.setenv(variable, "2")
+    with pytest.raises(ValueError, match=f"one of 2 tasks.*{variable}"):
+        check_not_a_task()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_not_a_task()
+
+
+def test_a_lock_is_stale_when_no_process_keeps_it_open(tmp_path: Path) -> None:
+    killed, building = tmp_path / "fused_adam" / "lock", tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    for lock in (killed, building):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    with building.open():
+        assert stale_locks(tmp_path) == [killed]
+    assert stale_locks(tmp_path) == [killed, building]
