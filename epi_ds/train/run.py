@@ -16,6 +16,7 @@ from trl import SFTConfig
 from epi_ds.api import SECTION
 from epi_ds.errors import UserError
 from epi_ds.hf import EPICallback
+from epi_ds.launch.environment import accelerator_name
 from epi_ds.train.accelerate_setup import DEFAULT_TIMEOUT_SECONDS, prepare_accelerate
 from epi_ds.train.callbacks import RunCallback
 from epi_ds.train.evaluation import Evaluator
@@ -88,6 +89,8 @@ def _agree_on_resume(recipe: Recipe, folder: RunFolder) -> Checkpoint | None:
 def _make_trainer(
     recipe: Recipe, folder: RunFolder, isolation: EPICallback, extra_arguments: dict[str, Any]
 ) -> StageTrainer:
+    if recipe.train.get("bf16") and accelerator_name() == "cpu":
+        raise UserError("train.bf16: transformers trains in bf16 on GPUs only, and there is none; remove it")
     # Defaults of the section are left out: accelerate takes any "auto" inside a DeepSpeed configuration for one of its
     # own.
     section = recipe.method.epi.model_dump(mode="json", exclude_defaults=True)

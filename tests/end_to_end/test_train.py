@@ -5,12 +5,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
+from epi_ds.launch.local import free_port
 from transformers import AutoTokenizer
 
 from epi_ds.train.recipe import load_recipe
@@ -18,7 +24,7 @@ from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.stages import StageRows, plan_stages, row_order
 from epi_ds.train.tasks import load_conversations
 from tests.end_to_end.conftest import Demo
-from tests.support.processes import checked, launch, run_epi_ds
+from tests.support.processes import checked, launch, run_command, run_epi_ds
 
 pytestmark = pytest.mark.end_to_end
 
@@ -26,7 +32,7 @@ RECORDER = "tests.end_to_end.recorder"
 RANKS = 2
 MICRO_BATCH = 2
 ACCUMULATION = 2
-# Global batches of 8 rows: 5, 5 and 4 steps.
+# Global batches of 8 rows: 5 (two epochs of 20 rows), 5 and 4 steps.
 STAGE_ROWS = {"reset": 40, "carry": 43, "chat": 32}
 TOTAL_STEPS = 14
 # In the middle of the second stage, two steps after the newest checkpoint.
@@ -52,14 +58,26 @@ def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
     recipe: dict[str, Any] = {
         "model": {"path": str(base), "dtype": "float32"},
         "stages": [
-            {"name": "reset", "data": {"skill": "arithmetic", "rows": STAGE_ROWS["reset"]}},
+            {
+                "name": "reset",
+                "data": {"skill": "arithmetic", "rows": STAGE_ROWS["reset"] // 2},
+                "epochs": 2,
+                "warmup_steps": 2,
+            },
             {
                 "name": "carry",
                 "data": {"path": str(table), **columns},
                 "evaluation": {"path": str(table), **columns, "metric": "loss", "rows": 20},
                 "moments": "carry",
+                "learning_rate": 1e-3,
+                "lr_scheduler_type": "constant",
             },
-            {"name": "chat", "data": {"path": str(chat), "messages": "talk"}, "moments": "reset"},
+            {
+                "name": "chat",
+                "data": {"path": str(chat), "messages": "talk"},
+                "moments": "reset",
+                "lr_scheduler_type": "cosine",
+            },
         ],
         "method": {"epi": {"ratio": 0.1, "refresh_interval": 3, "ema_decay": 0.9}},
         "train": {
@@ -156,7 +174,9 @@ def test_ranks_train_on_different_rows_in_the_documented_order(
     recipe = load_recipe(str(uninterrupted / "recipe.yaml"), [])
     tokenizer = AutoTokenizer.from_pretrained(base)
     conversations = [load_conversations(stage.data, seed=3) for stage in recipe.stages]
-    counts = [StageRows(stage.name, len(c), 1) for stage, c in zip(recipe.stages, conversations, strict=True)]
+    counts = [
+        StageRows(stage.name, len(c), stage.epochs) for stage, c in zip(recipe.stages, conversations, strict=True)
+    ]
     global_batch = RANKS * MICRO_BATCH * ACCUMULATION
     order = row_order(counts, plan_stages(counts, global_batch=global_batch), global_batch=global_batch, seed=3)
     flat = list(itertools.chain.from_iterable(conversations))
@@ -177,6 +197,16 @@ def test_moments_are_reset_or_carried_as_each_stage_says(recorded: list[list[dic
     assert [step for step in range(TOTAL_STEPS) if momentum[step] == 0.0] == [0, 10]
 
 
+def test_every_stage_has_the_learning_rate_it_asks_for(uninterrupted: Path) -> None:
+    rates = [line["learning_rate"] for line in lines_of(uninterrupted / "run", "step")]
+    # Linear with 2 steps of warm-up over 5, constant at its own peak, and half a cosine over 4.
+    first = [0, 1 / 2, 1, 2 / 3, 1 / 3]
+    third = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    expected = [3e-4 * x for x in first] + [1e-3] * 5 + [3e-4 * x for x in third]
+    # The logged rate is the one after the step's scheduler, so the first of the list is never logged.
+    assert rates[:-1] == pytest.approx(expected[1:])
+
+
 def test_metrics_say_which_stage_runs(uninterrupted: Path) -> None:
     stages = [line["stage"] for line in lines_of(uninterrupted / "run", "step")]
     assert stages == ["reset"] * 5 + ["carry"] * 5 + ["chat"] * 4
@@ -194,14 +224,12 @@ def test_gathered_and_partitioned_evaluation_agree(uninterrupted: Path, resumed:
 
 
 def test_one_rank_scores_and_probes_for_a_static_mask(uninterrupted: Path, base: Path, tmp_path: Path) -> None:
-    """One rank, another policy: the same scores before training, and one mask from the first step to the last."""
+    """One rank under DeepSpeed's own command, another policy: the same scores, and one mask from first to last step."""
     epi = {"policy": "static", "ratio": 0.1, "probe_steps": 2}
     recipe = write_recipe(tmp_path, base, method={"epi": epi})
-    checked(
-        run_epi_ds(
-            "train", str(recipe), "ranks=1", "stages.0.data.rows=12", "stages.1.data.rows=4", "stages.2.data.rows=4"
-        )
-    )
+    shorter = ["stages.reset.data.rows=6", "stages.carry.data.rows=4", "stages.chat.data.rows=4"]
+    deepspeed = [str(Path(sys.prefix) / "bin" / "deepspeed"), "--num_gpus=1", f"--master_port={free_port()}"]
+    checked(run_command([*deepspeed, "--module", "epi_ds.cli.main", "train", str(recipe), *shorter]))
     (before, *_) = lines_of(tmp_path / "run", "evaluation")
     assert before == lines_of(uninterrupted / "run", "evaluation")[0]
     (refresh,) = lines_of(tmp_path / "run", "refresh")
@@ -210,15 +238,68 @@ def test_one_rank_scores_and_probes_for_a_static_mask(uninterrupted: Path, base:
     assert 0.099 < lines_of(tmp_path / "run", "step")[0]["isolated_share"] <= 0.1
 
 
+def test_offload_packing_and_loss_on_every_turn(base: Path, tmp_path: Path) -> None:
+    """The settings of a large run, on one skill whose conversations have several turns; then the command again."""
+    recipe = write_recipe(
+        tmp_path,
+        base,
+        stages=[{"name": "dialogue", "data": {"skill": "dialogue", "rows": 96}, "epochs": 2}],
+        train={
+            "deepspeed": "zero3_offload",
+            "packing": True,
+            "max_length": 256,
+            "assistant_only_loss": True,
+            "gradient_checkpointing": True,
+            "save_steps": 1,
+            "save_total_limit": 2,
+        },
+    )
+    checked(run_epi_ds("train", str(recipe)))
+    steps = lines_of(tmp_path / "run", "step")
+    assert steps[-1]["isolated"] > 0
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    # Packed: far fewer sequences than the 192 rows.
+    assert len(steps) < 20
+    committed = [found.step for found in RunFolder(tmp_path / "run").committed_checkpoints()]
+    assert committed == [len(steps) - 1, len(steps)]
+    # A finished run trains nothing more, and says the same again.
+    checked(run_epi_ds("train", str(recipe)))
+    assert lines_of(tmp_path / "run", "step") == steps
+
+
+def test_a_killed_command_leaves_no_rank_behind(base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base)
+    command = subprocess.Popen([str(Path(sys.prefix) / "bin" / "epi-ds"), "train", str(recipe)])
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ranks = psutil.Process(command.pid).children(recursive=True)
+    assert len(ranks) >= RANKS + 1  # and the launcher
+    command.kill()
+    command.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
 def test_a_resume_with_other_rows_is_refused_before_training(resumed: Path, tmp_path: Path) -> None:
     shutil.copytree(resumed, tmp_path / "copy")
     finished = run_epi_ds(
-        "train", str(resumed / "recipe.yaml"), f"output={tmp_path / 'copy' / 'run'}", "stages.0.data.rows=48", "ranks=1"
+        "train", str(resumed / "recipe.yaml"), f"output={tmp_path / 'copy' / 'run'}", "stages.0.data.rows=24", "ranks=1"
     )
     checked(finished, 2)
     assert "belongs to another recipe" in finished.output
     assert "world_size was 2, is 1" in finished.output
     assert "--restart" in finished.output
+
+
+def test_bf16_without_a_gpu_is_refused_in_a_sentence(base: Path, tmp_path: Path) -> None:
+    finished = run_epi_ds("train", str(write_recipe(tmp_path, base)), "train.bf16=true", "ranks=1")
+    assert finished.exit_code != 0
+    assert "error: train.bf16: transformers trains in bf16 on GPUs only" in finished.output
+    assert "Traceback" not in finished.output
 
 
 def test_all_misspelt_keys_are_named_before_anything_is_loaded() -> None:
