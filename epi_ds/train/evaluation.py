@@ -105,14 +105,17 @@ class Evaluator:
     @contextmanager
     def _model(self, gathered: bool) -> Iterator[Any]:
         """Yield the model to generate with, without the forward that TRL patched in for training."""
+        trainer = self._trainer
+        checkpointing = trainer.model.is_gradient_checkpointing
         with unwrap_model_for_generation(
-            self._trainer.model_wrapped,
-            self._trainer.accelerator,
-            gather_deepspeed3_params=gathered,
-            # Activation checkpointing is off while generating and comes back as it was.
-            gradient_checkpointing_kwargs=self._trainer.args.gradient_checkpointing_kwargs,
+            trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=gathered
         ) as unwrapped:
             yield unwrapped
+        if checkpointing:
+            # TRL turns it off while generating, and on again with the defaults instead of the user's settings.
+            trainer.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs
+            )
 
     def _own_batches(self, gathered: bool) -> Iterator[tuple[Batch, bool]]:
         """Yield this rank's batches and whether they count.
