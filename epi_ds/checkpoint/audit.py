@@ -1,7 +1,8 @@
 """Prove, from checkpoints alone, that isolated master weights did not move in one bit.
 
 Two checkpoints saved in the same refresh window were written under the same mask, so every entry that it isolates must
-have the same fp32 master weight in both. Reads DeepSpeed's own optimizer shards: trust them as you trust code.
+have the same fp32 master weight in both. A pair without an isolated entry, or in which no other entry moved, proves
+nothing. Reads DeepSpeed's own optimizer shards: trust them as you trust code.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from epi_ds.checkpoint.manifest import FOLDER, Manifest, read_manifest
+from epi_ds.checkpoint.manifest import FOLDER, Manifest, check_record, read_manifest
 from epi_ds.checkpoint.shard import Shard, shard_name
 from epi_ds.errors import UserError
 
@@ -33,14 +34,18 @@ class Moved(NamedTuple):
 
 
 class AuditReport(NamedTuple):
-    """What an audit compared. Counts are summed over the compared pairs."""
+    """What an audit compared. Counts are summed over the pairs that prove something."""
 
     pairs: tuple[tuple[Path, Path], ...]
+    """Pairs with isolated entries, between which plastic entries moved."""
+    idle_pairs: tuple[tuple[Path, Path], ...]
+    """Pairs that prove nothing: nothing is isolated in them, or nothing was trained between them."""
     isolated: int
     plastic: int
     plastic_moved: int
-    """Plastic entries that differ: without any, the pair saw no training and proves nothing."""
+    """Plastic entries that differ."""
     moved: tuple[Moved, ...]
+    """Isolated entries that differ, in pairs of both kinds."""
 
     @property
     def isolated_moved(self) -> int:
@@ -57,13 +62,13 @@ class Tag:
 
     @property
     def window(self) -> int:
-        """Number of the refresh whose mask was in force."""
-        return self.manifest.counters["refreshes"]
+        """Number of the refresh whose mask was in force; 0 before the first, where a mask may have been loaded."""
+        return int(self.manifest.counters["refreshes"])
 
     @property
     def step(self) -> int:
         """Applied steps before the save."""
-        return self.manifest.counters["applied_steps"]
+        return int(self.manifest.counters["applied_steps"])
 
 
 def find_tags(paths: Sequence[Path]) -> list[Tag]:
@@ -86,38 +91,66 @@ def find_tags(paths: Sequence[Path]) -> list[Tag]:
 def audit(paths: Sequence[Path]) -> AuditReport:
     """Compare neighbouring checkpoints of every refresh window below ``paths``.
 
-    Raises ValueError when no window holds two checkpoints with a mask: there is nothing that could be proved.
+    Raises UserError when no window holds two checkpoints that prove something, and RuntimeError for damaged shards.
     """
     tags = find_tags(paths)
     pairs = [
         (first, second)
         for first, second in pairwise(tags)
-        if first.window == second.window and first.window > 0 and first.step < second.step
+        if first.window == second.window and first.step < second.step
     ]
+    found = ", ".join(f"{tag.path.name} (step {tag.step}, window {tag.window})" for tag in tags)
     if not pairs:
-        found = ", ".join(f"{tag.path.name} (step {tag.step}, window {tag.window})" for tag in tags)
         raise UserError(
-            f"no two checkpoints were saved within one refresh window under a mask; found: {found}. Save more often "
-            "than refresh_interval"
+            f"no two checkpoints were saved within one refresh window; found: {found}. Save more often than "
+            "refresh_interval"
         )
+    compared = [_audit_pair(first, second) for first, second in pairs]
+    proving = [pair for pair in compared if pair.isolated and pair.plastic_moved]
+    moved = tuple(item for pair in compared for item in pair.moved)
+    if not proving and not moved:
+        raise UserError(
+            "no two checkpoints of one refresh window have isolated entries and training between them; found: "
+            f"{found}. Save after the first mask is in force, and more often than refresh_interval"
+        )
+    return AuditReport(
+        pairs=tuple(pair.paths for pair in proving),
+        idle_pairs=tuple(pair.paths for pair in compared if pair not in proving),
+        isolated=sum(pair.isolated for pair in proving),
+        plastic=sum(pair.plastic for pair in proving),
+        plastic_moved=sum(pair.plastic_moved for pair in proving),
+        moved=moved,
+    )
+
+
+class _Pair(NamedTuple):
+    """What two checkpoints of one window say."""
+
+    paths: tuple[Path, Path]
+    isolated: int
+    plastic: int
+    plastic_moved: int
+    moved: tuple[Moved, ...]
+
+
+def _audit_pair(first: Tag, second: Tag) -> _Pair:
     isolated = plastic = plastic_moved = 0
     moved: list[Moved] = []
-    for first, second in pairs:
-        for name, mask, before, after in _compare(first, second):
-            # Bit patterns: -0.0 equals 0.0 and a NaN differs from itself as numbers.
-            differs = before.view(torch.int32) != after.view(torch.int32)
-            isolated += int(mask.sum())
-            plastic += int((~mask).sum())
-            plastic_moved += int((differs & ~mask).sum())
-            if count := int((differs & mask).sum()):
-                moved.append(Moved(name, count, first.path, second.path))
-    return AuditReport(
-        tuple((first.path, second.path) for first, second in pairs),
-        isolated,
-        plastic,
-        plastic_moved,
-        tuple(moved),
-    )
+    for name, mask, before, after in _compare(first, second):
+        # Bit patterns: -0.0 equals 0.0 and a NaN differs from itself as numbers.
+        differs = before.view(torch.int32) != after.view(torch.int32)
+        isolated += int(mask.sum())
+        plastic += int((~mask).sum())
+        plastic_moved += int((differs & ~mask).sum())
+        if count := int((differs & mask).sum()):
+            moved.append(Moved(name, count, first.path, second.path))
+    return _Pair((first.path, second.path), isolated, plastic, plastic_moved, tuple(moved))
+
+
+def _open(tag: Tag, rank: int) -> Shard:
+    path = tag.path / FOLDER / shard_name(rank)
+    check_record(path, tag.manifest)
+    return Shard.open(path)
 
 
 def _compare(first: Tag, second: Tag) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
@@ -128,8 +161,7 @@ def _compare(first: Tag, second: Tag) -> Iterator[tuple[str, Tensor, Tensor, Ten
             f"{second.manifest.world_size}; audit each part of the run alone"
         )
     for rank in range(first.manifest.world_size):
-        before = Shard.open(first.path / FOLDER / shard_name(rank))
-        after = Shard.open(second.path / FOLDER / shard_name(rank))
+        before, after = _open(first, rank), _open(second, rank)
         if before.segments != after.segments:
             raise UserError(f"{before.path} and {after.path} are slices of different models or partitionings")
         weights = _master_weights(first.path, rank), _master_weights(second.path, rank)

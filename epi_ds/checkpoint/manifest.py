@@ -33,7 +33,7 @@ class Manifest(BaseModel):
     format_version: int
     versions: dict[str, str]
     world_size: int
-    counters: dict[str, int]
+    counters: dict[str, int | float]
     config: dict[str, Any]
     threshold_codes: dict[str, int] | None
     """Threshold code of each layer; None before the first refresh."""
@@ -51,6 +51,20 @@ def record_of(path: Path) -> FileRecord:
     return FileRecord(num_bytes=path.stat().st_size, sha256=digest.hexdigest())
 
 
+def check_record(path: Path, manifest: Manifest) -> None:
+    """Raise RuntimeError where a file of an ``epi`` folder is not the one that its manifest was written for."""
+    expected, found = manifest.files.get(path.name), record_of(path)
+    if expected != found:
+        raise RuntimeError(f"{path} is damaged: the manifest says {expected}, the file is {found}. Load another tag")
+
+
+def remove_manifest(folder: Path) -> None:
+    """Remove the manifest of an ``epi`` folder, where there is one, so that it stays removed after a crash."""
+    if (folder / FILE).exists():
+        (folder / FILE).unlink()
+        _sync(folder)
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of an ``epi`` folder so that it is either whole or absent, also after a crash."""
     temporary = folder / f".{FILE}.tmp"
@@ -59,6 +73,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / FILE)
+    _sync(folder)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder outlive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

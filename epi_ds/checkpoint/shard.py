@@ -7,7 +7,7 @@ says which parameter it belongs to and where it begins can be read by any other 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,21 +34,21 @@ def write_shard(
     *,
     rank: int,
     world_size: int,
-    masks: Mapping[str, Tensor],
-    importance: Mapping[str, Tensor],
+    mask_of: Callable[[Segment], Tensor],
+    importance_of: Callable[[Segment], Tensor] | None,
 ) -> None:
-    """Write one rank's slices.
+    """Write one rank's slices. Both functions are asked for one segment at a time.
 
-    masks       [real_numel] bool by parameter name, every segment
-    importance  [real_numel] fp32 by parameter name, every segment or none
+    mask_of        -> [real_numel] bool, on the CPU
+    importance_of  -> [real_numel] fp32; None where nothing is measured
     """
     tensors: dict[str, Tensor] = {}
     for segment in layout.segments:
         bits = torch.empty(-(-segment.real_numel // 8), dtype=torch.uint8)
-        pack_bits(masks[segment.name].cpu(), bits)
+        pack_bits(mask_of(segment), bits)
         tensors[f"mask/{segment.name}"] = bits
-        if segment.name in importance:
-            tensors[f"importance/{segment.name}"] = importance[segment.name].cpu()
+        if importance_of is not None:
+            tensors[f"importance/{segment.name}"] = importance_of(segment).cpu()
     header = {
         "format_version": FORMAT_VERSION,
         "rank": rank,
@@ -77,15 +77,15 @@ class Shard:
                 metadata = file.metadata() or {}
             header: dict[str, Any] = json.loads(metadata["epi_ds"])
             version = header["format_version"]
+            if version != FORMAT_VERSION:
+                raise RuntimeError(
+                    f"it has format version {version}, this release reads {FORMAT_VERSION}; use the epi_ds release "
+                    "that wrote it"
+                )
+            segments = tuple(Segment(**{**item, "shape": tuple(item["shape"])}) for item in header["segments"])
+            return cls(path, header["rank"], header["world_size"], tuple(header["layer_names"]), segments)
         except Exception as error:  # safetensors raises its own types for torn files
             raise RuntimeError(f"{path} is not a readable isolation shard: {type(error).__name__}: {error}") from error
-        if version != FORMAT_VERSION:
-            raise RuntimeError(
-                f"{path} has format version {version}, this release reads {FORMAT_VERSION}; use the epi_ds release "
-                "that wrote it"
-            )
-        segments = tuple(Segment(**{**item, "shape": tuple(item["shape"])}) for item in header["segments"])
-        return cls(path, header["rank"], header["world_size"], tuple(header["layer_names"]), segments)
 
     def masks(self) -> Iterator[tuple[Segment, Tensor]]:
         """Yield every segment with its mask, [real_numel] bool."""

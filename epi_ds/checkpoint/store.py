@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import deepspeed
 import torch
@@ -14,9 +15,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 import epi_ds
-from epi_ds.checkpoint.manifest import FOLDER, FileRecord, Manifest, read_manifest, record_of, write_manifest
+from epi_ds.checkpoint.manifest import (
+    FILE,
+    FOLDER,
+    FileRecord,
+    Manifest,
+    check_record,
+    read_manifest,
+    record_of,
+    remove_manifest,
+    write_manifest,
+)
 from epi_ds.checkpoint.shard import FORMAT_VERSION, Shard, shard_name, write_shard
 from epi_ds.config import EPIConfig
+from epi_ds.errors import UserError
 from epi_ds.isolation.controller import Counters, IsolationController
 
 T = TypeVar("T")
@@ -25,23 +37,45 @@ T = TypeVar("T")
 _FIXED_SETTINGS = ("policy", "layer", "include", "exclude", "apply", "state", "ema_decay")
 
 
-def agree(action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; where it fails on any, raise the same RuntimeError on all. Collective.
+class _Verdict(NamedTuple):
+    """What one rank tells the others about an action."""
 
-    Without a verdict that all share, the rank with the damaged file raises and the others wait for it in their next
-    collective until the process group times out.
+    problem: str | None
+    users_mistake: bool
+    seen: str
+    """What every rank must have seen alike."""
+
+
+def agree(action: Callable[[], T], *, seen: Callable[[T], str] = lambda _: "") -> T:
+    """Run ``action`` on every rank; where it fails on any, raise the same error on all. Collective.
+
+    seen  describes what of the result must be the same on every rank
+
+    Raises UserError where every failure is one, else RuntimeError. Without a verdict that all share, the rank with the
+    damaged file raises and the others wait for it in their next collective until the process group times out.
     """
-    result, problem = None, None
     try:
         result = action()
-    except (OSError, RuntimeError, ValueError) as error:
-        problem = f"rank {dist.get_rank()}: {error}"
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    found = [text for text in problems if text is not None]
-    if found:
-        raise RuntimeError("\n".join(dict.fromkeys(found)))
-    return result  # type: ignore[return-value]
+        verdict, cause = _Verdict(None, False, seen(result)), None
+    except Exception as error:  # whatever it is, the others must hear of it
+        text = (
+            str(error) if isinstance(error, (OSError, RuntimeError, UserError)) else f"{type(error).__name__}: {error}"
+        )
+        verdict, cause = _Verdict(text, isinstance(error, UserError), ""), error
+    verdicts: list[_Verdict] = [verdict] * dist.get_world_size()
+    dist.all_gather_object(verdicts, verdict)
+    failed = {rank: other for rank, other in enumerate(verdicts) if other.problem is not None}
+    if failed and all(other.users_mistake for other in failed.values()):
+        raise UserError("\n".join(dict.fromkeys(str(other.problem) for other in failed.values()))) from cause
+    if failed:
+        raise RuntimeError("\n".join(f"rank {rank}: {other.problem}" for rank, other in failed.items())) from cause
+    if len({other.seen for other in verdicts}) > 1:
+        lines = (f"rank {rank}: {other.seen}" for rank, other in enumerate(verdicts))
+        raise RuntimeError(
+            "the ranks do not see the same checkpoint; put it where every node reads the same files\n"
+            + "\n".join(lines)
+        )
+    return result
 
 
 def _digest(config: EPIConfig) -> dict[str, Any]:
@@ -49,25 +83,44 @@ def _digest(config: EPIConfig) -> dict[str, Any]:
     return saved
 
 
+def _describe(source: Path, manifest: Manifest | None) -> str:
+    """Say which manifest this is, in one line."""
+    if manifest is None:
+        return f"{source} has no {FILE}"
+    return f"{source / FILE} of content {hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()[:16]}"
+
+
+class _State(NamedTuple):
+    """One rank's saved state, as read."""
+
+    manifest: Manifest
+    masks: dict[str, Tensor]
+    importance: dict[str, Tensor]
+
+
 class FileStateStore:
     """One safetensors shard per rank and a manifest, in the ``epi`` folder of a tag."""
+
+    def discard(self, folder: str) -> None:
+        """Remove the manifest. See `StateStore.discard`."""
+        agree(lambda: remove_manifest(Path(folder) / FOLDER) if dist.get_rank() == 0 else None)
 
     def save(self, folder: str, controller: IsolationController, *, extra: dict[str, Any]) -> None:
         """Write every rank's shard, then the manifest. See `StateStore.save`."""
         target = Path(folder) / FOLDER
         rank, world_size = controller.exchange.rank, controller.exchange.world_size
-        segments = controller.layout.segments
-        masks = {segment.name: controller.segment_mask(segment) for segment in segments}
-        importance = (
-            {segment.name: controller.segment_importance(segment) for segment in segments}
-            if controller.measures
-            else {}
-        )
 
         def write() -> FileRecord:
             target.mkdir(parents=True, exist_ok=True)
             path = target / shard_name(rank)
-            write_shard(path, controller.layout, rank=rank, world_size=world_size, masks=masks, importance=importance)
+            write_shard(
+                path,
+                controller.layout,
+                rank=rank,
+                world_size=world_size,
+                mask_of=controller.segment_mask,
+                importance_of=controller.segment_importance if controller.measures else None,
+            )
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             return record_of(path)
@@ -96,12 +149,14 @@ class FileStateStore:
 
     def verify(self, folder: str, controller: IsolationController) -> bool:
         """Check this rank's shard against the manifest and the layout. See `StateStore.verify`."""
-        return agree(lambda: self._verify(Path(folder) / FOLDER, controller))
+        source = Path(folder) / FOLDER
+        manifest = agree(lambda: self._verify(source, controller), seen=lambda found: _describe(source, found))
+        return manifest is not None
 
-    def _verify(self, source: Path, controller: IsolationController) -> bool:
+    def _verify(self, source: Path, controller: IsolationController) -> Manifest | None:
         manifest = read_manifest(source)
         if manifest is None:
-            return False
+            return None
         rank, world_size = controller.exchange.rank, controller.exchange.world_size
         if manifest.world_size != world_size:
             raise RuntimeError(
@@ -120,11 +175,7 @@ class FileStateStore:
                 "weights (load_module_only)"
             )
         path = source / shard_name(rank)
-        expected, found = manifest.files.get(path.name), record_of(path)
-        if expected != found:
-            raise RuntimeError(
-                f"{path} is damaged: the manifest says {expected}, the file is {found}. Load another tag"
-            )
+        check_record(path, manifest)
         shard = Shard.open(path)
         if shard.segments != controller.layout.segments:
             own, saved = set(controller.layout.segments), set(shard.segments)
@@ -134,32 +185,42 @@ class FileStateStore:
                 f"{next((s for s in saved if s.name == example.name), None)}, here "
                 f"{next((s for s in own if s.name == example.name), None)}"
             )
-        return True
+        return manifest
 
     def load(self, folder: str, controller: IsolationController) -> dict[str, Any]:
         """Load this rank's shard. See `StateStore.load`."""
         source = Path(folder) / FOLDER
-        manifest = agree(lambda: read_manifest(source))
+        state = agree(
+            lambda: self._read(source, controller.exchange.rank), seen=lambda read: _describe(source, read.manifest)
+        )
+        codes = None
+        if state.manifest.threshold_codes is not None:
+            codes = torch.tensor([state.manifest.threshold_codes[name] for name in controller.layout.layer_names])
+        controller.restore(
+            counters=Counters.from_dict(state.manifest.counters),
+            threshold_codes=codes,
+            masks=state.masks,
+            importance=state.importance,
+        )
+        return state.manifest.extra
+
+    def _read(self, source: Path, rank: int) -> _State:
+        manifest = read_manifest(source)
         if manifest is None:
             raise RuntimeError(f"{source} disappeared while it was being loaded")
-        shard = agree(lambda: Shard.open(source / shard_name(controller.exchange.rank)))
-        codes = None
-        if manifest.threshold_codes is not None:
-            codes = torch.tensor([manifest.threshold_codes[name] for name in controller.layout.layer_names])
-        controller.restore(
-            counters=Counters(**manifest.counters),
-            threshold_codes=codes,
-            masks={segment.name: mask for segment, mask in shard.masks()},
-            importance={segment.name: values for segment, values in shard.importance()},
+        shard = Shard.open(source / shard_name(rank))
+        return _State(
+            manifest,
+            {segment.name: mask for segment, mask in shard.masks()},
+            {segment.name: values for segment, values in shard.importance()},
         )
-        return manifest.extra
 
 
 def load_masks(folder: str, controller: IsolationController) -> None:
     """Put the masks of a saved tag in force, whatever number of ranks saved it. Collective.
 
     folder  a tag folder, or its ``epi`` folder
-    Raises RuntimeError when a covered parameter has no mask there, or one of another shape.
+    Raises UserError when a covered parameter has no mask there or one of another shape, or when nothing is isolated.
     """
     source = Path(folder)
     if (source / FOLDER).is_dir():
@@ -170,18 +231,23 @@ def load_masks(folder: str, controller: IsolationController) -> None:
 def _read_masks(source: Path, controller: IsolationController) -> dict[str, Tensor]:
     manifest = read_manifest(source)
     if manifest is None:
-        raise RuntimeError(f"mask_from: {source} has no manifest.json; give the folder of a checkpoint tag")
+        raise UserError(f"mask_from: {source} has no {FILE}; give the folder of a checkpoint tag")
     wanted = controller.layout.by_name
     masks = {name: torch.zeros(segment.real_numel, dtype=torch.bool) for name, segment in wanted.items()}
-    missing = set(wanted)
+    missing, isolated = set(wanted), 0
     for name in manifest.files:
+        check_record(source / name, manifest)
         for saved, mask in Shard.open(source / name).masks():
             own = wanted.get(saved.name)
             if own is None:
                 continue
             if own.shape != saved.shape:
-                raise RuntimeError(f"{source / name}: {saved.name} has shape {saved.shape}, this model has {own.shape}")
+                raise UserError(
+                    f"mask_from: {source / name}: {saved.name} has shape {saved.shape}, this model has {own.shape}; "
+                    "give a checkpoint of this model"
+                )
             missing.discard(saved.name)
+            isolated += int(mask.sum())
             first = max(own.global_start, saved.global_start)
             last = min(own.global_start + own.real_numel, saved.global_start + saved.real_numel)
             if first < last:
@@ -189,5 +255,12 @@ def _read_masks(source: Path, controller: IsolationController) -> dict[str, Tens
                     first - saved.global_start : last - saved.global_start
                 ]
     if missing:
-        raise RuntimeError(f"mask_from: {source} has no mask of {', '.join(sorted(missing)[:5])}")
+        raise UserError(
+            f"mask_from: {source} has no mask of {', '.join(sorted(missing)[:5])}; exclude what was not covered there"
+        )
+    if not isolated:
+        raise UserError(
+            f"mask_from: the mask in {source} isolates nothing: it was saved before a mask was selected (after "
+            f"{manifest.counters['applied_steps']} steps, {manifest.counters['refreshes']} refreshes); give a later tag"
+        )
     return masks

@@ -10,12 +10,12 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from epi_ds.config import EPIConfig
+from epi_ds.config import EPIConfig, PolicyName
 from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.importance import codes_of
 from epi_ds.isolation.layout import Layout, Segment, Span, merge_spans
@@ -56,15 +56,20 @@ class Counters:
     """What has happened so far. The same on every rank; saved with a checkpoint."""
 
     applied_steps: int = 0
-    observed_steps: int = 0
-    """Age of the importance, in steps."""
+    importance_weight: float = 0.0
+    """Total weight of the squared gradients in the importance: 1 - ema_decay^t after t steps, 1 after a probe."""
     active_steps: int = 0
     """Applied steps that ran under a mask with at least one isolated entry."""
     refreshes: int = 0
 
-    def to_dict(self) -> dict[str, int]:
-        """Return the counters by name."""
+    def to_dict(self) -> dict[str, int | float]:
+        """Return what `from_dict` takes; JSON keeps every bit of it."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Counters:
+        """Return saved counters."""
+        return cls(**saved)
 
 
 class MaskListener(Protocol):
@@ -132,6 +137,13 @@ class IsolationController:
         return self._policy.observes(self.counters.applied_steps + 1)
 
     @property
+    def awaits_probe(self) -> bool:
+        """Whether the mask of a static policy is still to come from a probe; the same on every rank."""
+        config = self.config
+        wants_one = config.policy is PolicyName.STATIC and config.probe_steps is not None and config.ratio > 0
+        return wants_one and self.counters.refreshes == 0 and not self.is_active
+
+    @property
     def is_active(self) -> bool:
         """Whether any rank has an isolated entry; the same on every rank."""
         return self.isolated > 0
@@ -145,8 +157,11 @@ class IsolationController:
         return self._bits[sub_group]
 
     def segment_mask(self, segment: Segment) -> Tensor:
-        """Return this rank's slice of a parameter's mask. [real_numel] bool."""
-        return unpack_bits(self._bits[segment.sub_group], segment.start, segment.stop)
+        """Return this rank's slice of a parameter's mask. [real_numel] bool, on the CPU."""
+        first_byte = segment.start // 8
+        # Moved as bits: on the device, a nearly full one, the slice would take eight times the room.
+        packed = self._bits[segment.sub_group][first_byte : -(-segment.stop // 8)].cpu()
+        return unpack_bits(packed, segment.start - first_byte * 8, segment.stop - first_byte * 8)
 
     def segment_importance(self, segment: Segment) -> Tensor:
         """Return this rank's slice of a parameter's importance. [real_numel] fp32, not a copy."""
@@ -222,13 +237,19 @@ class IsolationController:
                 source = None if own is None else own[: segment.real_numel].to(target.device)
                 observe_(target, source, ema_decay=decay, inverse_scale=inverse_scale)
 
+    def count_observation(self, ema_decay: float) -> None:
+        """Note that every sub-group's gradient has entered the importance, with the old importance's weight."""
+        weight = ema_decay * self.counters.importance_weight + (1.0 - ema_decay)
+        self.counters = replace(self.counters, importance_weight=weight)
+
     def finish_step(self) -> Refresh | None:
         """Count an applied step and refresh the mask where one is due. Collective when it is."""
         step = self.counters.applied_steps + 1
+        if self._policy.observes(step):
+            self.count_observation(self.config.ema_decay)
         self.counters = replace(
             self.counters,
             applied_steps=step,
-            observed_steps=self.counters.observed_steps + self._policy.observes(step),
             active_steps=self.counters.active_steps + self.is_active,
         )
         return self.refresh() if self._policy.refreshes(step) else None

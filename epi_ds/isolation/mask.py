@@ -10,8 +10,7 @@ from torch import Tensor
 
 from epi_ds.isolation.importance import codes_of
 from epi_ds.isolation.layout import Segment
-from epi_ds.kernels import pack_bits, unpack_bits
-from epi_ds.kernels.reference.chunks import chunks
+from epi_ds.kernels import chunks, pack_bits, unpack_bits
 
 
 class Selected(NamedTuple):

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from epi_ds.kernels import sketch_counts
-from epi_ds.kernels.reference.chunks import chunks
+from epi_ds.kernels import chunks, sketch_counts
 
 # Travels instead of an extreme where a rank holds nothing of a layer: below every code and every negated code.
 EMPTY = -(1 << 40)

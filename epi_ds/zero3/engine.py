@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 class StateStore(Protocol):
     """Keeps isolation state beside DeepSpeed's files, in the folder of a checkpoint tag. All methods are collective."""
 
+    def discard(self, folder: str) -> None:
+        """Make the folder one without isolation state, where there is one; no rank returns before it is."""
+
     def save(self, folder: str, controller: IsolationController, *, extra: dict[str, Any]) -> None:
         """Write the state. It counts as saved only when every rank has written its part."""
 
@@ -54,11 +57,13 @@ class IsolationEngineMixin(DeepSpeedEngine):
         stale = self.optimizer.stale_parameters()
         if stale and dist.get_rank() == 0:
             logger.warning(
-                "%s: the last window did not use %s; the old gradients that ZeRO-3 applies for them are in no "
-                "checkpoint, so a resume from this one is not bit-exact",
+                "%s: ZeRO-3 may apply old gradients of %s, which a window did not use, or not in its first or (with "
+                "offload) last micro-batch; they are in no checkpoint, so a resume from this one may not be bit-exact",
                 tag,
                 ", ".join(stale),
             )
+        # A manifest of an earlier save under this tag must not vouch for files that are being replaced.
+        self.state_store.discard(os.path.join(save_dir, tag))
         # `latest` must not name a tag without isolation state, so it is written after that.
         super().save_checkpoint(save_dir, tag, client_state, False, exclude_frozen_parameters)
         extra = {"clipping": [average.to_dict() for average in self.optimizer.isolation.clipping]}

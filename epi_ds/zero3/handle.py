@@ -157,20 +157,30 @@ class EPI:
         losses  one scalar loss per micro-batch, from the engine's forward; consumed one at a time, so a generator
                 that runs the forward keeps one graph alive: ``epi.probe(engine(**batch).loss for batch in batches)``
 
-        Raises RuntimeError when no loss gave finite gradients. Afterwards the importance is freed unless the policy
-        measures it during training.
+        The losses decide how many batches are probed: ``probe_steps`` says it to `epi-ds train` only, and elsewhere
+        that the mask comes from a call of this method before the first step. Importance measured so far is replaced.
+
+        Raises UserError under ``policy: none``, and RuntimeError when no loss gave finite gradients. Afterwards the
+        importance is freed unless the policy measures it during training.
         """
         engine, controller = self._engine, self._controller
+        if self.config.policy is PolicyName.NONE:
+            raise UserError("policy: none isolates nothing, but a probe selects a mask; set policy: static")
         controller.start_measuring()
         observed = 0
-        for loss in losses:
-            # Every probe is a window of its own; with offload, gradients leave the accelerator at a boundary only.
-            engine.set_gradient_accumulation_boundary(True)
-            engine.backward(loss, scale_wrt_gas=False)
-            observed += engine.optimizer.observe_probe(ema_decay=observed / (observed + 1))
-        engine.set_gradient_accumulation_boundary(None)
+        try:
+            for loss in losses:
+                # Every probe is a window of its own; with offload, gradients leave the accelerator at a boundary only.
+                engine.set_gradient_accumulation_boundary(True)
+                engine.backward(loss, scale_wrt_gas=False)
+                observed += engine.optimizer.observe_probe(ema_decay=observed / (observed + 1))
+        finally:
+            engine.set_gradient_accumulation_boundary(None)
         if not observed:
-            raise RuntimeError("the probe saw no finite gradient, so there is no importance to select a mask from")
+            raise RuntimeError(
+                "the probe saw no finite gradient, so there is no importance to select a mask from; give it more "
+                f"batches, or correct the loss (the loss scale is {float(engine.optimizer.loss_scale):g} now)"
+            )
         refresh = controller.refresh()
         if not controller.observes:
             controller.stop_measuring()

@@ -14,6 +14,7 @@ A skipped step never reaches the commit point, so it leaves no trace. The class 
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from epi_ds.config import Apply
 from epi_ds.isolation.controller import IsolationController
-from epi_ds.isolation.layout import Span, merge_spans
+from epi_ds.isolation.layout import Parameter, Span, build_layout, merge_spans
 from epi_ds.kernels import hold, mask_, masked_sumsq, restore_
 from epi_ds.zero3.moments import ClippingAverage, clipping_factor, reset_moments, set_moments, state_age
 from epi_ds.zero3.window import AccumulationWindow
@@ -32,7 +33,7 @@ from epi_ds.zero3.window import AccumulationWindow
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero3Optimizer
 else:
-    # A mixin: the class it is mixed over is the optimizer's own, which may be a subclass.
+    # A mixin: the class it is mixed over is the optimizer's own. guard.py refuses subclasses of it.
     Zero3Optimizer = object
 
 
@@ -50,23 +51,20 @@ class IsolationContext:
         self.backward_scale = 1.0
         """Loss scale of the gradients being applied; a dynamic scaler may raise its own before they are unscaled."""
         self.names: dict[Any, str] = dict(optimizer.param_names)
-        self.buffer_starts: list[int] = []
+        # Of every trainable parameter: the controller's layout has the covered ones only.
+        layout = build_layout(
+            [[Parameter(self.names[p], tuple(p.ds_shape)) for p in group] for group in optimizer.fp16_groups],
+            rank=dist.get_rank(optimizer.dp_process_group),
+            world_size=dist.get_world_size(optimizer.dp_process_group),
+            layer="tensor",
+        )
+        self.buffer_starts: list[int] = [0, *accumulate(layout.sub_group_numel)][:-1]
         """Offsets of the sub-groups in the accumulation buffer, which holds all partitions in order."""
-        self.parameter_spans: list[list[tuple[Any, Span]]] = []
-        """Real entries of every trainable parameter, covered or not, in the flat partitions; empty ones left out."""
-        rank = dist.get_rank(optimizer.dp_process_group)
-        buffer_start = 0
-        for group in optimizer.fp16_groups:
-            self.buffer_starts.append(buffer_start)
-            spans, start = [], 0
-            for parameter in group:
-                numel = parameter.partition_numel()
-                real_numel = max(0, min(numel, parameter.ds_numel - rank * numel))
-                if real_numel:
-                    spans.append((parameter, Span(start, start + real_numel)))
-                start += numel
-            self.parameter_spans.append(spans)
-            buffer_start += start
+        self.parameter_spans: list[list[tuple[Any, Span]]] = [
+            [(p, Span(s.start, s.stop)) for p, s in zip(group, segments, strict=True) if s.real_numel]
+            for group, segments in zip(optimizer.fp16_groups, layout.by_sub_group, strict=True)
+        ]
+        """Real entries of every trainable parameter in the flat partitions; empty ones left out."""
 
 
 class IsolationMixin(Zero3Optimizer):
@@ -78,8 +76,11 @@ class IsolationMixin(Zero3Optimizer):
 
     def partition_grads(self, params_to_release: list[Any], grad_partitions: list[Tensor]) -> Any:
         """Record the reduced parameters. See [Note: stale gradients] in window.py."""
+        is_copied_out = bool(self.offload_optimizer and self.is_gradient_accumulation_boundary())
         for parameter, partition in zip(params_to_release, grad_partitions):  # noqa: B905 - as ZeRO-3 pairs them
-            self.isolation.window.record(parameter, partition, buffer_is_stale=self.micro_step_id != 0)
+            self.isolation.window.record(
+                parameter, partition, buffer_is_stale=self.micro_step_id != 0, is_copied_out=is_copied_out
+            )
         return super().partition_grads(params_to_release, grad_partitions)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -90,6 +91,11 @@ class IsolationMixin(Zero3Optimizer):
     def step(self, closure: Any = None) -> None:
         """Step, then count it and refresh the mask where due. Collective."""
         context = self.isolation
+        if context.controller.awaits_probe:
+            raise RuntimeError(
+                f"policy: static with probe_steps: {context.controller.config.probe_steps} has no mask yet, so this "
+                "step would isolate nothing; call engine.epi.probe(...) before the first step"
+            )
         context.window.close()
         context.backward_scale = float(self.loss_scale)
         super().step(closure)
@@ -152,21 +158,29 @@ class IsolationMixin(Zero3Optimizer):
         buffer = self.grad_partitions_flat_buffer
         return self.offload_optimizer or gradient.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
 
-    def _has_own_gradient(self, parameter: Any) -> bool:
-        """Whether the commit point shows a gradient of this window."""
-        if self.offload_optimizer:
-            # Copied to the host at the accumulation boundary only: what that micro-batch did not use is stale.
-            return self.get_param_id(parameter) in self.norm_for_param_grads
-        return self.isolation.window.was_reduced(parameter)
+    def _was_copied_out(self, parameter: Any) -> bool:
+        """Whether, with offload, the optimizer's own gradient is of this window.
+
+        The sum leaves the accelerator at the accumulation boundary only: what that micro-batch did not use is stale.
+        """
+        return self.get_param_id(parameter) in self.norm_for_param_grads
+
+    def _accumulated(self, sub_group_id: int, span: Span) -> Tensor:
+        """Return a view of the accumulation buffer. ``span`` is in the sub-group's flat partition."""
+        start = self.isolation.buffer_starts[sub_group_id] + span.start
+        return self.grad_partitions_flat_buffer.narrow(0, start, span.stop - span.start)
 
     def _observe(self, sub_group_id: int, *, ema_decay: float) -> None:
         context = self.isolation
         exceptions: dict[str, Tensor | None] = {}
-        for parameter, _ in context.parameter_spans[sub_group_id]:
-            if not self._has_own_gradient(parameter):
-                exceptions[context.names[parameter]] = None
+        for parameter, span in context.parameter_spans[sub_group_id]:
+            name = context.names[parameter]
+            if not context.window.was_reduced(parameter):
+                exceptions[name] = None
             elif (own := context.window.own_gradient(parameter)) is not None:
-                exceptions[context.names[parameter]] = own
+                exceptions[name] = own
+            elif self.offload_optimizer and not self._was_copied_out(parameter):
+                exceptions[name] = self._accumulated(sub_group_id, span)
         context.controller.observe(
             sub_group_id,
             self.fp32_partitioned_groups_flat[sub_group_id].grad,
@@ -181,10 +195,9 @@ class IsolationMixin(Zero3Optimizer):
         spans = context.parameter_spans[sub_group_id]
         if self.offload_optimizer:
             gradient = self.fp32_partitioned_groups_flat[sub_group_id].grad
-            spans = [(p, span) for p, span in spans if self.get_param_id(p) in self.norm_for_param_grads]
+            spans = [(p, span) for p, span in spans if self._was_copied_out(p)]
         else:
-            numel = self.fp16_partitioned_groups_flat_numel[sub_group_id]
-            gradient = self.grad_partitions_flat_buffer.narrow(0, context.buffer_starts[sub_group_id], numel)
+            gradient = self._accumulated(sub_group_id, Span(0, self.fp16_partitioned_groups_flat_numel[sub_group_id]))
         total = torch.zeros((), dtype=torch.float64, device=gradient.device)
         bits = context.controller.bits(sub_group_id)
         for start, stop in merge_spans(span for _, span in spans):
@@ -200,29 +213,24 @@ class IsolationMixin(Zero3Optimizer):
         param_group = self.sub_group_to_group_id[sub_group]
         beta2 = self.optimizer.param_groups[param_group]["betas"][1]
         optimizer_weight = 1.0 - beta2 ** state_age(state)
-        observed_steps = context.controller.counters.observed_steps
-        importance_weight = 1.0 - context.controller.config.ema_decay**observed_steps
-        scale = (
-            context.clipping[param_group].corrected * optimizer_weight / importance_weight if observed_steps else 0.0
-        )
+        weight = context.controller.counters.importance_weight
+        scale = context.clipping[param_group].corrected * optimizer_weight / weight if weight else 0.0
         set_moments(
             state,
             before=before,
             now=now,
-            importance=importance if observed_steps else None,
+            importance=importance if weight else None,
             importance_scale=scale,
         )
 
     def stale_parameters(self) -> list[str]:
-        """Return the parameters that the last window did not use: a later step may apply their old gradients."""
+        """Return the parameters of which a later step may apply an old gradient. See [Note: leftovers] in window.py."""
         context = self.isolation
-        if not context.controller.counters.applied_steps:
-            return []
         return [
             context.names[parameter]
             for group in self.fp16_groups
             for parameter in group
-            if not context.window.was_reduced(parameter)
+            if context.window.has_leftover(parameter)
         ]
 
     def reset_optimizer_state(self) -> None:
@@ -235,13 +243,16 @@ class IsolationMixin(Zero3Optimizer):
     def observe_probe(self, *, ema_decay: float) -> bool:
         """Observe the gradients of the last backward without stepping, then drop them. Collective.
 
-        Returns whether they were finite; if not, nothing was observed.
+        Returns whether they were finite; if not, nothing was observed, and a dynamic loss scale is told of it.
         """
         self.isolation.window.close()
         self.isolation.backward_scale = float(self.loss_scale)
         self._pre_step()
         self._partition_all_parameters()
         finite = not is_invalid_grad_norm(combine_grad_norm_groups(super()._get_norm_groups()))
+        if not finite:
+            # As a skipped step does: otherwise every further probe would overflow at the same scale.
+            self._update_scale(True)
         for sub_group_id in range(len(self.fp16_groups)):
             self._prepare_sub_group(sub_group_id, set())
             if finite:
@@ -252,5 +263,8 @@ class IsolationMixin(Zero3Optimizer):
         # As before any backward: a parameter that the next window does not use must not step with a probe's gradient.
         self.grad_partitions_flat_buffer.zero_()
         self.zero_grad(set_to_none=True)
+        self.isolation.window = AccumulationWindow()
         self._post_step(set())
+        if finite:
+            self.isolation.controller.count_observation(ema_decay)
         return finite

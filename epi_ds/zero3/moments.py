@@ -1,11 +1,12 @@
 """Adam's moments at isolation and at release, for ``apply: reduction``.
 
 [Note: release] While an entry is isolated its gradient counts as zero, so its moments starve: released as they are,
-it would jump. Importance kept measuring it, so at release the second moment is rebuilt from it. With t the age of the
-optimizer state and t' that of the importance, both exponential averages that started at zero,
+it would jump. Importance kept measuring it, so at release the second moment is rebuilt from it. Both are exponential
+averages that started at zero; with t the age of the optimizer state and w the total weight of the squared gradients in
+the importance (1 - ema_decay^t' after t' steps, 1 after a probe),
 
     exp_avg    := 0
-    exp_avg_sq := S * c2 * (1 - beta2^t) / (1 - ema_decay^t')
+    exp_avg_sq := S * c2 * (1 - beta2^t) / w
 
 where c2 is the average squared clipping factor (the optimizer sees clipped gradients, the importance raw ones). c2
 decays by beta2, as the second moments of the other entries do: they remember the clipping of the last 1/(1 - beta2)
@@ -21,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epi_ds.kernels import unpack_bits
-from epi_ds.kernels.reference.chunks import chunks
+from epi_ds.kernels import chunks, unpack_bits
 
 
 class ClippingAverage:
@@ -82,7 +82,7 @@ def set_moments(
     state             the Adam state of one flat partition; an empty one (no step taken yet) is left alone
     before, now       [ceil(numel / 8)] uint8
     importance        [numel] fp32; None where nothing was measured: the second moment is then left as it is
-    importance_scale  c2 * (1 - beta2^t) / (1 - ema_decay^t')
+    importance_scale  c2 * (1 - beta2^t) / w
     """
     if "exp_avg" not in state:
         return

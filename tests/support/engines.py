@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,6 +53,23 @@ def engine_of(model: Callable[[], nn.Module], config: dict[str, Any], **kwargs: 
         yield engine
     finally:
         engine.destroy()
+
+
+@contextmanager
+def collected_logs() -> Iterator[list[str]]:
+    """Collect what the package logs."""
+    messages: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    handler = Collect()
+    logging.getLogger("epi_ds").addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger("epi_ds").removeHandler(handler)
 
 
 def full_weights(engine: Any) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +52,31 @@ class TiedLM(nn.Module):
     def forward(self, tokens: Tensor, target: Tensor) -> Tensor:
         hidden = torch.tanh(self.layers[0](self.embed(tokens)))
         return nn.functional.cross_entropy(self.lm_head(hidden).flatten(0, 1), target.flatten())
+
+
+def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two parameter groups, as Hugging Face's Trainer makes them: weight decay for matrices only."""
+    return [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.3, "lr": 2e-2},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0, "lr": 5e-3},
+    ]
+
+
+def decay_groups_with_own_betas(model: nn.Module) -> list[dict[str, Any]]:
+    """The same groups, each with averages of its own length."""
+    decayed, rest = decay_groups(model)
+    return [decayed | {"betas": (0.8, 0.95)}, rest]
+
+
+def head_batch(step: int, rank: int, micro_batch: int) -> tuple[Tensor, int]:
+    """For `TwoHeads`: every step uses one head, in turn."""
+    generator = torch.Generator().manual_seed(1_000_003 * step + 1009 * rank + micro_batch)
+    return torch.randn(4, 7, generator=generator), step % 2
+
+
+def late_batch(step: int, rank: int, micro_batch: int) -> tuple[Tensor, int]:
+    """For `TwoHeads`: every micro-batch of a window uses one head, in turn."""
+    return head_batch(step, rank, micro_batch)[0], micro_batch % 2
 
 
 def odd_batch(step: int, rank: int, micro_batch: int) -> tuple[Tensor, Tensor]:

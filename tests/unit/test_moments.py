@@ -95,12 +95,12 @@ def test_reset_returns_a_state_to_age_zero() -> None:
 def test_a_window_knows_what_was_reduced_in_it_and_what_came_late() -> None:
     early, late, unused = (SimpleNamespace(ds_id=i) for i in range(3))
     window = AccumulationWindow()
-    window.record(early, torch.ones(2), buffer_is_stale=False)
-    window.record(early, torch.ones(2), buffer_is_stale=True)
+    window.record(early, torch.ones(2), buffer_is_stale=False, is_copied_out=False)
+    window.record(early, torch.ones(2), buffer_is_stale=True, is_copied_out=False)
     partition = torch.ones(2, dtype=torch.bfloat16)
-    window.record(late, partition, buffer_is_stale=True)
+    window.record(late, partition, buffer_is_stale=True, is_copied_out=False)
     partition.zero_()  # the bucket that the partition is a view of is reused
-    window.record(late, torch.full((2,), 2.0), buffer_is_stale=True)
+    window.record(late, torch.full((2,), 2.0), buffer_is_stale=True, is_copied_out=False)
     window.close()
     assert window.was_reduced(early)
     assert window.own_gradient(early) is None
@@ -109,9 +109,35 @@ def test_a_window_knows_what_was_reduced_in_it_and_what_came_late() -> None:
     assert own is not None
     assert own.tolist() == [3, 3]
     assert not window.was_reduced(unused)
-    window.record(unused, torch.ones(1), buffer_is_stale=False)
+    window.record(unused, torch.ones(1), buffer_is_stale=False, is_copied_out=False)
     assert not window.was_reduced(unused)
     window.discard()
     window.close()
     assert not window.was_reduced(unused)
     assert not window.was_reduced(early)
+
+
+def test_a_window_knows_whose_buffers_it_did_not_overwrite() -> None:
+    every, late, early, once = (SimpleNamespace(ds_id=i) for i in range(4))
+
+    def run_window(window: AccumulationWindow, *, with_once: bool, boundary: bool) -> list[bool]:
+        """Two micro-batches; ``early`` is in the first, ``late`` in the second, ``boundary``: with offload."""
+        for parameter in (every, early, once)[: 2 + with_once]:
+            window.record(parameter, torch.ones(1), buffer_is_stale=False, is_copied_out=False)
+        for parameter in (every, late, once)[: 2 + with_once]:
+            window.record(parameter, torch.ones(1), buffer_is_stale=True, is_copied_out=boundary)
+        window.close()
+        return [window.has_leftover(parameter) for parameter in (every, late, early, once)]
+
+    for boundary in (False, True):
+        window = AccumulationWindow()
+        assert not window.has_leftover(every)
+        assert run_window(window, with_once=True, boundary=boundary) == [False, True, False, False]
+        assert run_window(window, with_once=False, boundary=boundary) == [False, True, False, True]
+        # A window that overwrites it again does not promise that the next one will.
+        assert run_window(window, with_once=True, boundary=boundary) == [False, True, False, True]
+    # The first micro-batch alone uses it now, but the optimizer has kept what it got at an earlier boundary.
+    window = AccumulationWindow()
+    window.record(early, torch.ones(1), buffer_is_stale=False, is_copied_out=True)
+    window.close()
+    assert run_window(window, with_once=False, boundary=True) == [False, True, True, False]

@@ -17,7 +17,7 @@ from tests.support.engines import (
     full_weights,
     train_step,
 )
-from tests.support.models import OddNet, odd_batch
+from tests.support.models import OddNet, TwoHeads, decay_groups, head_batch, odd_batch
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.zero3
@@ -137,18 +137,9 @@ def test_norm_is_over_the_entries_that_will_move(offload: bool, apply: str) -> N
 
 def check_param_groups() -> None:
     """Two parameter groups with their own learning rate and weight decay, in several sub-groups."""
-
-    def groups(model: OddNet) -> list[dict[str, Any]]:
-        decayed = [p for p in model.parameters() if p.dim() > 1]
-        rest = [p for p in model.parameters() if p.dim() <= 1]
-        return [
-            {"params": decayed, "weight_decay": 0.3, "lr": 2e-2},
-            {"params": rest, "weight_decay": 0.0, "lr": 5e-3},
-        ]
-
     section = {"ratio": 0.2, "refresh_interval": 3, "ema_decay": 0.9}
     config = ds_config(epi=section, zero_optimization={"sub_group_size": 50})
-    with engine_of(OddNet, config, model_parameters=groups) as engine:
+    with engine_of(OddNet, config, model_parameters=decay_groups) as engine:
         assert len(engine.optimizer.param_groups) == 2
         for step in range(3):
             train_step(engine, step, odd_batch)
@@ -161,3 +152,31 @@ def check_param_groups() -> None:
 
 def test_several_param_groups_hold() -> None:
     run_ranks(check_param_groups, 2)
+
+
+def check_hold_unused(apply: str, changes: dict[str, Any]) -> int:
+    """Hold through windows in which ZeRO-3 applies an unused parameter's old gradient; return what was isolated of it.
+
+    The heads are used in turn, and every mask is in force for two windows, so that each head is unused in one of them.
+    """
+    section = {"ratio": 0.3, "refresh_interval": 2, "ema_decay": 0.9, "apply": apply, "layer": "tensor"}
+    isolated_heads = 0
+    with engine_of(TwoHeads, ds_config(epi=section, accumulation=2, **changes)) as engine:
+        for step in range(8):
+            masks, before = full_masks(engine), full_weights(engine)
+            train_step(engine, step, head_batch)
+            if step < 2:
+                continue
+            _check_step(before, full_weights(engine), masks)
+            isolated_heads += int(masks[f"heads.{1 - step % 2}.weight"].sum())
+    return isolated_heads
+
+
+@pytest.mark.parametrize("apply", ["reduction", "update"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"offload": True}, {"zero_optimization": {"sub_group_size": 1}}],
+    ids=["device", "offload", "one-parameter-sub-groups"],
+)
+def test_isolated_entries_of_an_unused_parameter_do_not_move(apply: str, changes: dict[str, Any]) -> None:
+    assert run_ranks(check_hold_unused, 2, apply, changes)[0] > 0

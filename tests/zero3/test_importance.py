@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor, nn
 
-from tests.support.engines import assert_same, ds_config, engine_of, full_importance, train_step
-from tests.support.models import OddNet, TiedLM, TwoHeads, odd_batch
+from tests.support.engines import (
+    assert_same,
+    ds_config,
+    engine_of,
+    full_importance,
+    full_masks,
+    full_moments,
+    full_weights,
+    train_step,
+)
+from tests.support.models import OddNet, TiedLM, TwoHeads, head_batch, late_batch, odd_batch
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.zero3
@@ -172,11 +182,6 @@ def test_importance_uses_the_scale_of_the_backward() -> None:
 # --- parameters that a window does not use ---
 
 
-def head_batch(step: int, rank: int, micro_batch: int) -> tuple[Tensor, int]:
-    generator = torch.Generator().manual_seed(1_000_003 * step + 1009 * rank + micro_batch)
-    return torch.randn(4, 7, generator=generator), step % 2
-
-
 def check_alternating_heads(apply: str, changes: dict[str, Any]) -> None:
     with engine_of(TwoHeads, ds_config(epi=_section(apply), accumulation=2, **changes)) as engine:
         optimizer = record(engine)
@@ -209,60 +214,157 @@ def test_stale_gradients_never_enter_importance(world_size: int, setting: str) -
     run_ranks(check_alternating_heads, world_size, "reduction", UNUSED[setting])
 
 
-def late_batch(step: int, rank: int, micro_batch: int) -> tuple[Tensor, int]:
-    """The second head is used by the second micro-batch only."""
-    generator = torch.Generator().manual_seed(1_000_003 * step + 1009 * rank + micro_batch)
-    return torch.randn(4, 7, generator=generator), micro_batch
+def check_one_micro_batch_each(accumulation: int, changes: dict[str, Any]) -> None:
+    """Each head is used by some micro-batches of a window only.
 
-
-def check_late_head(offload: bool) -> None:
-    """A head first used in a window's second micro-batch: ZeRO-3 adds its gradient to the last window's."""
+    ZeRO-3 adds the gradient of the second head, first used in the second micro-batch, to the last window's; and with
+    offload the optimizer does not get that of a head which the last micro-batch does not use.
+    """
     world_size = dist.get_world_size()
-    config = ds_config(epi=_section("update", ratio=0.0), accumulation=2, offload=offload)
+    config = ds_config(epi=_section("update", ratio=0.0), accumulation=accumulation, **changes)
     with engine_of(TwoHeads, config) as engine:
         twin = TwoHeads()
-        name = "heads.1.weight"
-        expected = torch.zeros(5, 9, dtype=torch.float64)
+        expected = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in twin.named_parameters()}
         for step in range(4):
             with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
                 twin.load_state_dict({n: p.detach().clone() for n, p in engine.module.named_parameters()})
             twin.zero_grad()
             for rank in range(world_size):
-                (twin(*late_batch(step, rank, 1)) / (2 * world_size)).backward()
-            expected = DECAY * expected + (1 - DECAY) * twin.heads[1].weight.grad.double() ** 2
+                for micro_batch in range(accumulation):
+                    (twin(*late_batch(step, rank, micro_batch)) / (accumulation * world_size)).backward()
+            for name, p in twin.named_parameters():
+                expected[name] = DECAY * expected[name] + (1 - DECAY) * p.grad.double() ** 2
             train_step(engine, step, late_batch)
-        error = (engine.epi.importance(name).double() - expected).norm() / expected.norm()
-        assert error < 1e-4
+        for name, values in full_importance(engine).items():
+            error = (values.double() - expected[name]).norm() / expected[name].norm()
+            assert error < 1e-4, f"{name}: relative L2 error {error:.1e}"
 
 
-@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
-def test_a_late_parameter_is_measured_by_its_own_gradient(offload: bool) -> None:
-    run_ranks(check_late_head, 2, offload)
+@pytest.mark.parametrize("accumulation", [2, 3])
+@pytest.mark.parametrize("setting", UNUSED)
+def test_a_parameter_of_some_micro_batches_is_measured_by_its_own_gradient(accumulation: int, setting: str) -> None:
+    run_ranks(check_one_micro_batch_each, 2, accumulation, UNUSED[setting])
+
+
+# Both heads in turn, then the first one only: the second head keeps its gradient of step 1.
+STALE_STEPS = (0, 1, 2, 4, 6, 8, 10, 12)
+
+
+def train_stale(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Train and return, for every step, the second head's masks in force, shown gradients and weights afterwards."""
+    with engine_of(TwoHeads, config) as engine:
+        optimizer = record(engine)
+        trace = []
+        for step in STALE_STEPS:
+            masks = full_masks(engine) if "epi" in config else {}
+            train_step(engine, step, head_batch)
+            trace.append({"mask": masks, "shown": gather(engine, optimizer.recorded), "weight": full_weights(engine)})
+        return trace
 
 
 def check_stale_update_is_plain(apply: str, changes: dict[str, Any]) -> None:
     """An unused parameter's plastic entries move exactly as plain ZeRO-3 moves them, also after a release.
 
-    One window isolates part of the unused head and the next releases all of it. The stale gradient that ZeRO-3
+    A refresh isolates part of the unused head, and a later one releases all of it. The stale gradient that ZeRO-3
     applies then must be the one it would have kept, and not one that a mask has punched holes into.
     """
-    config = ds_config(epi=_section(apply), gradient_clipping=0.0, **changes)
-    with engine_of(TwoHeads, config) as engine:
-        optimizer = record(engine)
-        for step in range(2):
-            train_step(engine, step, head_batch)
-        name = "heads.1.weight"
-        mask = engine.epi.mask(name)
-        assert 0 < int(mask.sum()) < mask.numel()
-        train_step(engine, 2, head_batch)  # under the mask, head 1 unused
-        first = gather(engine, optimizer.recorded)[name]
-        train_step(engine, 4, head_batch)  # still unused: shows what the step before left
-        second = gather(engine, optimizer.recorded)[name]
-        assert first[mask].abs().min() > 0
-        assert torch.equal(first, second)
+    # By importance itself: that of an unused head only falls, so that its entries are released.
+    section = _section(apply) | {"selection": "raw_global", "ema_decay": 0.5}
+    plain = train_stale(ds_config(gradient_clipping=0.0, **changes))
+    isolated = train_stale(ds_config(gradient_clipping=0.0, epi=section, **changes))
+    for name in ("heads.1.weight", "heads.1.bias"):
+        ever = torch.zeros_like(plain[0]["weight"][name], dtype=torch.bool)
+        for theirs, ours in zip(plain, isolated, strict=True):
+            ever |= ours["mask"][name]
+            assert torch.equal(theirs["shown"][name], ours["shown"][name]), name
+            assert torch.equal(theirs["weight"][name][~ever], ours["weight"][name][~ever]), name
+    masks = [step["mask"]["heads.1.weight"] for step in isolated]
+    held = masks[2]
+    assert 0 < int(held.sum()) < held.numel()
+    assert plain[2]["shown"]["heads.1.weight"][held].abs().min() > 0
+    # Released in the end, and moved again by the whole stale gradient.
+    assert not masks[-1].any()
+    before, after = (step["weight"]["heads.1.weight"] for step in isolated[-2:])
+    assert (before != after)[held].all()
 
 
 @pytest.mark.parametrize("setting", UNUSED)
 @pytest.mark.parametrize("apply", ["reduction", "update"])
 def test_a_mask_leaves_stale_gradients_whole(setting: str, apply: str) -> None:
     run_ranks(check_stale_update_is_plain, 2, apply, UNUSED[setting])
+
+
+# --- probes ---
+
+
+def check_weight_after_a_probe() -> None:
+    """A probe replaces the importance at full weight; what a later release makes of it knows that."""
+    config = ds_config(epi=_section("reduction") | {"refresh_interval": 3}, gradient_clipping=0.0)
+    with engine_of(OddNet, config) as engine:
+        for step in range(2):
+            train_step(engine, step, odd_batch)
+        assert engine.epi.stats().counters.importance_weight == pytest.approx(1 - DECAY**2)
+        engine.epi.probe(engine(*odd_batch(index, 0, 0)) for index in range(40, 42))
+        assert engine.epi.stats().counters.importance_weight == 1.0
+        before = full_masks(engine)
+        train_step(engine, 2, odd_batch)
+        assert engine.epi.stats().counters.importance_weight == pytest.approx(1.0)
+        now, moments, importance = full_masks(engine), full_moments(engine), full_importance(engine)
+        released = 0
+        for name in now:
+            entries = before[name] & ~now[name]
+            released += int(entries.sum())
+            # Without clipping, S * (1 - beta2^t) of an optimizer state of age 3.
+            expected = importance[name][entries] * (1 - 0.99**3)
+            torch.testing.assert_close(moments[f"{name}/exp_avg_sq"][entries], expected, rtol=1e-5, atol=0.0)
+        assert released > 0
+
+
+def test_a_probe_sets_the_weight_of_the_importance() -> None:
+    run_ranks(check_weight_after_a_probe, 2)
+
+
+LARGEST_SCALE = 2.0**12
+
+
+def check_probe_scale(offload: bool) -> None:
+    """Probes that overflow lower a dynamic loss scale until one does not. fp16 itself needs an accelerator."""
+    section = {"policy": "static", "probe_steps": 8, "ratio": 0.2}
+    with engine_of(OddNet, ds_config(epi=section, offload=offload)) as engine:
+        optimizer = engine.optimizer
+        optimizer.loss_scaler = DynamicLossScaler(
+            init_scale=2.0**16, scale_window=1000, min_scale=1, delayed_shift=2, consecutive_hysteresis=False
+        )
+        parameter = dict(engine.module.named_parameters())["head.weight"]
+        infinite = torch.full(parameter.ds_shape, float("inf"))
+        handle = parameter.register_hook(lambda g: infinite if optimizer.loss_scale > LARGEST_SCALE else g)
+        with pytest.raises(RuntimeError, match=r"no finite gradient.*the loss scale is 32768 now"):
+            engine.epi.probe(engine(*odd_batch(index, 0, 0)) for index in range(2))
+        refresh = engine.epi.probe(engine(*odd_batch(index, 0, 0)) for index in range(8))
+        handle.remove()
+        assert optimizer.loss_scale == LARGEST_SCALE
+        assert refresh.isolated == engine.epi.stats().isolated > 0
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
+def test_probes_that_overflow_lower_the_loss_scale(offload: bool) -> None:
+    run_ranks(check_probe_scale, 2, offload)
+
+
+def check_failing_probe() -> None:
+    """A loss that raises leaves the accumulation boundaries to the engine again."""
+
+    def losses(engine: Any) -> Iterator[Tensor]:
+        yield engine(*odd_batch(0, 0, 0))
+        raise LookupError("no more data")
+
+    with engine_of(OddNet, ds_config(epi=_section("reduction"), accumulation=2)) as engine:
+        with pytest.raises(LookupError):
+            engine.epi.probe(losses(engine))
+        assert not engine.is_gradient_accumulation_boundary()
+        train_step(engine, 0, odd_batch)
+        assert engine.epi.stats().counters.applied_steps == 1
+
+
+def test_a_probe_that_fails_leaves_the_engine_usable() -> None:
+    run_ranks(check_failing_probe, 2)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from epi_ds.config import Normalizer, Selection
+from epi_ds.errors import UserError
 from epi_ds.isolation.controller import Counters
 from epi_ds.isolation.layout import block_of
-from tests.support.engines import ds_config, engine_of, full_importance, full_masks, train_step
+from tests.support.engines import collected_logs, ds_config, engine_of, full_importance, full_masks, train_step
 from tests.support.models import OddNet, odd_batch
 from tests.support.oracle import oracle_masks
 from tests.support.ranks import run_ranks
@@ -162,3 +163,46 @@ def check_coverage() -> None:
 
 def test_only_covered_parameters_are_isolated() -> None:
     run_ranks(check_coverage, 1)
+
+
+def check_blocked(selection: dict[str, Any]) -> list[str]:
+    """Every entry but one of every layer sits at the layer's maximum."""
+    given = {name: torch.full_like(values, 2.0) for name, values in given_importance().items()}
+    for name in ("embed.weight", "blocks.0.weight", "blocks.1.weight", "norm.weight", "head.weight", "scale.weight"):
+        given[name].view(-1)[0] = 1.0
+    with engine_of(OddNet, ds_config(epi={"ratio": 0.1, **selection})) as engine, collected_logs() as messages:
+        restore(engine, given)
+        engine.epi.refresh_now()
+        assert engine.epi.stats().isolated == 0
+        # The ranks are still in step.
+        train_step(engine, 0, odd_batch)
+    return messages
+
+
+def test_a_budget_that_ties_leave_unused_is_said_with_the_layer() -> None:
+    first, second = run_ranks(check_blocked, 2, {})
+    # blocks.0 and blocks.1 have 182 entries each, the most of all layers; the first of equals is named.
+    assert any("isolated 0 entries of the 57 that ratio 0.1 allows; layer 'blocks.0' has 181" in text for text in first)
+    assert not any("isolated 0 entries" in text for text in second)
+    (first, _) = run_ranks(check_blocked, 2, {"selection": "per_layer"})
+    assert any("isolated 0 entries of the" in text for text in first)
+
+
+def check_static_without_probe() -> None:
+    section = {"policy": "static", "probe_steps": 2, "ratio": 0.2}
+    with (
+        engine_of(OddNet, ds_config(epi=section)) as engine,
+        pytest.raises(RuntimeError, match=r"has no mask yet.*call engine\.epi\.probe"),
+    ):
+        train_step(engine, 0, odd_batch)
+    with engine_of(OddNet, ds_config(epi=section | {"ratio": 0.0})) as engine:
+        train_step(engine, 0, odd_batch)
+    with (
+        engine_of(OddNet, ds_config(epi={"policy": "none"})) as engine,
+        pytest.raises(UserError, match="set policy: static"),
+    ):
+        engine.epi.probe(engine(*odd_batch(index, 0, 0)) for index in range(2))
+
+
+def test_a_static_policy_does_not_step_before_its_probe() -> None:
+    run_ranks(check_static_without_probe, 2)
