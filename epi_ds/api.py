@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-import json
+import base64
+import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
+import hjson
 
 from epi_ds.checkpoint.store import FileStateStore, load_masks
 from epi_ds.config import EPIConfig, parse_config
 from epi_ds.errors import UserError
 from epi_ds.zero3.attach import attach as attach_to_engine
+from epi_ds.zero3.attach import detach
+from epi_ds.zero3.guard import check_is_engine
 from epi_ds.zero3.handle import EPI
 
 SECTION = "epi"
 
 
 def read_section(ds_config: Any) -> EPIConfig:
-    """Return the validated ``epi`` section of a ds_config, given as a mapping or as the path of a JSON file.
+    """Return the validated ``epi`` section of a ds_config in any form that DeepSpeed reads: mapping, path or base64.
 
     Raises ValueError when there is none, or listing everything that is wrong with it.
     """
     place = f'the "{SECTION}" section of ds_config'
     if isinstance(ds_config, (str, os.PathLike)):
-        place = f'the "{SECTION}" section of {os.fspath(ds_config)}'
-        with open(ds_config) as file:
-            ds_config = json.load(file)
+        text = os.fspath(ds_config)
+        if os.path.exists(text):
+            place = f'the "{SECTION}" section of {text}'
+            with open(text) as file:
+                # DeepSpeed's own parser: comments are allowed.
+                ds_config = hjson.load(file)
+        else:
+            try:
+                ds_config = hjson.loads(base64.urlsafe_b64decode(text).decode())
+            except ValueError:
+                raise UserError(f"ds_config {text!r} is neither a file nor a configuration in base64") from None
     if not isinstance(ds_config, Mapping) or SECTION not in ds_config:
         raise UserError(
             f'{place} is missing; add a top-level "{SECTION}" key (not inside "zero_optimization"), for example '
@@ -42,12 +54,9 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     Takes and returns exactly what ``deepspeed.initialize`` does; the engine has a handle, ``engine.epi``.
     The section is validated before anything is allocated.
     """
-    ds_config = kwargs.get("config")
-    if ds_config is None:
-        ds_config = kwargs.get("config_params")
-    if ds_config is None and kwargs.get("args") is not None:
-        ds_config = getattr(kwargs["args"], "deepspeed_config", None)
-    config = read_section(ds_config)
+    given = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
+    candidates = (given.get("config"), given.get("config_params"), getattr(given.get("args"), "deepspeed_config", None))
+    config = read_section(next((c for c in candidates if c is not None), None))
     engine, optimizer, loader, scheduler = deepspeed.initialize(*args, **kwargs)
     attach(engine, config)
     return engine, optimizer, loader, scheduler
@@ -59,10 +68,16 @@ def attach(engine: Any, config: EPIConfig | Mapping[str, Any] | None = None) -> 
     config  the settings; None reads the ``epi`` section of the engine's own configuration
 
     The engine's ``save_checkpoint`` and ``load_checkpoint`` then carry the isolation state. Raises ValueError for an
-    engine that isolation cannot act on, saying what to set instead; the engine is then unchanged.
+    engine that isolation cannot act on, saying what to set instead, and RuntimeError for files of ``mask_from`` that
+    cannot be read; the engine is then unchanged.
     """
+    check_is_engine(engine)
     parsed = read_section(engine._config._param_dict) if config is None else parse_config(config)
     epi = attach_to_engine(engine, parsed, state_store=FileStateStore())
     if parsed.mask_from is not None:
-        load_masks(parsed.mask_from, epi.controller)
+        try:
+            load_masks(parsed.mask_from, epi.controller)
+        except Exception:
+            detach(engine)
+            raise
     return epi

@@ -85,7 +85,7 @@ class EPIConfig(BaseModel):
     ``per_layer``: the quantile of each layer; ``raw_global``: one quantile without normalisation."""
 
     normalizer: Normalizer = Normalizer.MINMAX
-    """Used by ``normalized_global``: ``minmax`` (the paper's) or ``mean``, which no single outlier decides."""
+    """``normalized_global`` only: ``minmax`` (the paper's) or ``mean``, which no single outlier decides."""
 
     layer: Literal["block", "tensor"] | dict[str, str] = "block"
     """What a layer is: the outermost numbered block of a parameter's name, a tensor, or named groups given as
@@ -125,6 +125,15 @@ class EPIConfig(BaseModel):
         if value == "rank":
             raise UserError("rank normalisation is the same thing as selection: per_layer; set that instead")
         return value
+
+    @model_validator(mode="after")
+    def _check_normalizer(self) -> EPIConfig:
+        if "normalizer" in self.model_fields_set and self.selection is not Selection.NORMALIZED_GLOBAL:
+            raise UserError(
+                f"normalizer belongs to selection: normalized_global, and would be ignored by {self.selection.value}; "
+                "remove it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_policy(self) -> EPIConfig:

@@ -98,11 +98,6 @@ class Layout:
         """Covered entries over all ranks."""
         return sum(self.layer_numel)
 
-    @property
-    def local_numel(self) -> int:
-        """Covered entries of this rank."""
-        return sum(segment.real_numel for segment in self.segments)
-
 
 def merge_spans(spans: Iterable[Span]) -> tuple[Span, ...]:
     """Join neighbouring spans and drop empty ones. ``spans`` must be in ascending order."""
@@ -163,7 +158,8 @@ def block_of(name: str) -> str:
     Parameters outside numbered blocks (embeddings, head, final norm) form one layer per module.
     """
     parts = name.split(".")
-    for index, part in enumerate(parts[:-1]):
+    for index, part in enumerate(parts):
+        # The number of a parameter that is a list entry itself counts too: a list of large weights is a list of layers.
         if part.isdigit():
             return ".".join(parts[: index + 1])
     return ".".join(parts[:-1]) or name

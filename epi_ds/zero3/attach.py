@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from epi_ds.config import Apply, EPIConfig
+from epi_ds.config import Apply, EPIConfig, PolicyName, Selection
 from epi_ds.errors import UserError
 from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.layout import Layout, Parameter, build_layout
 from epi_ds.isolation.policy import make_policy
+from epi_ds.isolation.threshold import budget_of
 from epi_ds.zero3.engine import IsolationEngineMixin, StateStore
 from epi_ds.zero3.guard import check_engine
 from epi_ds.zero3.handle import EPI
@@ -39,6 +40,27 @@ def layout_of(optimizer: Any, config: EPIConfig) -> Layout:
     )
 
 
+def _check_partitioning(layout: Layout, optimizer: Any) -> None:
+    sizes = tuple(optimizer.fp16_partitioned_groups_flat_numel)
+    if layout.sub_group_numel != sizes:
+        raise RuntimeError(
+            f"ZeRO-3 partitions its sub-groups into {sizes} entries on this rank, and isolation expected "
+            f"{layout.sub_group_numel}: masks would be shifted. Report this with your ds_config"
+        )
+
+
+def _check_budget(layout: Layout, config: EPIConfig) -> None:
+    if config.ratio == 0 or config.policy is PolicyName.NONE:
+        return
+    per_layer = config.selection is Selection.PER_LAYER
+    sizes = layout.layer_numel if per_layer else (layout.covered_numel,)
+    if not any(budget_of(config.ratio, size) for size in sizes):
+        raise UserError(
+            f"ratio {config.ratio} of {'every layer' if per_layer else 'the covered parameters'} (at most {max(sizes)} "
+            "entries) is less than one entry, so nothing would ever be isolated; raise ratio or cover more"
+        )
+
+
 def attach(engine: Any, config: EPIConfig, *, state_store: StateStore) -> EPI:
     """Make ``engine`` isolate parameters as ``config`` says; return its handle, which is also ``engine.epi``.
 
@@ -50,6 +72,8 @@ def attach(engine: Any, config: EPIConfig, *, state_store: StateStore) -> EPI:
     check_engine(engine, config)
     optimizer = engine.optimizer
     layout = layout_of(optimizer, config)
+    _check_partitioning(layout, optimizer)
+    _check_budget(layout, config)
     controller = IsolationController(
         layout,
         config,
@@ -79,3 +103,10 @@ def attach(engine: Any, config: EPIConfig, *, state_store: StateStore) -> EPI:
             controller.exchange.world_size,
         )
     return engine.epi
+
+
+def detach(engine: Any) -> None:
+    """Take isolation off an engine that `attach` put it on: its classes and attributes are those of before."""
+    for mixed in (engine, engine.optimizer):
+        mixed.__class__ = type(mixed).__bases__[1]
+    del engine.epi, engine.state_store, engine.optimizer.isolation

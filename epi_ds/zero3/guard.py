@@ -34,31 +34,53 @@ def check_engine(engine: Any, config: EPIConfig) -> None:
             f"deepspeed {installed} is installed, but isolation overrides methods of deepspeed {SUPPORTED_DEEPSPEED}; "
             "install a release in that range"
         )
+    check_is_engine(engine)
     reasons = list(_engine_reasons(engine)) or list(_optimizer_reasons(engine.optimizer, config))
     if reasons:
         raise UserError("isolation cannot be attached to this engine:\n" + "\n".join(f"  - {r}" for r in reasons))
 
 
-def _engine_reasons(engine: Any) -> Iterator[str]:
+def check_is_engine(engine: Any) -> None:
+    """Raise ValueError for what is no DeepSpeed engine."""
     if not isinstance(engine, DeepSpeedEngine):
-        yield f"attach takes a DeepSpeedEngine, got {type(engine).__name__}; pass what deepspeed.initialize returned"
-        return
+        raise UserError(
+            f"attach takes a DeepSpeedEngine, got {type(engine).__name__}; pass what deepspeed.initialize returned"
+        )
+
+
+def has_optimizer(engine: Any) -> bool:
+    """Whether a ZeRO-3 engine can train; without an optimizer its weights are only gathered."""
+    return type(engine.optimizer).__name__ != "DeepSpeedZeRoOffload"
+
+
+def _engine_reasons(engine: Any) -> Iterator[str]:
     if type(engine).__name__ in {"PipelineEngine", "DeepSpeedHybridEngine"}:
         yield f"{type(engine).__name__} moves weights in ways the mask does not follow; use the plain ZeRO-3 engine"
     stage = engine.zero_optimization_stage()
     if stage != 3:
         yield _stage_reason(stage, engine._config._param_dict)
-    elif type(engine.optimizer).__name__ == "DeepSpeedZeRoOffload":
+    elif not has_optimizer(engine):
         yield "the engine has no optimizer, so there is nothing to hold; give one to deepspeed.initialize"
     elif type(engine.optimizer) is not DeepSpeedZeroOptimizer_Stage3:
         yield (
-            f"the optimizer is {type(engine.optimizer).__name__}, which steps before the point where the mask acts; "
-            "set super_offload: false"
+            f"the ZeRO-3 optimizer is {type(engine.optimizer).__name__}, and the mask acts in "
+            f"{DeepSpeedZeroOptimizer_Stage3.__name__} only; turn off what replaces it (super_offload in "
+            "offload_optimizer is the usual one)"
         )
     if engine.is_deepcompile_enabled():
         yield "DeepCompile replaces the gradient hooks that isolation observes; set compile.deepcompile: false"
     if engine.has_moe_layers:
         yield "expert parallelism partitions experts over their own group; use a model without deepspeed.moe layers"
+    if engine.zero_quantized_weights() or engine.zero_quantized_nontrainable_weights():
+        yield (
+            "quantized weights are not covered yet; set zero_quantized_weights and zero_quantized_nontrainable_weights "
+            "to false"
+        )
+    if engine.use_node_local_storage():
+        yield (
+            "checkpoints on node-local disks are not covered yet: a rank verifies the files of all; set "
+            "checkpoint.use_node_local_storage: false"
+        )
     if not engine.managed_gradient_accumulation():
         yield "unmanaged gradient accumulation is not covered yet; set managed_gradient_accumulation: true"
 
@@ -112,5 +134,19 @@ def _reduction_reasons(base: Any) -> Iterator[str]:
             f"apply: reduction sets the moments of Adam at release and does not know those of {type(base).__name__}; "
             "use apply: update"
         )
-    elif any(group.get("amsgrad") for group in base.param_groups):
+        return
+    if any(group.get("amsgrad") for group in base.param_groups):
         yield "apply: reduction does not know the running maximum of amsgrad; set amsgrad: false or use apply: update"
+    if _adds_decay_to_gradient(base) and any(group["weight_decay"] for group in base.param_groups):
+        yield (
+            f"{type(base).__name__} adds weight decay to the gradient, so its moments hold decay that importance does "
+            "not know, and a released entry would jump; use AdamW, weight_decay 0 or apply: update"
+        )
+
+
+def _adds_decay_to_gradient(base: Any) -> bool:
+    if isinstance(base, FusedAdam):
+        return not base.adam_w_mode
+    if isinstance(base, DeepSpeedCPUAdam):
+        return not base.adam_w_mode
+    return not isinstance(base, torch.optim.AdamW) and not base.defaults.get("decoupled_weight_decay", False)

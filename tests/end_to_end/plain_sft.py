@@ -1,8 +1,8 @@
 """Runs in ranks: a plain TRL script, to which isolation is one callback.
 
-    plain_sft.py MODEL FOLDER [RESUME_FROM]
+    plain_sft.py MODEL FOLDER [RESUME_FROM | --unprepared]
 
-Rank 0 writes FOLDER/result.json: the losses by step, and a digest of the final mask and weights.
+``--unprepared`` leaves out what accelerate needs on the CPU. Rank 0 writes FOLDER/result.json: the losses by step, and a digest of the final mask and weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from epi_ds.data.skills import Split, rows
 from epi_ds.train.accelerate_setup import prepare_accelerate
 
 
-def main(model_path: str, folder: Path, resume_from: str | None) -> None:
+def main(model_path: str, folder: Path, option: str | None) -> None:
     """Train 8 steps, saving after the fourth."""
     conversations = [{"messages": list(row.messages)} for row in rows("code", split=Split.TRAIN, size=32, seed=0)]
     args = SFTConfig(
@@ -43,7 +43,7 @@ def main(model_path: str, folder: Path, resume_from: str | None) -> None:
         disable_tqdm=True,
         # Not told apart from a user's own file: the configuration has the "epi" section.
         deepspeed={**ds_configs.load("zero3"), "epi": {"ratio": 0.1, "refresh_interval": 3, "ema_decay": 0.9}},
-        **prepare_accelerate(),
+        **({} if option == "--unprepared" else prepare_accelerate()),
     )
     isolation = epi_ds.EPICallback()
     trainer = SFTTrainer(
@@ -52,7 +52,10 @@ def main(model_path: str, folder: Path, resume_from: str | None) -> None:
         train_dataset=Dataset.from_list(conversations),
         callbacks=[isolation],
     )
-    trainer.train(resume_from_checkpoint=resume_from)
+    if option == "--unprepared":
+        trainer.train()
+        return
+    trainer.train(resume_from_checkpoint=option)
     digest = hashlib.sha256()
     for name, parameter in trainer.model.named_parameters():
         digest.update(isolation.epi.mask(name).numpy().tobytes())

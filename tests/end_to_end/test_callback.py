@@ -26,3 +26,11 @@ def test_a_plain_script_isolates_and_resumes_to_the_bit(demo: Demo, tmp_path: Pa
     # The resumed log begins with what the checkpoint had logged.
     assert first == second
     assert len(first["losses"]) == first["applied_steps"] == 8
+
+
+def test_ranks_that_would_train_on_the_same_rows_are_refused(demo: Demo, tmp_path: Path) -> None:
+    """What a plain script does on the CPU when accelerate is not told of the ranks."""
+    finished = launch(SCRIPT, str(demo.folder / "base"), str(tmp_path / "run"), "--unprepared", num_ranks=2)
+    assert finished.exit_code != 0
+    assert "every rank would train on the same rows" in finished.output
+    assert "prepare_accelerate()" in finished.output

@@ -28,6 +28,7 @@ def test_blocks_are_the_outermost_numbered_entry() -> None:
     assert block_of("vision_tower.encoder.layers.3.mlp.experts.7.weight") == "vision_tower.encoder.layers.3"
     assert block_of("language_model.layers.3.mlp.weight") == "language_model.layers.3"
     assert block_of("0.weight") == "0"
+    assert block_of("weights.3") == "weights.3"
     assert block_of("weight") == "weight"
 
 
@@ -78,7 +79,7 @@ def test_the_ranks_cover_every_entry_exactly_once(shapes: list[list[list[int]]],
                 assert segment.start + segment.partition_numel <= layout.sub_group_numel[segment.sub_group]
                 seen += range(segment.global_start, segment.global_start + segment.real_numel)
             assert seen == list(range(parameter.numel))
-    assert sum(layout.local_numel for layout in layouts) == layouts[0].covered_numel
+    assert sum(segment.real_numel for layout in layouts for segment in layout.segments) == layouts[0].covered_numel
 
 
 def test_segments_of_a_sub_group_do_not_overlap_and_skip_padding() -> None:

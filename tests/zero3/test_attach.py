@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -32,7 +33,11 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
 
 
-OPTIMIZERS = {"sgd": sgd, "amsgrad": amsgrad, "adamw": adamw}
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), weight_decay=0.1)
+
+
+OPTIMIZERS = {"sgd": sgd, "amsgrad": amsgrad, "adamw": adamw, "adam": adam}
 
 
 def attach_error(changes: dict[str, Any], section: dict[str, Any], optimizer: str | None = None) -> str:
@@ -104,18 +109,74 @@ def test_a_misspelt_zero_section_is_named() -> None:
     assert "'zero_optimisation'; did you mean 'zero_optimization'?" in error
 
 
-@pytest.mark.parametrize(("optimizer", "reason"), [("sgd", "does not know those of SGD"), ("amsgrad", "amsgrad")])
+@pytest.mark.parametrize(
+    ("optimizer", "reason"),
+    [
+        ("sgd", "does not know those of SGD"),
+        ("amsgrad", "amsgrad"),
+        ("adam", "Adam adds weight decay to the gradient"),
+    ],
+)
 def test_reduction_refuses_optimizers_whose_moments_it_does_not_know(optimizer: str, reason: str) -> None:
     (error,) = run_ranks(attach_error, 1, {}, {"apply": "reduction"}, optimizer)
     assert reason in error
-    assert "use apply: update" in error
+    assert "apply: update" in error
     assert run_ranks(attach_error, 1, {}, {"apply": "update"}, optimizer) == [""]
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["FusedAdam", "DeepSpeedCPUAdam"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_reduction_refuses_weight_decay_inside_the_moments(offload: bool, weight_decay: float) -> None:
+    params = {"lr": 1e-2, "weight_decay": weight_decay, "adam_w_mode": False}
+    changes = {"offload": offload, "optimizer": {"type": "Adam", "params": params}}
+    (error,) = run_ranks(attach_error, 1, changes, {})
+    assert ("adds weight decay to the gradient" in error) == (weight_decay > 0)
+
+
+def unusual_engine_errors() -> list[str]:
+    """What is said of real engines without an optimizer, with tensor parallelism or another step, and of no engine."""
+    errors = []
+
+    def collect(engine: Any) -> None:
+        try:
+            epi_ds.attach(engine)
+        except ValueError as error:
+            errors.append(str(error))
+
+    collect(OddNet())
+    config = ds_config(epi={"ratio": 0.1})
+    engine, *_ = deepspeed.initialize(model=OddNet(), config={k: v for k, v in config.items() if k != "optimizer"})
+    collect(engine)
+    engine.destroy()
+    engine, *_ = deepspeed.initialize(model=OddNet(), config=config)
+    # What a mesh of 2 ranks sets; to start one takes a model that DeepSpeed can shard.
+    engine.optimizer.model_parallel_group = dist.group.WORLD
+    collect(engine)
+    engine.optimizer.model_parallel_group = None
+    # SuperOffload is a subclass, and needs a superchip to start.
+    original = type(engine.optimizer)
+    engine.optimizer.__class__ = type("SuperOffloadOptimizer_Stage3", (original,), {})
+    collect(engine)
+    engine.optimizer.__class__ = original
+    engine.destroy()
+    return errors
+
+
+def test_unusual_engines_are_refused_by_name() -> None:
+    no_engine, no_optimizer, parallel, other_step = run_ranks(unusual_engine_errors, 2)[0]
+    assert "attach takes a DeepSpeedEngine, got OddNet" in no_engine
+    assert "no optimizer" in no_optimizer
+    assert "tensor parallelism is not covered" in parallel
+    assert "SuperOffloadOptimizer_Stage3" in other_step
 
 
 def marked_error(attribute: str, value: Any) -> str:
     """Mark a real engine as one that needs hardware or operators this machine lacks."""
     with engine_of(OddNet, ds_config()) as engine:
+        *path, attribute = attribute.split(".")
         owner = engine.optimizer if hasattr(engine.optimizer, attribute) else engine
+        for name in path:
+            owner = getattr(owner, name)
         original = getattr(owner, attribute)
         setattr(owner, attribute, value)
         try:
@@ -137,6 +198,8 @@ def marked_error(attribute: str, value: Any) -> str:
         ("sequence_parallel_size", 2, "sequence_parallel_size: 1"),
         ("all2all_process_group", object(), "zero_quantized_gradients: false"),
         ("has_moe_layers", True, "expert parallelism"),
+        ("_config.compile_config.deepcompile", True, "compile.deepcompile: false"),
+        ("_config.zero_config.zero_quantized_weights", True, "quantized weights are not covered yet"),
     ],
 )
 def test_variants_that_cannot_start_here_are_refused(attribute: str, value: Any, expected: str) -> None:
@@ -152,6 +215,7 @@ def bad_sections() -> list[str]:
         ds_config(epi={"include": ["no_such_parameter"]}),
         ds_config(epi={"exclude": ["."]}),
         ds_config(epi={"normalizer": "rank"}),
+        ds_config(epi={"ratio": 0.3, "include": ["scale.bias"]}),
     ):
         try:
             engine, *_ = epi_ds.initialize(model=OddNet(), config=config)
@@ -164,20 +228,22 @@ def bad_sections() -> list[str]:
 
 
 def test_a_section_that_isolates_nothing_is_an_error() -> None:
-    missing, misspelt, unmatched, emptied, rank = run_ranks(bad_sections, 1)[0]
+    missing, misspelt, unmatched, emptied, rank, tiny = run_ranks(bad_sections, 1)[0]
     assert '"epi" section of ds_config is missing' in missing
     assert "ratoi: unknown key; did you mean 'ratio'?" in misspelt
     assert "refresh_interval: " in misspelt
     assert "'no_such_parameter' matches none" in unmatched
     assert "nothing would ever be isolated" in emptied
     assert "selection: per_layer" in rank
+    assert "less than one entry" in tiny
 
 
 def attach_twice(path: str) -> str:
     # The configuration as a file, as the deepspeed launcher's users have it.
     with open(path, "w") as file:
-        json.dump(ds_config(epi={"ratio": 0.1, "refresh_interval": 2}), file)
-    engine, *_ = epi_ds.initialize(model=OddNet(), config=path)
+        file.write("# DeepSpeed reads comments\n" + json.dumps(ds_config(epi={"ratio": 0.1, "refresh_interval": 2})))
+    # By position, as deepspeed.initialize takes them: args with the file's name, and the model.
+    engine, *_ = epi_ds.initialize(SimpleNamespace(deepspeed_config=path), OddNet())
     assert engine.epi.config.refresh_interval == 2
     try:
         epi_ds.attach(engine, {})
@@ -206,11 +272,13 @@ def check_late_attach() -> None:
             train_step(engine, step, odd_batch)
         masks, before = full_masks(engine), full_weights(engine)
         assert epi.stats().isolated > 0
-        for step in range(5, 8):
+        train_step(engine, 5, odd_batch)
+        after = full_weights(engine)
+        assert_same({n: before[n][mask] for n, mask in masks.items()}, {n: after[n][mask] for n, mask in masks.items()})
+        assert any(not before[name][~mask].equal(after[name][~mask]) for name, mask in masks.items())
+        for step in range(6, 8):
             train_step(engine, step, odd_batch)
-        del before  # the mask changed after step 7; what matters is that the run goes on
         assert epi.stats().counters.applied_steps == 5
-        assert masks.keys() == full_masks(engine).keys()
 
 
 def test_attach_to_an_engine_that_has_trained() -> None:
@@ -344,6 +412,19 @@ def load_mask(folder: str, expected: dict[str, Tensor]) -> None:
         assert_same(expected, full_masks(engine))
 
 
+def refused_mask_leaves_the_engine_plain(folder: str) -> None:
+    """A mask that cannot be loaded is refused as if attach had not been called, and a second try works."""
+    with engine_of(OddNet, ds_config()) as engine:
+        classes = type(engine), type(engine.optimizer)
+        with pytest.raises((ValueError, RuntimeError), match="mask_from"):
+            epi_ds.attach(engine, {"policy": "static", "mask_from": f"{folder}/absent", "ratio": 0.2})
+        assert (type(engine), type(engine.optimizer)) == classes
+        assert not hasattr(engine, "epi")
+        train_step(engine, 0, odd_batch)
+        epi = epi_ds.attach(engine, {"policy": "static", "mask_from": f"{folder}/t", "ratio": 0.2})
+        assert epi.stats().isolated > 0
+
+
 def save_mask(folder: str) -> dict[str, Tensor]:
     with engine_of(OddNet, ds_config(epi={"ratio": 0.2, "refresh_interval": 2})) as engine:
         for step in range(2):
@@ -356,6 +437,7 @@ def test_a_mask_loads_at_any_world_size(tmp_path: Path) -> None:
     masks = run_ranks(save_mask, 3, str(tmp_path))[0]
     for world_size in (1, 2, 4):
         run_ranks(load_mask, world_size, str(tmp_path / "t"), masks)
+    run_ranks(refused_mask_leaves_the_engine_plain, 2, str(tmp_path))
 
 
 def check_none() -> None:
