@@ -24,6 +24,12 @@ def audit(
     result = compare(paths)
     for first, second in result.pairs:
         console.print(f"compared {first} and {second}", highlight=False, soft_wrap=True)
+    for first, second in result.idle_pairs:
+        console.print(
+            f"left out {first} and {second}: nothing isolated, or nothing trained between them",
+            highlight=False,
+            soft_wrap=True,
+        )
     for item in result.moved:
         console.print(
             f"MOVED {item.num_entries} entries of {item.parameter} from {item.first} to {item.second}",

@@ -51,6 +51,8 @@ CALLED = {
     "_release_sub_group": ["self", "sub_group_id", "timer_names"],
     "_post_step": ["self", "timer_names"],
     "get_param_id": ["self", "param"],
+    "is_gradient_accumulation_boundary": ["self"],
+    "_update_scale": ["self", "has_overflow"],
 }
 
 
