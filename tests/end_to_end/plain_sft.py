@@ -2,8 +2,8 @@
 
     plain_sft.py MODEL FOLDER [RESUME_FROM | --unprepared]
 
-``--unprepared`` leaves out what accelerate needs on the CPU. Rank 0 writes FOLDER/result.json: the losses by step, and a
-digest of the final mask and weights.
+``--unprepared`` leaves out what accelerate needs on the CPU. Rank 0 writes FOLDER/result.json: the losses by step, and
+a digest of the final mask and weights.
 """
 
 from __future__ import annotations
