@@ -12,14 +12,12 @@ import deepspeed
 import hjson
 
 from epi_ds.checkpoint.store import FileStateStore, load_masks
-from epi_ds.config import EPIConfig, parse_config
+from epi_ds.config import SECTION, EPIConfig, parse_config
 from epi_ds.errors import UserError
 from epi_ds.zero3.attach import attach as attach_to_engine
 from epi_ds.zero3.attach import detach
 from epi_ds.zero3.guard import check_is_engine
 from epi_ds.zero3.handle import EPI
-
-SECTION = "epi"
 
 
 def read_section(ds_config: Any) -> EPIConfig:

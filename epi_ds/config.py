@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from epi_ds.errors import UserError, problems_of, summarize
 
+# Top-level key of a DeepSpeed configuration that holds these settings.
+SECTION = "epi"
+
 
 class PolicyName(str, Enum):
     """Who decides which entries are isolated, and when."""

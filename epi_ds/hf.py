@@ -10,8 +10,8 @@ import deepspeed
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from epi_ds.api import SECTION, attach
-from epi_ds.config import EPIConfig, parse_config
+from epi_ds.api import attach
+from epi_ds.config import SECTION, EPIConfig, parse_config
 from epi_ds.errors import UserError
 from epi_ds.zero3.guard import has_optimizer
 from epi_ds.zero3.handle import EPI

@@ -18,8 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from epi_ds import ds_configs
-from epi_ds.api import SECTION
-from epi_ds.config import EPIConfig
+from epi_ds.config import SECTION, EPIConfig
 from epi_ds.data.skills import SKILLS
 from epi_ds.data.sources import is_file_path
 from epi_ds.errors import UserError, nearest, problems_of, summarize

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 from trl import SFTConfig
 
-from epi_ds.api import SECTION
+from epi_ds.config import SECTION
 from epi_ds.errors import UserError
 from epi_ds.hf import EPICallback
 from epi_ds.launch.environment import accelerator_name
