@@ -19,6 +19,9 @@ from epi_ds.zero3.attach import detach
 from epi_ds.zero3.guard import check_is_engine
 from epi_ds.zero3.handle import EPI
 
+# Read once: what others put in its place later may take any arguments.
+_SIGNATURE = inspect.signature(deepspeed.initialize)
+
 
 def read_section(ds_config: Any) -> EPIConfig:
     """Return the validated ``epi`` section of a ds_config in any form that DeepSpeed reads: mapping, path or base64.
@@ -52,7 +55,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     Takes and returns exactly what ``deepspeed.initialize`` does; the engine has a handle, ``engine.epi``.
     The section is validated before anything is allocated.
     """
-    given = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
+    given = _SIGNATURE.bind(*args, **kwargs).arguments
     candidates = (given.get("config"), given.get("config_params"), getattr(given.get("args"), "deepspeed_config", None))
     config = read_section(next((c for c in candidates if c is not None), None))
     engine, optimizer, loader, scheduler = deepspeed.initialize(*args, **kwargs)

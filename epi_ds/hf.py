@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,7 @@ class EPICallback(TrainerCallback):
         """``config`` None reads the ``epi`` section of the trainer's DeepSpeed configuration."""
         self._config = None if config is None else parse_config(config, place="the EPICallback configuration")
         self._engine: Any = None
+        self._model: weakref.ref[Any] | None = None
 
     @property
     def epi(self) -> EPI:
@@ -63,7 +65,8 @@ class EPICallback(TrainerCallback):
                     f'EPICallback was given a configuration, and the "{SECTION}" section of the DeepSpeed '
                     "configuration says something else; keep one of them"
                 )
-        _wait_for_engine(self, kwargs["model"])
+        self._model = weakref.ref(kwargs["model"])
+        _wait_for_engine(self)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,41 +82,65 @@ class EPICallback(TrainerCallback):
                 "the same rows. Start the script with the deepspeed launcher; on the CPU also build the training "
                 "arguments with **epi_ds.train.accelerate_setup.prepare_accelerate()"
             )
-        trained = getattr(kwargs.get("optimizer"), "optimizer", None)
+        trained = getattr(kwargs["optimizer"], "optimizer", None)
         if self._engine is None or trained is not self._engine.optimizer:
-            raise RuntimeError(
-                "the engine that trains was made without EPICallback: pass the callback to the trainer's constructor "
-                "(add_callback is too late), and a model instead of model_init"
-            )
+            raise RuntimeError(f"isolation is not attached to what trains: {self._why_not(kwargs['model'])}")
         self.epi.check_planned_steps(state.max_steps)
 
-    def _attach(self, engine: Any) -> None:
+    def _why_not(self, model: Any) -> str:
+        if self._engine is not None:
+            return (
+                "EPICallback attached to the trainer's first engine, and this is not it; train once, or construct a "
+                "new trainer with a new EPICallback"
+            )
+        if self._model is None:
+            return (
+                "EPICallback came after the trainer had been constructed; pass callbacks=[EPICallback(...)] to the "
+                "constructor instead of calling add_callback"
+            )
+        if self._model() is not model:
+            return (
+                "the trainer trains another model than it was constructed with, as model_init makes it do; construct "
+                "it with model=... and an EPICallback of its own"
+            )
+        return (
+            "the trainer made no DeepSpeed engine of its model for this run; construct a new trainer, and on the CPU "
+            "build its arguments with **epi_ds.train.accelerate_setup.prepare_accelerate()"
+        )
+
+    def attach_if_awaited(self, engine: Any) -> bool:
+        """Attach to ``engine`` if it is the one that trains the trainer's model; return whether it was."""
+        # Evaluating before training makes an engine without an optimizer, and the one that trains comes later.
+        if self._model is None or self._model() is not engine.module or not has_optimizer(engine):
+            return False
         attach(engine, self._config)
         self._engine = engine
+        return True
 
 
-# Callbacks whose trainer has not made its engine yet. Neither is kept alive: some trainers never train.
-_waiting: list[tuple[weakref.ref[EPICallback], weakref.ref[Any]]] = []
-_deepspeed_initialize = deepspeed.initialize
+# Callbacks whose trainer has not made its engine yet. They are not kept alive: some trainers never train.
+_waiting: weakref.WeakSet[EPICallback] = weakref.WeakSet()
 
 
-def _wait_for_engine(callback: EPICallback, model: Any) -> None:
-    _waiting.append((weakref.ref(callback), weakref.ref(model)))
-    deepspeed.initialize = _initialize
+class _Watch:
+    """Stands in for ``deepspeed.initialize`` while callbacks wait: attaches an engine to the one that waits for it."""
+
+    def __init__(self, initialize: Any) -> None:
+        functools.update_wrapper(self, initialize)
+        self._initialize = initialize
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        made = self._initialize(*args, **kwargs)
+        for callback in list(_waiting):
+            if callback.attach_if_awaited(made[0]):
+                _waiting.discard(callback)
+        # What others have wrapped around this one meanwhile is theirs to take out.
+        if not _waiting and deepspeed.initialize is self:
+            deepspeed.initialize = self._initialize
+        return made
 
 
-def _initialize(*args: Any, **kwargs: Any) -> Any:
-    """Stand in for ``deepspeed.initialize`` while a callback waits, and attach the engine of its model."""
-    made = _deepspeed_initialize(*args, **kwargs)
-    engine = made[0]
-    for entry in list(_waiting):
-        callback, model = (reference() for reference in entry)
-        if callback is None or model is None:
-            _waiting.remove(entry)
-        # Evaluating before training makes an engine without an optimizer, and the one that trains comes later.
-        elif model is engine.module and has_optimizer(engine):
-            _waiting.remove(entry)
-            callback._attach(engine)
-    if not _waiting:
-        deepspeed.initialize = _deepspeed_initialize
-    return made
+def _wait_for_engine(callback: EPICallback) -> None:
+    _waiting.add(callback)
+    if not isinstance(deepspeed.initialize, _Watch):
+        deepspeed.initialize = _Watch(deepspeed.initialize)

@@ -50,7 +50,8 @@ def _check_partitioning(layout: Layout, optimizer: Any) -> None:
 
 
 def _check_budget(layout: Layout, config: EPIConfig) -> None:
-    if config.ratio == 0 or config.policy is PolicyName.NONE:
+    # A mask that is loaded has the size it was saved with.
+    if config.ratio == 0 or config.policy is PolicyName.NONE or config.mask_from is not None:
         return
     per_layer = config.selection is Selection.PER_LAYER
     sizes = layout.layer_numel if per_layer else (layout.covered_numel,)
@@ -64,7 +65,8 @@ def _check_budget(layout: Layout, config: EPIConfig) -> None:
 def attach(engine: Any, config: EPIConfig, *, state_store: StateStore) -> EPI:
     """Make ``engine`` isolate parameters as ``config`` says; return its handle, which is also ``engine.epi``.
 
-    Collective. The engine and its ZeRO-3 optimizer are mutated: their classes gain a mixin each.
+    Collective. The engine and its ZeRO-3 optimizer are mutated: their classes, DeepSpeed's own and no subclasses of
+    them, gain a mixin each.
     Raises ValueError or RuntimeError before anything is changed; see `check_engine`.
     """
     if isinstance(engine, IsolationEngineMixin):

@@ -54,8 +54,11 @@ def has_optimizer(engine: Any) -> bool:
 
 
 def _engine_reasons(engine: Any) -> Iterator[str]:
-    if type(engine).__name__ in {"PipelineEngine", "DeepSpeedHybridEngine"}:
-        yield f"{type(engine).__name__} moves weights in ways the mask does not follow; use the plain ZeRO-3 engine"
+    if type(engine) is not DeepSpeedEngine:
+        yield (
+            f"the engine is a {type(engine).__name__}, and subclasses of DeepSpeedEngine may move weights in ways the "
+            "mask does not follow; use the plain ZeRO-3 engine (no pipeline module, no hybrid_engine)"
+        )
     stage = engine.zero_optimization_stage()
     if stage != 3:
         yield _stage_reason(stage, engine._config._param_dict)
@@ -137,16 +140,15 @@ def _reduction_reasons(base: Any) -> Iterator[str]:
         return
     if any(group.get("amsgrad") for group in base.param_groups):
         yield "apply: reduction does not know the running maximum of amsgrad; set amsgrad: false or use apply: update"
-    if _adds_decay_to_gradient(base) and any(group["weight_decay"] for group in base.param_groups):
+    if any(group["weight_decay"] and _adds_decay_to_gradient(base, group) for group in base.param_groups):
         yield (
             f"{type(base).__name__} adds weight decay to the gradient, so its moments hold decay that importance does "
             "not know, and a released entry would jump; use AdamW, weight_decay 0 or apply: update"
         )
 
 
-def _adds_decay_to_gradient(base: Any) -> bool:
-    if isinstance(base, FusedAdam):
+def _adds_decay_to_gradient(base: Any, group: dict[str, Any]) -> bool:
+    if isinstance(base, (FusedAdam, DeepSpeedCPUAdam)):
         return not base.adam_w_mode
-    if isinstance(base, DeepSpeedCPUAdam):
-        return not base.adam_w_mode
-    return not isinstance(base, torch.optim.AdamW) and not base.defaults.get("decoupled_weight_decay", False)
+    # A setting of the group, and of torch's Adam only in the older releases, where AdamW is a class apart.
+    return type(base) is not torch.optim.AdamW and not group.get("decoupled_weight_decay", False)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import deepspeed
 import pytest
+from accelerate.state import AcceleratorState
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+import epi_ds
+from epi_ds import ds_configs
+from epi_ds.train.accelerate_setup import prepare_accelerate
 from tests.end_to_end.conftest import Demo
+from tests.support.engines import ds_config
 from tests.support.processes import checked, launch
+from tests.support.ranks import end_ranks, run_ranks
 
 pytestmark = pytest.mark.end_to_end
 
@@ -34,3 +45,111 @@ def test_ranks_that_would_train_on_the_same_rows_are_refused(demo: Demo, tmp_pat
     assert finished.exit_code != 0
     assert "every rank would train on the same rows" in finished.output
     assert "prepare_accelerate()" in finished.output
+
+
+# --- a trainer's ways to end up with another engine than the callback's ---
+
+SECTION = {"ratio": 0.2, "refresh_interval": 1}
+
+
+def tiny_model() -> LlamaForCausalLM:
+    sizes = {"vocab_size": 17, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+
+
+def trainer_of(folder: str, isolation: Any, *, stage: int = 3, epi: Any = None, **changes: Any) -> Trainer:
+    """A trainer for two steps, over a model of its own unless ``changes`` has one or a model_init."""
+    config = {**ds_configs.load("zero3"), "zero_optimization": {"stage": stage}}
+    if epi is not None:
+        config["epi"] = epi
+    arguments = changes.pop("arguments", {})
+    # New arguments do this by themselves, unless told to use the state that is configured.
+    AcceleratorState._reset_state()
+    args = TrainingArguments(
+        output_dir=folder,
+        max_steps=2,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        deepspeed=config,
+        **prepare_accelerate(),
+        **arguments,
+    )
+    if "model_init" not in changes:
+        changes.setdefault("model", tiny_model())
+    rows = [{"input_ids": [row % 17] * 6, "labels": [row % 17] * 6} for row in range(64)]
+    return Trainer(args=args, train_dataset=rows, eval_dataset=rows[:4], callbacks=isolation, **changes)
+
+
+def message_of(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def check_two_trainers(folder: str) -> None:
+    """Both made before either trains, and one that never does; what others wrap around DeepSpeed stays in place."""
+    first, second = epi_ds.EPICallback(), epi_ds.EPICallback(SECTION)
+    plain, calls = deepspeed.initialize, []
+
+    def of_another_library(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return plain(*args, **kwargs)
+
+    deepspeed.initialize = of_another_library
+    try:
+        trainers = [trainer_of(folder, [first], epi={"allow_inactive": True}), trainer_of(folder, [second])]
+        trainer_of(folder, [epi_ds.EPICallback(SECTION)])
+        gc.collect()
+        # Neither stands in the way of epi_ds.initialize, which looks for the configuration among its arguments.
+        engine, *_ = epi_ds.initialize(None, tiny_model(), config=ds_config(epi=SECTION))
+        assert engine.epi.config.ratio == 0.2
+        engine.destroy()
+        for trainer in reversed(trainers):
+            trainer.train()
+        assert first.epi.config.refresh_interval == 500
+        assert second.epi.stats().isolated > 0
+        assert len(calls) == 3
+        assert deepspeed.initialize is of_another_library
+    finally:
+        deepspeed.initialize = plain
+
+
+def refusals(folder: str) -> dict[str, str]:
+    found = {}
+    again = epi_ds.EPICallback(SECTION)
+    trainer = trainer_of(folder, [again])
+    trainer.train()
+    # What a retry after running out of memory does: the same model in an engine that is new.
+    trainer.model_wrapped = trainer.model
+    found["second engine"] = message_of(trainer.train)
+    found["empty section"] = message_of(lambda: trainer_of(folder, [epi_ds.EPICallback()], epi={}).train())
+    found["model_init"] = message_of(
+        lambda: trainer_of(folder, [epi_ds.EPICallback(SECTION)], model_init=tiny_model).train()
+    )
+    late = trainer_of(folder, [])
+    late.add_callback(epi_ds.EPICallback(SECTION))
+    found["add_callback"] = message_of(late.train)
+    found["stage 2"] = message_of(lambda: trainer_of(folder, [epi_ds.EPICallback(SECTION)], stage=2).train())
+    found["auto_find_batch_size"] = message_of(
+        lambda: trainer_of(folder, [epi_ds.EPICallback(SECTION)], stage=2, arguments={"auto_find_batch_size": True})
+    )
+    return found
+
+
+def test_a_trainer_without_its_engine_says_why(tmp_path: Path) -> None:
+    try:
+        run_ranks(check_two_trainers, 1, str(tmp_path))
+        (found,) = run_ranks(refusals, 1, str(tmp_path))
+    finally:
+        # Accelerate's state is of the process.
+        end_ranks()
+    assert "attached to the trainer's first engine, and this is not it" in found["second engine"]
+    # The defaults are taken: what is wrong with them in a run of two steps is another matter.
+    assert "refresh_interval 500" in found["empty section"]
+    assert "model_init" in found["model_init"]
+    assert "instead of calling add_callback" in found["add_callback"]
+    assert "ZeRO stage is 2" in found["stage 2"]
+    assert "set per_device_train_batch_size instead" in found["auto_find_batch_size"]

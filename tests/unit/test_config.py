@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from epi_ds.config import EPIConfig, PolicyName, parse_config
+from epi_ds.config import EPIConfig, PolicyName, Selection, parse_config
 
 
 def test_defaults_are_the_papers() -> None:
@@ -36,6 +36,8 @@ def test_every_field_is_documented() -> None:
         ({"refresh_interval": 0}, ["refresh_interval", "greater than or equal to 1"]),
         ({"selection": "global"}, ["selection", "normalized_global", "per_layer", "raw_global", "'global'"]),
         ({"normalizer": "rank"}, ["normalizer", "selection: per_layer"]),
+        ({"selection": "per_layer", "normalizer": "mean"}, ["normalizer", "selection", "per_layer", "remove it"]),
+        ({"selection": "raw_global", "normalizer": "minmax"}, ["normalizer", "selection", "raw_global", "remove it"]),
         ({"policy": "static"}, ["exactly one source", "mask_from or probe_steps", "none"]),
         ({"policy": "static", "mask_from": "a", "probe_steps": 2}, ["mask_from and probe_steps"]),
         ({"probe_steps": 2}, ["probe_steps belongs to policy: static", "evolving"]),
@@ -59,6 +61,11 @@ def test_all_mistakes_are_named_at_once() -> None:
 def test_a_section_must_be_a_mapping() -> None:
     with pytest.raises(ValueError, match="must be a mapping"):
         parse_config(["ratio"])  # type: ignore[arg-type]
+
+
+def test_a_default_normalizer_goes_with_every_selection() -> None:
+    for selection in Selection:
+        assert parse_config({"selection": selection.value}).selection is selection
 
 
 def test_values_are_frozen() -> None:

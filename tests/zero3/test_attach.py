@@ -11,12 +11,13 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.superoffload.superoffload_stage3 import SuperOffloadOptimizer_Stage3
 from torch import Tensor, nn
 
 import epi_ds
 from tests.support.engines import assert_same, ds_config, engine_of, full_masks, full_weights, train_step
 from tests.support.models import OddNet, TwoHeads, odd_batch
-from tests.support.ranks import run_ranks
+from tests.support.ranks import end_ranks, run_ranks
 
 pytestmark = pytest.mark.zero3
 
@@ -37,7 +38,28 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), weight_decay=0.1)
 
 
-OPTIMIZERS = {"sgd": sgd, "amsgrad": amsgrad, "adamw": adamw, "adam": adam}
+def adam_without_decay(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters())
+
+
+def adam_with_l2_in_a_group(model: nn.Module) -> torch.optim.Optimizer:
+    group = {"params": list(model.parameters()), "weight_decay": 0.1, "decoupled_weight_decay": False}
+    return torch.optim.Adam([group], decoupled_weight_decay=True)
+
+
+def adam_decoupled(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), weight_decay=0.1, decoupled_weight_decay=True)
+
+
+OPTIMIZERS = {
+    "sgd": sgd,
+    "amsgrad": amsgrad,
+    "adamw": adamw,
+    "adam": adam,
+    "adam, weight decay 0": adam_without_decay,
+    "adam, L2 in a group": adam_with_l2_in_a_group,
+    "adam, decoupled": adam_decoupled,
+}
 
 
 def attach_error(changes: dict[str, Any], section: dict[str, Any], optimizer: str | None = None) -> str:
@@ -115,6 +137,7 @@ def test_a_misspelt_zero_section_is_named() -> None:
         ("sgd", "does not know those of SGD"),
         ("amsgrad", "amsgrad"),
         ("adam", "Adam adds weight decay to the gradient"),
+        ("adam, L2 in a group", "Adam adds weight decay to the gradient"),
     ],
 )
 def test_reduction_refuses_optimizers_whose_moments_it_does_not_know(optimizer: str, reason: str) -> None:
@@ -122,6 +145,11 @@ def test_reduction_refuses_optimizers_whose_moments_it_does_not_know(optimizer: 
     assert reason in error
     assert "apply: update" in error
     assert run_ranks(attach_error, 1, {}, {"apply": "update"}, optimizer) == [""]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam, weight decay 0", "adam, decoupled"])
+def test_reduction_takes_weight_decay_that_is_not_in_the_moments(optimizer: str) -> None:
+    assert run_ranks(attach_error, 1, {}, {"apply": "reduction"}, optimizer) == [""]
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["FusedAdam", "DeepSpeedCPUAdam"])
@@ -133,48 +161,150 @@ def test_reduction_refuses_weight_decay_inside_the_moments(offload: bool, weight
     assert ("adds weight decay to the gradient" in error) == (weight_decay > 0)
 
 
-def unusual_engine_errors() -> list[str]:
-    """What is said of real engines without an optimizer, with tensor parallelism or another step, and of no engine."""
-    errors = []
+class Vectors(nn.Module):
+    """No matrices: ZenFlow transposes those before ZeRO-3 broadcasts them, which fails in this release."""
 
-    def collect(engine: Any) -> None:
-        try:
-            epi_ds.attach(engine)
-        except ValueError as error:
-            errors.append(str(error))
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
 
-    collect(OddNet())
-    config = ds_config(epi={"ratio": 0.1})
-    engine, *_ = deepspeed.initialize(model=OddNet(), config={k: v for k, v in config.items() if k != "optimizer"})
-    collect(engine)
-    engine.destroy()
-    engine, *_ = deepspeed.initialize(model=OddNet(), config=config)
-    # What a mesh of 2 ranks sets; to start one takes a model that DeepSpeed can shard.
-    engine.optimizer.model_parallel_group = dist.group.WORLD
-    collect(engine)
-    engine.optimizer.model_parallel_group = None
-    # SuperOffload is a subclass, and needs a superchip to start.
-    original = type(engine.optimizer)
-    engine.optimizer.__class__ = type("SuperOffloadOptimizer_Stage3", (original,), {})
-    collect(engine)
-    engine.optimizer.__class__ = original
-    engine.destroy()
+
+class ModelParallel:
+    """As Megatron's: every rank holds a part of the model, and a data-parallel group is a single rank."""
+
+    def __init__(self) -> None:
+        self._data = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+
+    def get_model_parallel_group(self) -> Any:
+        return dist.group.WORLD
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size()
+
+    def get_data_parallel_group(self) -> Any:
+        return self._data
+
+    def get_data_parallel_rank(self) -> int:
+        return 0
+
+    def get_data_parallel_world_size(self) -> int:
+        return 1
+
+
+ZENFLOW = {"topk_ratio": 0.1, "select_strategy": "step", "select_interval": 4, "update_interval": 4}
+STARTED: dict[str, tuple[dict[str, Any], str]] = {
+    "no optimizer": ({}, "the engine has no optimizer"),
+    "DeepCompile": ({"compile": {"deepcompile": True}}, "compile.deepcompile: false"),
+    "ZenFlow": (
+        {"offload": True, "zero_optimization": {"zenflow": {**ZENFLOW, "full_warm_up_rounds": 0}}},
+        "remove zero_optimization.zenflow",
+    ),
+    "Muon": (
+        {"optimizer": {"type": "Muon", "params": {"lr": 1e-2}}, "zero_optimization": {"reduce_scatter": False}},
+        "use an Adam optimizer",
+    ),
+    "quantized gradients": (
+        {"zero_optimization": {"zero_quantized_gradients": True}},
+        "zero_quantized_gradients: false",
+    ),
+    "node-local checkpoints": (
+        {"checkpoint": {"use_node_local_storage": True}},
+        "checkpoint.use_node_local_storage: false",
+    ),
+    "hybrid engine": ({"hybrid_engine": {"enabled": True}}, "the engine is a DeepSpeedHybridEngine"),
+    # The last three leave their mark on DeepSpeed's module state.
+    "autocast in fp16": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "use bf16"),
+    "sequence parallelism": ({"sequence_parallel_size": 2, "data_parallel_size": 1}, "sequence_parallel_size: 1"),
+    "tensor parallelism": ({}, "tensor parallelism is not covered"),
+}
+
+
+def started_errors() -> dict[str, str]:
+    """Start every variant for real, attach, and return what was said."""
+    errors = {}
+    for case, (changes, _) in STARTED.items():
+        config = ds_config(**changes)
+        if case == "no optimizer":
+            del config["optimizer"]
+        kwargs = {"mpu": ModelParallel()} if case == "tensor parallelism" else {}
+        with engine_of(Vectors if case == "ZenFlow" else OddNet, config, **kwargs) as engine:
+            errors[case] = ""
+            try:
+                epi_ds.attach(engine, {})
+            except ValueError as error:
+                errors[case] = str(error)
     return errors
 
 
-def test_unusual_engines_are_refused_by_name() -> None:
-    no_engine, no_optimizer, parallel, other_step = run_ranks(unusual_engine_errors, 2)[0]
+def test_variants_that_start_here_are_refused() -> None:
+    try:
+        for errors in run_ranks(started_errors, 2):
+            for case, (_, expected) in STARTED.items():
+                assert expected in errors[case], case
+    finally:
+        end_ranks()
+
+
+def class_errors() -> list[str]:
+    """What is said of what is no engine, and of engines and optimizers of other classes than DeepSpeed's own."""
+    errors = []
+
+    def collect(engine: Any, config: dict[str, Any] | None) -> None:
+        try:
+            epi_ds.attach(engine, config)
+        except ValueError as error:
+            errors.append(str(error))
+
+    collect(OddNet(), None)
+    with engine_of(OddNet, ds_config()) as engine:
+        engine_class, optimizer_class = type(engine), type(engine.optimizer)
+        engine.__class__ = type("OwnEngine", (engine_class,), {})
+        collect(engine, {})
+        engine.__class__ = engine_class
+        # The real one: it starts on NVIDIA GPUs only.
+        for other in (SuperOffloadOptimizer_Stage3, type("OwnOptimizer", (optimizer_class,), {})):
+            engine.optimizer.__class__ = other
+            collect(engine, {})
+        engine.optimizer.__class__ = optimizer_class
+    return errors
+
+
+def test_other_classes_are_refused_by_name() -> None:
+    no_engine, own_engine, superoffload, own_optimizer = run_ranks(class_errors, 1)[0]
     assert "attach takes a DeepSpeedEngine, got OddNet" in no_engine
-    assert "no optimizer" in no_optimizer
-    assert "tensor parallelism is not covered" in parallel
-    assert "SuperOffloadOptimizer_Stage3" in other_step
+    assert "the engine is a OwnEngine" in own_engine
+    assert "SuperOffloadOptimizer_Stage3" in superoffload
+    assert "super_offload" in superoffload
+    assert "OwnOptimizer" in own_optimizer
+
+
+def shifted_partitions() -> None:
+    with engine_of(OddNet, ds_config()) as engine:
+        sizes, classes = engine.optimizer.fp16_partitioned_groups_flat_numel, (type(engine), type(engine.optimizer))
+        sizes[0] += 1
+        with pytest.raises(RuntimeError, match="masks would be shifted"):
+            epi_ds.attach(engine, {})
+        assert (type(engine), type(engine.optimizer)) == classes
+        sizes[0] -= 1
+        epi_ds.attach(engine, {})
+
+
+def test_partitions_of_other_sizes_than_expected_are_an_error() -> None:
+    run_ranks(shifted_partitions, 2)
 
 
 def marked_error(attribute: str, value: Any) -> str:
-    """Mark a real engine as one that needs hardware or operators this machine lacks."""
+    """Mark a real engine as one that cannot start here.
+
+    NVMe needs the async_io operator, minutes to build and libaio; quantized weights need CUDA operators; and
+    DeepSpeed's own expert parallelism stops at ZeRO-2.
+    """
     with engine_of(OddNet, ds_config()) as engine:
         *path, attribute = attribute.split(".")
-        owner = engine.optimizer if hasattr(engine.optimizer, attribute) else engine
+        owner = engine.optimizer if not path and hasattr(engine.optimizer, attribute) else engine
         for name in path:
             owner = getattr(owner, name)
         original = getattr(owner, attribute)
@@ -192,14 +322,10 @@ def marked_error(attribute: str, value: Any) -> str:
     ("attribute", "value", "expected"),
     [
         ("swap_optimizer", True, "NVMe offload is not covered yet"),
-        ("zenflow", True, "remove zero_optimization.zenflow"),
-        ("use_muon", True, "use an Adam optimizer"),
-        ("torch_autocast_gradscaler", object(), "use bf16"),
-        ("sequence_parallel_size", 2, "sequence_parallel_size: 1"),
-        ("all2all_process_group", object(), "zero_quantized_gradients: false"),
         ("has_moe_layers", True, "expert parallelism"),
-        ("_config.compile_config.deepcompile", True, "compile.deepcompile: false"),
+        ("params_in_nvme_and_cpu", True, "NVMe offload is not covered yet"),
         ("_config.zero_config.zero_quantized_weights", True, "quantized weights are not covered yet"),
+        ("_config.zero_config.zero_quantized_nontrainable_weights", True, "quantized weights are not covered yet"),
     ],
 )
 def test_variants_that_cannot_start_here_are_refused(attribute: str, value: Any, expected: str) -> None:
@@ -216,6 +342,8 @@ def bad_sections() -> list[str]:
         ds_config(epi={"exclude": ["."]}),
         ds_config(epi={"normalizer": "rank"}),
         ds_config(epi={"ratio": 0.3, "include": ["scale.bias"]}),
+        ds_config(epi={"ratio": 0.3, "layer": "tensor", "include": ["bias"], "selection": "per_layer"}),
+        ds_config(epi={"ratio": 0.3, "layer": "tensor", "include": ["scale"], "selection": "per_layer"}),
     ):
         try:
             engine, *_ = epi_ds.initialize(model=OddNet(), config=config)
@@ -228,7 +356,7 @@ def bad_sections() -> list[str]:
 
 
 def test_a_section_that_isolates_nothing_is_an_error() -> None:
-    missing, misspelt, unmatched, emptied, rank, tiny = run_ranks(bad_sections, 1)[0]
+    missing, misspelt, unmatched, emptied, rank, tiny, enough, tiny_layers = run_ranks(bad_sections, 1)[0]
     assert '"epi" section of ds_config is missing' in missing
     assert "ratoi: unknown key; did you mean 'ratio'?" in misspelt
     assert "refresh_interval: " in misspelt
@@ -236,6 +364,8 @@ def test_a_section_that_isolates_nothing_is_an_error() -> None:
     assert "nothing would ever be isolated" in emptied
     assert "selection: per_layer" in rank
     assert "less than one entry" in tiny
+    assert "of every layer (at most 3 entries) is less than one entry" in tiny_layers
+    assert enough == ""
 
 
 def attach_twice(path: str) -> str:
@@ -421,7 +551,8 @@ def refused_mask_leaves_the_engine_plain(folder: str) -> None:
         assert (type(engine), type(engine.optimizer)) == classes
         assert not hasattr(engine, "epi")
         train_step(engine, 0, odd_batch)
-        epi = epi_ds.attach(engine, {"policy": "static", "mask_from": f"{folder}/t", "ratio": 0.2})
+        # The ratio is the saved mask's: this one is too small to select an entry, and is not asked to.
+        epi = epi_ds.attach(engine, {"policy": "static", "mask_from": f"{folder}/t", "ratio": 1e-6})
         assert epi.stats().isolated > 0
 
 
