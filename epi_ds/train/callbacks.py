@@ -178,9 +178,9 @@ class RunCallback(TrainerCallback):
 
         def losses() -> Any:
             for index in range(config.probe_steps or 0):
-                # The first rows of the run, dealt to the ranks as its own batches are.
+                # The first rows, dealt to the ranks as the run's own batches are.
                 first = (index * dist.get_world_size() + dist.get_rank()) * size
-                rows = [trainer.train_dataset[i % len(trainer.train_dataset)] for i in range(first, first + size)]
+                rows = [trainer.probe_dataset[i % len(trainer.probe_dataset)] for i in range(first, first + size)]
                 inputs = trainer._prepare_inputs(trainer.data_collator(rows))
                 yield trainer.compute_loss(trainer.model_wrapped, inputs)
 

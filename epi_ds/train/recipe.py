@@ -170,6 +170,17 @@ class MethodSection(BaseModel):
     model_config = _FROZEN
 
     epi: EPIConfig = EPIConfig()
+    probe: DataSource | None = None
+    """Rows over which ``policy: static`` with ``probe_steps`` measures importance, for example of what the model must
+    not forget; default the first rows of the run."""
+
+    @model_validator(mode="after")
+    def _probe_is_used(self) -> MethodSection:
+        if self.probe is not None and self.epi.probe_steps is None:
+            raise UserError(
+                "probe is read by policy: static with probe_steps only; set method.epi.probe_steps or remove it"
+            )
+        return self
 
 
 # TrainingArguments that a run of stages decides itself, or that would break it without a word, and what to set instead.

@@ -23,6 +23,7 @@ def marker_of(recipe: Recipe, *, world_size: int) -> dict[str, Any]:
     """Return what decides which row is trained when and how, as it is written into every complete checkpoint."""
     return {
         "model": recipe.model.model_dump(mode="json"),
+        "method": recipe.method.model_dump(mode="json", include={"probe"}),
         "stages": [stage.model_dump(mode="json", exclude={"evaluation"}) for stage in recipe.stages],
         "train": {name: value for name, value in recipe.train.items() if not _HARMLESS_ARGUMENTS.match(name)},
         "world_size": world_size,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from datasets import Dataset
 from datasets import disable_progress_bars as disable_dataset_bars
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
@@ -23,7 +24,7 @@ from epi_ds.train.evaluation import Evaluator
 from epi_ds.train.export import export_model
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.progress import ProgressDisplay
-from epi_ds.train.recipe import Recipe, deepspeed_config
+from epi_ds.train.recipe import DataSource, Recipe, deepspeed_config
 from epi_ds.train.resume import find_resume, marker_of
 from epi_ds.train.run_folder import Checkpoint, RunFolder, write_atomically
 from epi_ds.train.tasks import Task, build_tasks, load_conversations
@@ -115,10 +116,13 @@ def _make_trainer(
             f"{recipe.model.path} has no chat template, so conversations cannot be written as text; set "
             "train.chat_template_path to a template file or to a model that has one"
         )
-    stage_data = [
-        to_dataset(load_conversations(stage.data, seed=args.seed), assistant_only_loss=args.assistant_only_loss)
-        for stage in recipe.stages
-    ]
+
+    def dataset_of(source: DataSource) -> Dataset:
+        rows = load_conversations(source, seed=args.seed)
+        return to_dataset(rows, assistant_only_loss=args.assistant_only_loss)
+
+    stage_data = [dataset_of(stage.data) for stage in recipe.stages]
+    probe_data = dataset_of(recipe.method.probe) if recipe.method.probe is not None else None
     # After the arguments: they tell from_pretrained that ZeRO-3 partitions the weights as they are loaded.
     model = AutoModelForCausalLM.from_pretrained(
         recipe.model.path,
@@ -129,6 +133,7 @@ def _make_trainer(
     trainer = StageTrainer(
         stages=recipe.stages,
         stage_data=stage_data,
+        probe_data=probe_data,
         args=args,
         model=model,
         processing_class=tokenizer,

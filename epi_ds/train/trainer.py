@@ -33,12 +33,24 @@ class StageTrainer(SFTTrainer):
     """An SFTTrainer whose training rows are the stages' rows in the order of `row_order`."""
 
     def __init__(
-        self, *, stages: Sequence[Stage], stage_data: Sequence[Dataset], args: SFTConfig, **kwargs: Any
+        self,
+        *,
+        stages: Sequence[Stage],
+        stage_data: Sequence[Dataset],
+        probe_data: Dataset | None,
+        args: SFTConfig,
+        **kwargs: Any,
     ) -> None:
-        """``stage_data`` are the stages' rows as `to_dataset` gives them; the other arguments are SFTTrainer's."""
+        """``stage_data`` and ``probe_data`` are rows as `to_dataset` gives them; the other arguments are SFTTrainer's.
+
+        Without ``probe_data`` a probe reads the rows of the run.
+        """
         self.stages = list(stages)
         self._stage_data = list(stage_data)
+        self._probe_data = probe_data
         self.spans: list[StageSpan] = []
+        self.probe_dataset: Any = None
+        """Tokenised rows that a probe reads from the front."""
         # TRL looks at this one to learn the rows' form, then asks `_prepare_dataset` for what is trained.
         super().__init__(args=args, train_dataset=self._stage_data[0], **kwargs)
 
@@ -53,15 +65,19 @@ class StageTrainer(SFTTrainer):
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: SFTConfig, *rest: Any) -> Any:
         """Tokenise (and pack) every stage on its own, so that no sequence spans two, and put the rows in order."""
         self.args = args
-        prepared = [
-            super(StageTrainer, self)._prepare_dataset(data, processing_class, args, *rest) for data in self._stage_data
-        ]
+
+        def prepare(data: Dataset) -> Any:
+            return super(StageTrainer, self)._prepare_dataset(data, processing_class, args, *rest)
+
+        prepared = [prepare(data) for data in self._stage_data]
         counts = [
             StageRows(stage.name, len(data), stage.epochs) for stage, data in zip(self.stages, prepared, strict=True)
         ]
         self.spans = plan_stages(counts, global_batch=self.global_batch)
         order = row_order(counts, self.spans, global_batch=self.global_batch, seed=args.seed)
-        return concatenate_datasets(prepared).select(order)
+        rows = concatenate_datasets(prepared).select(order)
+        self.probe_dataset = rows if self._probe_data is None else prepare(self._probe_data)
+        return rows
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Lay the stages' schedules end to end."""

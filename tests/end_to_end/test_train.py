@@ -235,6 +235,10 @@ def test_one_rank_scores_and_probes_for_a_static_mask(uninterrupted: Path, base:
     (refresh,) = lines_of(tmp_path / "run", "refresh")
     assert refresh["step"] == 0
     assert {line["isolated"] for line in lines_of(tmp_path / "run", "step")} == {refresh["isolated"]}
+    # Other rows to probe, another mask.
+    given = [f"output={tmp_path / 'given'}", "method.probe={skill: code, rows: 4}", "ranks=1"]
+    checked(run_epi_ds("train", str(recipe), *shorter, *given))
+    assert lines_of(tmp_path / "given", "refresh")[0]["layer_isolated"] != refresh["layer_isolated"]
     assert 0.099 < lines_of(tmp_path / "run", "step")[0]["isolated_share"] <= 0.1
 
 

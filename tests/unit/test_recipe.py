@@ -87,6 +87,7 @@ def test_every_mistake_is_named_at_once_with_the_nearest_name(tmp_path: Path) ->
         ("stages.0.data.split=dev", "train or test"),
         ("stages.0.data={skill: logic}", "rows must say how many"),
         ("stages.0.data={path: a.jsonl, prompt: q, completion: a}", "there is no data file a.jsonl"),
+        ("method.probe={skill: code, rows: 4}", "policy: static with probe_steps only"),
         ("stages.0.lr_scheduler_type=cosinus", "'cosinus' is no schedule; did you mean 'cosine'?"),
         ("train.lr_scheduler_type=cosinus", "'cosinus' is no schedule; did you mean 'cosine'?"),
         ("train.learning_rate=fast", "train.learning_rate: must be float, got 'fast'"),
