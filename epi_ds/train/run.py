@@ -19,12 +19,13 @@ from epi_ds.errors import UserError
 from epi_ds.hf import EPICallback
 from epi_ds.launch.environment import accelerator_name
 from epi_ds.train.accelerate_setup import DEFAULT_TIMEOUT_SECONDS, prepare_accelerate
+from epi_ds.train.arguments import deepspeed_config
 from epi_ds.train.callbacks import RunCallback
 from epi_ds.train.evaluation import Evaluator
 from epi_ds.train.export import export_model
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.progress import ProgressDisplay
-from epi_ds.train.recipe import DataSource, Recipe, deepspeed_config
+from epi_ds.train.recipe import DataSource, Recipe
 from epi_ds.train.resume import find_resume, marker_of
 from epi_ds.train.run_folder import Checkpoint, RunFolder, write_atomically
 from epi_ds.train.tasks import Task, build_tasks, load_conversations

@@ -1,0 +1,110 @@
+"""What a recipe's ``train`` section may hold: arguments of TRL's ``SFTConfig``, but those that belong to the recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from epi_ds import ds_configs
+from epi_ds.config import SECTION
+from epi_ds.errors import UserError, nearest
+
+_DEFAULT_DEEPSPEED = "zero3"
+
+# TrainingArguments that a run of stages decides itself, or that would break it without a word, and what to set instead.
+_OWNED_ARGUMENTS = {
+    "output_dir": "output",
+    "num_train_epochs": "stages[].epochs",
+    "max_steps": "stages[].data.rows",
+    "resume_from_checkpoint": "nothing: a run continues from its newest complete checkpoint",
+    "train_sampling_strategy": "nothing: rows are permuted per stage from train.seed",
+    "shuffle_dataset": "nothing: rows are permuted per stage from train.seed",
+    "ignore_data_skip": "nothing: a resumed run must not train rows twice",
+    "eval_strategy": "evaluation",
+    "do_train": "nothing",
+    "accelerator_config": "nothing: it is set for ZeRO-3",
+    "use_cpu": "the environment variable DS_ACCELERATOR=cpu",
+    "fsdp": "nothing: training is ZeRO-3",
+    "dataset_text_field": "stages[].data.messages, or prompt and completion",
+    "auto_find_batch_size": "train.per_device_train_batch_size: a retry would change which rows a step trains",
+    "save_only_model": "nothing: without optimizer and importance no run can continue",
+    "enable_jit_checkpoint": "train.save_steps",
+    "load_best_model_at_end": "nothing: the export is of the last step",
+    "optim": "optimizer in the DeepSpeed configuration (train.deepspeed)",
+}
+
+
+def deepspeed_config(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the DeepSpeed configuration that ``train.deepspeed`` names, loads or holds, by default ``zero3``.
+
+    Raises ValueError for one that a run of stages cannot use.
+    """
+    given = train.get("deepspeed", _DEFAULT_DEEPSPEED)
+    config = dict(given) if isinstance(given, Mapping) else ds_configs.load(str(given))
+    if SECTION in config:
+        raise UserError(f'the configuration has an "{SECTION}" section, but a recipe has method.{SECTION}')
+    if "scheduler" in config:
+        raise UserError(
+            'the configuration has a "scheduler" section, which would replace the schedules of the stages; remove it '
+            "and set stages[].lr_scheduler_type or train.lr_scheduler_type"
+        )
+    return config
+
+
+def argument_problems(train: Mapping[str, Any]) -> list[str]:
+    """Return one sentence per argument that is unknown, of the wrong type, or not the user's to set."""
+    # Imported here: TRL takes seconds, and a recipe may be wrong without it.
+    from trl import SFTConfig
+
+    valid = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    types = typing.get_type_hints(SFTConfig)
+    problems = []
+    for name, value in train.items():
+        if name in _OWNED_ARGUMENTS:
+            problems.append(f"train.{name}: decided by the recipe; set {_OWNED_ARGUMENTS[name]}")
+        elif name not in valid:
+            problems.append(f"train.{name}: not an argument of SFTConfig{nearest(name, valid)}")
+        elif name == "lr_scheduler_type":
+            problems += [f"train.{name}: {problem}" for problem in schedule_problems(value)]
+        elif name != "deepspeed" and not _is_of(types[name], value):
+            problems.append(f"train.{name}: must be {_named(types[name])}, got {value!r}")
+    if (train.get("dataset_kwargs") or {}).get("skip_prepare_dataset"):
+        problems.append("train.dataset_kwargs: skip_prepare_dataset would train the first stage only; remove it")
+    try:
+        deepspeed_config(train)
+    except UserError as error:
+        problems.append(f"train.deepspeed: {error}")
+    return problems
+
+
+def schedule_problems(name: object) -> list[str]:
+    """Return what is wrong with the name of a learning-rate schedule; empty if nothing is."""
+    from transformers import SchedulerType
+
+    valid = [kind.value for kind in SchedulerType]
+    if name in valid:
+        return []
+    return [f"{name!r} is no schedule{nearest(str(name), valid)}; there are {', '.join(valid)}"]
+
+
+def _is_of(annotation: Any, value: object) -> bool:
+    """Whether a value fits where an annotation names plain types; others are left to TrainingArguments."""
+    if not set(_members(annotation)) <= {bool, int, float, str, type(None)}:
+        return True
+    try:
+        TypeAdapter(annotation).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation) or (annotation,)
+
+
+def _named(annotation: Any) -> str:
+    return " or ".join("null" if kind is type(None) else kind.__name__ for kind in _members(annotation))
