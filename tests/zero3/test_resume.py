@@ -60,6 +60,33 @@ def _final(engine: Any) -> dict[str, Any]:
     }
 
 
+def check_resume_after_reset(folder: str, offload: bool) -> None:
+    """The moments begin anew after step 2, as between two stages; their age at the save is then 7."""
+    config = ds_config(epi=SECTION, offload=offload)
+
+    def train(engine: Any, first: int, last: int) -> list[list[Tensor]]:
+        losses = []
+        for step in range(first, last):
+            if step == 2:
+                engine.epi.reset_optimizer_state()
+            losses.append(train_step(engine, step, odd_batch))
+        return losses
+
+    with engine_of(OddNet, config) as engine:
+        train(engine, 0, 2 + STOP)
+        engine.save_checkpoint(folder)
+    with engine_of(OddNet, config) as engine:
+        losses = train(engine, 0, 12)
+        expected = _final(engine)
+    with engine_of(OddNet, config) as engine:
+        engine.load_checkpoint(folder)
+        assert train(engine, 2 + STOP, 12) == losses[2 + STOP :]
+        final = _final(engine)
+    assert final["numbers"] == expected["numbers"]
+    for part in ("state", "importance", "masks"):
+        assert_same(final[part], expected[part])
+
+
 def check_resume(
     folder: str,
     apply: str,
@@ -105,6 +132,11 @@ def test_resume_right_after_a_refresh(tmp_path: Path, stop: int) -> None:
 def test_resume_with_offload_and_several_sub_groups(tmp_path: Path, groups: Callable[[nn.Module], Any] | None) -> None:
     # One DeepSpeedCPUAdam object steps them all, and keeps its bias correction in no checkpoint.
     run_ranks(check_resume, 2, str(tmp_path), "reduction", True, STOP, {"sub_group_size": 50}, groups)
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
+def test_resume_after_the_moments_began_anew(tmp_path: Path, offload: bool) -> None:
+    run_ranks(check_resume_after_reset, 2, str(tmp_path), offload)
 
 
 def save_run(folder: str, section: dict[str, Any], steps: int) -> None:
