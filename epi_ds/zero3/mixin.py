@@ -5,7 +5,7 @@
     backward     partition_grads          records which parameters were reduced
     step         _get_norm_groups         the norm is over the entries that will move; whether to skip is plain ZeRO-3's
     sub-group    unscale_and_clip_grads   the commit point: importance observes the raw gradient
-                 _optimizer_step          isolated gradients become zero, isolated weights keep their bits
+                 _optimizer_step          isolated weights keep their bits, and no momentum builds up behind them
     end          step                     counts the step and refreshes the mask where one is due
 
 A skipped step never reaches the commit point, so it leaves no trace. The class is assigned to an optimizer that exists
@@ -99,6 +99,7 @@ class IsolationMixin(Zero3Optimizer):
         context.window.close()
         context.backward_scale = float(self.loss_scale)
         super().step(closure)
+        context.window.forget()
         if self.overflow:
             return
         if context.clipping:
@@ -137,26 +138,13 @@ class IsolationMixin(Zero3Optimizer):
         bits = context.controller.bits(sub_group_id)
         weights = self.fp32_partitioned_groups_flat[sub_group_id]
         held = hold(weights.data, bits)
-        held_gradient = None
-        if context.masks_gradients:
-            if self._gradient_outlives_step(weights.grad):
-                held_gradient = hold(weights.grad, bits)
-            mask_(weights.grad, bits)
         super()._optimizer_step(sub_group_id)
         restore_(weights.data, bits, held)
-        if held_gradient is not None:
-            restore_(weights.grad, bits, held_gradient)
+        if context.masks_gradients:
+            # What zero gradients would have left there; see [Note: release] in moments.py.
+            mask_(self.optimizer.state[weights]["exp_avg"], bits)
 
     # --- what the overrides are made of ---
-
-    def _gradient_outlives_step(self, gradient: Tensor) -> bool:
-        """Whether a later step may apply this gradient again, as a stale one.
-
-        It then has to be what plain ZeRO-3 leaves there. With offload the buffer is persistent; without, a sub-group
-        of a single parameter gets a view of the accumulation buffer instead of a copy.
-        """
-        buffer = self.grad_partitions_flat_buffer
-        return self.offload_optimizer or gradient.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
 
     def _was_copied_out(self, parameter: Any) -> bool:
         """Whether, with offload, the optimizer's own gradient is of this window.

@@ -1,7 +1,7 @@
 """Adam's moments at isolation and at release, for ``apply: reduction``.
 
-[Note: release] While an entry is isolated its gradient counts as zero, so its moments starve: released as they are,
-it would jump. Importance kept measuring it, so at release the second moment is rebuilt from it. Both are exponential
+[Note: release] While an entry is isolated its gradient counts as zero. Released with moments starved by that, it would
+jump. Importance kept measuring it, so at release the second moment is rebuilt from it. Both are exponential
 averages that started at zero; with t the age of the optimizer state and w the total weight of the squared gradients in
 the importance (1 - ema_decay^t' after t' steps, 1 after a probe),
 
@@ -11,7 +11,9 @@ the importance (1 - ema_decay^t' after t' steps, 1 after a probe),
 where c2 is the average squared clipping factor (the optimizer sees clipped gradients, the importance raw ones). c2
 decays by beta2, as the second moments of the other entries do: they remember the clipping of the last 1/(1 - beta2)
 steps, and an entry released with a shorter memory moves several times as far as they do when clipping changes.
-At isolation ``exp_avg := 0``; zero gradients then keep it there.
+At isolation ``exp_avg := 0``, and again after every step: what zero gradients would have left there. The optimizer is
+shown the gradient as it is. To zero it first would need a copy beside that of the weights wherever ZeRO-3 keeps the
+buffer, since a later step may apply it as a stale gradient; ``exp_avg_sq`` then tracks something that release replaces.
 """
 
 from __future__ import annotations

@@ -80,10 +80,14 @@ class AccumulationWindow:
         self._copies.discard()
 
     def close(self) -> None:
-        """End the window; what it recorded stays readable until the next one is closed."""
+        """End the window; what it recorded stays readable until `forget`."""
         self._closed, self._reduced = self._reduced, {}
         self._sums.close()
         self._copies.close()
+
+    def forget(self) -> None:
+        """Free what the closed window recorded: its step is over."""
+        self._closed = {}
 
     def was_reduced(self, parameter: Any) -> bool:
         """Whether the parameter was reduced in the closed window."""
