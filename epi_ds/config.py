@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any, Literal
@@ -48,6 +49,10 @@ class StateFormat(str, Enum):
     """How importance is stored."""
 
     FP32 = "fp32"
+    BF16 = "bf16"
+    U16 = "u16"
+    U8 = "u8"
+    ADAM = "adam"
 
 
 class Transport(str, Enum):
@@ -65,6 +70,31 @@ class MissingState(str, Enum):
     FRESH = "fresh"
 
 
+class Curve(str, Enum):
+    """How a scheduled ratio goes from its start to its end."""
+
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
+class RatioSchedule(BaseModel):
+    """A ratio that changes along the run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    schedule: Curve
+    """``linear``, or the half wave of a ``cosine``, which begins and ends level."""
+
+    start: float = Field(ge=0, lt=1)
+    """Ratio until ``warmup_steps``."""
+
+    end: float = Field(ge=0, lt=1)
+    """Ratio from ``steps`` later on."""
+
+    steps: int = Field(ge=1)
+    """Applied steps from the one to the other."""
+
+
 class EPIConfig(BaseModel):
     """Settings of evolving parameter isolation (arXiv 2604.14010). Frozen; unknown keys are errors."""
 
@@ -74,11 +104,18 @@ class EPIConfig(BaseModel):
     """``evolving`` selects a new mask every ``refresh_interval`` steps; ``static`` isolates one mask for the
     whole run; ``none`` isolates nothing and measures nothing."""
 
-    ratio: float = Field(0.01, ge=0, lt=1)
-    """Requested share of the covered parameters to isolate (the paper's p)."""
+    ratio: float | RatioSchedule = 0.01
+    """Requested share of the covered parameters to isolate (the paper's p), in [0, 1), or a schedule of it."""
 
     refresh_interval: int = Field(500, ge=1)
     """Applied optimizer steps from one refresh to the next (the paper's H)."""
+
+    warmup_steps: int = Field(0, ge=0)
+    """Applied steps before which no mask is selected; importance is measured from the first step on."""
+
+    hysteresis: float = 1.0
+    """Against masks that change for nothing: selection divides the importance of entries isolated now by this power of
+    two in (0, 1], so that one of them leaves only when others exceed it by that factor. 1 is off."""
 
     ema_decay: float = Field(0.99, ge=0, lt=1)
     """Weight of the old importance in ``S <- ema_decay * S + (1 - ema_decay) * g * g`` (the paper's beta)."""
@@ -104,8 +141,12 @@ class EPIConfig(BaseModel):
     """``reduction``: isolated entries count as zero gradient for norm, clipping and optimizer (Adam family only);
     ``update`` (the paper's eq. 12-13): the optimizer sees every gradient and only the update is undone."""
 
-    state: StateFormat = StateFormat.FP32
-    """Storage of the importance."""
+    state: StateFormat = StateFormat.U16
+    """Storage of the importance: ``fp32``, ``bf16`` and ``u16`` (2 bytes, the latter with one more bit of precision),
+    ``u8`` (1.016 bytes), or ``adam``, which keeps none and reads the optimizer's second moments instead."""
+
+    seed: int = Field(0, ge=0)
+    """Where the stochastic rounding of ``bf16``, ``u16`` and ``u8`` begins."""
 
     exchange: Transport = Transport.AUTO
     """Transport of the sketches; ``auto`` gathers in worlds of up to 8 ranks and reduces in larger ones."""
@@ -122,6 +163,32 @@ class EPIConfig(BaseModel):
     missing_state: MissingState = MissingState.ERROR
     """Loading a checkpoint without isolation state is an error, or starts with empty importance."""
 
+    @field_validator("ratio", mode="before")
+    @classmethod
+    def _check_ratio(cls, value: Any) -> Any:
+        if isinstance(value, RatioSchedule):
+            return value
+        if isinstance(value, Mapping):
+            try:
+                return RatioSchedule.model_validate(value)
+            except ValidationError as error:
+                raise UserError("; ".join(problems_of(error, RatioSchedule))) from None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise UserError(
+                f"must be a number in [0, 1), or a schedule such as "
+                f"{{schedule: linear, start: 0.2, end: 0.05, steps: 1000}}, got {value!r}"
+            )
+        return float(value)
+
+    @field_validator("hysteresis")
+    @classmethod
+    def _is_power_of_two(cls, value: float) -> float:
+        if not 0 < value <= 1 or math.frexp(value)[0] != 0.5:
+            raise UserError(
+                f"must be a power of two in (0, 1] (1, 0.5, 0.25, ...), so that dividing by it is exact; got {value}"
+            )
+        return value
+
     @field_validator("normalizer", mode="before")
     @classmethod
     def _refuse_rank(cls, value: Any) -> Any:
@@ -135,6 +202,26 @@ class EPIConfig(BaseModel):
             raise UserError(
                 f"normalizer belongs to selection: normalized_global, and would be ignored by {self.selection.value}; "
                 "remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_adam(self) -> EPIConfig:
+        if self.state is not StateFormat.ADAM:
+            return self
+        if self.apply is not Apply.UPDATE:
+            raise UserError(
+                "state: adam reads the second moments, which apply: reduction rebuilds from importance; set apply: "
+                "update, or another state"
+            )
+        if "ema_decay" in self.model_fields_set:
+            raise UserError(
+                "ema_decay would be ignored by state: adam, whose importance decays by the optimizer's beta2; "
+                "remove it, or set another state"
+            )
+        if self.probe_steps is not None:
+            raise UserError(
+                "probe_steps measures importance before the first step, when state: adam has none; set another state"
             )
         return self
 

@@ -5,17 +5,22 @@ any faster one and what runs where none is available. Callers import the names f
 """
 
 from epi_ds.kernels.reference.chunks import chunks
+from epi_ds.kernels.reference.codecs import Stored, decode, encode_, num_blocks
 from epi_ds.kernels.reference.hold import hold, restore_
 from epi_ds.kernels.reference.mask_bits import count_bits, mask_, masked_sumsq, pack_bits, unpack_bits
 from epi_ds.kernels.reference.observe import observe_
 from epi_ds.kernels.reference.sketch_counts import sketch_counts
 
 __all__ = [
+    "Stored",
     "chunks",
     "count_bits",
+    "decode",
+    "encode_",
     "hold",
     "mask_",
     "masked_sumsq",
+    "num_blocks",
     "observe_",
     "pack_bits",
     "restore_",

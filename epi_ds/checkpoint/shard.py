@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from epi_ds.isolation.layout import Layout, Segment
-from epi_ds.kernels import pack_bits, unpack_bits
+from epi_ds.kernels import Stored, pack_bits, unpack_bits
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def shard_name(rank: int) -> str:
@@ -35,12 +35,12 @@ def write_shard(
     rank: int,
     world_size: int,
     mask_of: Callable[[Segment], Tensor],
-    importance_of: Callable[[Segment], Tensor] | None,
+    importance_of: Callable[[Segment], Stored] | None,
 ) -> None:
     """Write one rank's slices. Both functions are asked for one segment at a time.
 
     mask_of        -> [real_numel] bool, on the CPU
-    importance_of  -> [real_numel] fp32; None where nothing is measured
+    importance_of  None where no importance is ours
     """
     tensors: dict[str, Tensor] = {}
     for segment in layout.segments:
@@ -48,7 +48,11 @@ def write_shard(
         pack_bits(mask_of(segment), bits)
         tensors[f"mask/{segment.name}"] = bits
         if importance_of is not None:
-            tensors[f"importance/{segment.name}"] = importance_of(segment).cpu()
+            stored = importance_of(segment)
+            # Copies: safetensors refuses views that share a storage.
+            tensors[f"importance/{segment.name}"] = stored.codes.cpu().clone()
+            if stored.scales.numel():
+                tensors[f"scales/{segment.name}"] = stored.scales.cpu().clone()
     header = {
         "format_version": FORMAT_VERSION,
         "rank": rank,
@@ -93,10 +97,18 @@ class Shard:
             for segment in self.segments:
                 yield segment, unpack_bits(file.get_tensor(f"mask/{segment.name}"), 0, segment.real_numel)
 
-    def importance(self) -> Iterator[tuple[Segment, Tensor]]:
-        """Yield every segment that has importance with it, [real_numel] fp32."""
+    def importance(self) -> Iterator[tuple[Segment, Stored]]:
+        """Yield every segment that has importance with it, as it was stored."""
         with safe_open(self.path, framework="pt") as file:
             names = set(file.keys())
             for segment in self.segments:
                 if f"importance/{segment.name}" in names:
-                    yield segment, file.get_tensor(f"importance/{segment.name}")
+                    scales = f"scales/{segment.name}"
+                    yield (
+                        segment,
+                        Stored(
+                            file.get_tensor(f"importance/{segment.name}"),
+                            file.get_tensor(scales) if scales in names else torch.zeros(0),
+                            segment.global_start,
+                        ),
+                    )

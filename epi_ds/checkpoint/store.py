@@ -30,11 +30,12 @@ from epi_ds.checkpoint.shard import FORMAT_VERSION, Shard, shard_name, write_sha
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 from epi_ds.isolation.controller import Counters, IsolationController
+from epi_ds.kernels import Stored
 
 T = TypeVar("T")
 
 # Settings that say what the saved numbers mean; the others may change between two runs.
-_FIXED_SETTINGS = ("policy", "layer", "include", "exclude", "apply", "state", "ema_decay")
+_FIXED_SETTINGS = ("policy", "layer", "include", "exclude", "apply", "state", "ema_decay", "seed")
 
 
 class _Verdict(NamedTuple):
@@ -95,7 +96,7 @@ class _State(NamedTuple):
 
     manifest: Manifest
     masks: dict[str, Tensor]
-    importance: dict[str, Tensor]
+    importance: dict[str, Stored]
 
 
 class FileStateStore:
@@ -119,7 +120,7 @@ class FileStateStore:
                 rank=rank,
                 world_size=world_size,
                 mask_of=controller.segment_mask,
-                importance_of=controller.segment_importance if controller.measures else None,
+                importance_of=None if controller.stored is None else controller.stored.stored,
             )
             with path.open("rb") as file:
                 os.fsync(file.fileno())

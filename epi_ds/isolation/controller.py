@@ -10,20 +10,22 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from epi_ds.config import EPIConfig, PolicyName
+from epi_ds.config import EPIConfig, PolicyName, StateFormat
 from epi_ds.isolation.collectives import GroupExchange
-from epi_ds.isolation.importance import codes_of
-from epi_ds.isolation.layout import Layout, Segment, Span, merge_spans
+from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.mask import empty_bits, select_bits, set_segment
 from epi_ds.isolation.policy import Policy
-from epi_ds.isolation.sketch import PartitionSketch
+from epi_ds.isolation.schedule import largest_ratio, ratio_at
+from epi_ds.isolation.sketch import PartitionSketch, Piece
+from epi_ds.isolation.state import Favoured, Importance, ReadPartition, StoredImportance, code_chunks, partition_reader
 from epi_ds.isolation.threshold import Thresholds, find_thresholds
-from epi_ds.kernels import count_bits, observe_, unpack_bits
+from epi_ds.kernels import Stored, count_bits, unpack_bits
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ class Refresh(NamedTuple):
 
     step: int
     """Applied steps before the refresh."""
+    ratio: float
+    """The one requested at this step."""
     budget: int
     isolated: int
     layer_isolated: tuple[int, ...]
@@ -56,6 +60,8 @@ class Counters:
     """What has happened so far. The same on every rank; saved with a checkpoint."""
 
     applied_steps: int = 0
+    observations: int = 0
+    """Gradients that have entered the importance."""
     importance_weight: float = 0.0
     """Total weight of the squared gradients in the importance: 1 - ema_decay^t after t steps, 1 after a probe."""
     active_steps: int = 0
@@ -75,8 +81,8 @@ class Counters:
 class MaskListener(Protocol):
     """Told about every partition whose mask changes, before the new mask is in force."""
 
-    def mask_changes(self, sub_group: int, *, before: Tensor, now: Tensor, importance: Tensor | None) -> None:
-        """``before`` and ``now`` are uint8 bits and ``importance`` fp32, of the sub-group's flat partition."""
+    def mask_changes(self, sub_group: int, *, before: Tensor, now: Tensor, importance: ReadPartition) -> None:
+        """``before`` and ``now`` are uint8 bits of the sub-group's flat partition, which ``importance`` reads."""
 
 
 class IsolationController:
@@ -91,8 +97,11 @@ class IsolationController:
         exchange: GroupExchange,
         devices: Sequence[torch.device],
         listener: MaskListener | None = None,
+        moments: Importance | None = None,
     ) -> None:
-        """``devices`` are the home devices of the sub-groups' fp32 partitions."""
+        """``devices`` are the home devices of the sub-groups' fp32 partitions; ``moments`` are the optimizer's second
+        moments, for ``state: adam`` to read.
+        """
         self.layout = layout
         self.config = config
         self.exchange = exchange
@@ -103,44 +112,42 @@ class IsolationController:
         self._policy = policy
         self._listener = listener
         self._devices = list(devices)
-        self._importance: list[Tensor] | None = None
+        self._moments = moments
+        self._stored: StoredImportance | None = None
         self._bits = [empty_bits(numel, device) for numel, device in zip(layout.sub_group_numel, devices, strict=True)]
         self._local_isolated = [0] * len(self._bits)
-        self._spans = tuple(
-            merge_spans(Span(segment.start, segment.stop) for segment in group) for group in layout.by_sub_group
-        )
         if policy.observes(1):
             self.start_measuring()
 
     # --- state ---
 
     def start_measuring(self) -> None:
-        """Allocate zero importance, if there is none yet."""
-        if self._importance is None:
-            self._importance = [
-                torch.zeros(numel, dtype=torch.float32, device=device)
-                for numel, device in zip(self.layout.sub_group_numel, self._devices, strict=True)
-            ]
+        """Allocate zero importance, if there is none yet and it is ours to keep."""
+        config = self.config
+        if self._stored is None and config.state is not StateFormat.ADAM:
+            self._stored = StoredImportance(self.layout, config.state, devices=self._devices, seed=config.seed)
 
     def stop_measuring(self) -> None:
         """Free the importance."""
-        self._importance = None
+        self._stored = None
 
     @property
-    def measures(self) -> bool:
-        """Whether there is importance."""
-        return self._importance is not None
+    def stored(self) -> StoredImportance | None:
+        """Importance of our own; None where nothing is measured, or the optimizer keeps it."""
+        return self._stored
 
     @property
     def observes(self) -> bool:
-        """Whether the gradient of the step about to be applied enters the importance."""
-        return self._policy.observes(self.counters.applied_steps + 1)
+        """Whether the gradient of the step about to be applied enters importance of our own."""
+        return self._stored is not None and self._policy.observes(self.counters.applied_steps + 1)
 
     @property
     def awaits_probe(self) -> bool:
         """Whether the mask of a static policy is still to come from a probe; the same on every rank."""
         config = self.config
-        wants_one = config.policy is PolicyName.STATIC and config.probe_steps is not None and config.ratio > 0
+        wants_one = (
+            config.policy is PolicyName.STATIC and config.probe_steps is not None and largest_ratio(config.ratio) > 0
+        )
         return wants_one and self.counters.refreshes == 0 and not self.is_active
 
     @property
@@ -163,18 +170,22 @@ class IsolationController:
         packed = self._bits[segment.sub_group][first_byte : -(-segment.stop // 8)].cpu()
         return unpack_bits(packed, segment.start - first_byte * 8, segment.stop - first_byte * 8)
 
+    def _importance(self) -> Importance:
+        importance = self._stored if self._stored is not None else self._moments
+        if importance is None:
+            raise RuntimeError(f"there is no importance: policy {self.config.policy.value} does not measure it")
+        return importance
+
     def segment_importance(self, segment: Segment) -> Tensor:
-        """Return this rank's slice of a parameter's importance. [real_numel] fp32, not a copy."""
-        if self._importance is None:
-            raise RuntimeError(
-                f"there is no importance for {segment.name}: policy {self.config.policy.value} does not measure it"
-            )
-        return self._importance[segment.sub_group][segment.start : segment.stop]
+        """Return this rank's slice of a parameter's importance. [real_numel] fp32, not to be written to.
+
+        Raises RuntimeError where nothing is measured.
+        """
+        return self._importance().read(segment, 0, segment.real_numel)
 
     def state_bytes(self) -> tuple[int, int]:
         """Return the bytes of importance and of masks that live on this rank."""
-        importance = self._importance or []
-        return sum(t.numel() * t.element_size() for t in importance), sum(t.numel() for t in self._bits)
+        return self._stored.num_bytes if self._stored is not None else 0, sum(t.numel() for t in self._bits)
 
     def restore(
         self,
@@ -182,16 +193,16 @@ class IsolationController:
         counters: Counters,
         threshold_codes: Tensor | None,
         masks: Mapping[str, Tensor],
-        importance: Mapping[str, Tensor],
+        importance: Mapping[str, Stored],
     ) -> None:
         """Replace the whole state by slices of this rank's segments, by parameter name. Collective.
 
         masks       [real_numel] bool by name; every segment
-        importance  [real_numel] fp32 by name; every segment, or empty where nothing is measured
+        importance  by name; every segment, or empty where no importance is ours
         """
-        if self.measures:
+        if self._stored is not None:
             for segment in self.layout.segments:
-                self.segment_importance(segment).copy_(importance[segment.name])
+                self._stored.load(segment, importance[segment.name], step=counters.observations)
         self.counters = counters
         self.threshold_codes = threshold_codes
         self.set_masks(masks)
@@ -220,32 +231,31 @@ class IsolationController:
         exceptions  parameters whose part of ``gradient`` is not theirs in this window, by name: None for a gradient
                     of zero, or the gradient ([real_numel] or longer)
         """
-        if self._importance is None:
+        if self._stored is None:
             return
-        decay = self.config.ema_decay if ema_decay is None else ema_decay
-        importance = self._importance[sub_group]
-        group = self.layout.by_sub_group[sub_group]
-        spans = self._spans[sub_group]
-        if exceptions:
-            spans = merge_spans(Span(s.start, s.stop) for s in group if s.name not in exceptions)
-        for start, stop in spans:
-            observe_(importance[start:stop], gradient[start:stop], ema_decay=decay, inverse_scale=inverse_scale)
-        for segment in group:
+        for segment in self.layout.by_sub_group[sub_group]:
+            own: Tensor | None = gradient[segment.start : segment.stop]
             if segment.name in exceptions:
-                own = exceptions[segment.name]
-                target = importance[segment.start : segment.stop]
-                source = None if own is None else own[: segment.real_numel].to(target.device)
-                observe_(target, source, ema_decay=decay, inverse_scale=inverse_scale)
+                other = exceptions[segment.name]
+                own = None if other is None else other[: segment.real_numel].to(gradient.device)
+            self._stored.observe(
+                segment,
+                own,
+                ema_decay=self.config.ema_decay if ema_decay is None else ema_decay,
+                inverse_scale=inverse_scale,
+                step=self.counters.observations,
+            )
 
     def count_observation(self, ema_decay: float) -> None:
         """Note that every sub-group's gradient has entered the importance, with the old importance's weight."""
         weight = ema_decay * self.counters.importance_weight + (1.0 - ema_decay)
-        self.counters = replace(self.counters, importance_weight=weight)
+        observations = self.counters.observations + 1
+        self.counters = replace(self.counters, importance_weight=weight, observations=observations)
 
     def finish_step(self) -> Refresh | None:
         """Count an applied step and refresh the mask where one is due. Collective when it is."""
         step = self.counters.applied_steps + 1
-        if self._policy.observes(step):
+        if self.observes:
             self.count_observation(self.config.ema_decay)
         self.counters = replace(
             self.counters,
@@ -259,32 +269,34 @@ class IsolationController:
     def refresh(self) -> Refresh:
         """Select the mask from the importance as it is now. Collective; see [Note: when].
 
-        Raises RuntimeError where nothing has been measured.
+        Raises RuntimeError where nothing is measured.
         """
-        if self._importance is None:
-            raise RuntimeError(
-                f"there is no importance to select a mask from: policy {self.config.policy.value} does not measure it"
-            )
+        importance = self._importance()
+        config, step = self.config, self.counters.applied_steps
+        ratio = ratio_at(config.ratio, step, warmup_steps=config.warmup_steps)
+        # What selection compares; release reads the importance itself.
+        compared = importance if config.hysteresis == 1.0 else Favoured(importance, self._bits, config.hysteresis)
         started, traffic = time.perf_counter(), self.exchange.traffic
         sketch = PartitionSketch(
-            [(segment.layer, codes_of(self.segment_importance(segment))) for segment in self.layout.segments],
+            [Piece(segment.layer, partial(code_chunks, compared, segment)) for segment in self.layout.segments],
             num_layers=len(self.layout.layer_names),
         )
         thresholds = find_thresholds(
             sketch,
             self.exchange,
-            ratio=self.config.ratio,
+            ratio=ratio,
             layer_numel=self.layout.layer_numel,
-            selection=self.config.selection,
-            normalizer=self.config.normalizer,
+            selection=config.selection,
+            normalizer=config.normalizer,
         )
-        counts = self._change_masks(thresholds.codes)
+        counts = self._change_masks(importance, compared, thresholds.codes)
         spent = self.exchange.traffic
         self.isolated = int(counts[0].sum())
         self.threshold_codes = thresholds.codes
         self.counters = replace(self.counters, refreshes=self.counters.refreshes + 1)
         self.last_refresh = Refresh(
-            step=self.counters.applied_steps,
+            step=step,
+            ratio=ratio,
             budget=thresholds.budget,
             isolated=self.isolated,
             layer_isolated=tuple(counts[0].tolist()),
@@ -294,33 +306,35 @@ class IsolationController:
             collectives=spent.collectives - traffic.collectives,
             sent_bytes=spent.sent_bytes - traffic.sent_bytes,
         )
-        self._warn_if_blocked(sketch, thresholds)
+        self._warn_if_blocked(sketch, thresholds, ratio)
         return self.last_refresh
 
-    def _change_masks(self, threshold_codes: Tensor) -> Tensor:
+    def _change_masks(self, importance: Importance, compared: Importance, threshold_codes: Tensor) -> Tensor:
         """Select, announce and install the masks of all sub-groups; return the counts over all ranks."""
-        if self._importance is None:
-            raise RuntimeError("no importance")
         num_layers = len(self.layout.layer_names)
         counts = torch.zeros((3, num_layers), dtype=torch.int64)
-        for sub_group, importance in enumerate(self._importance):
+        for sub_group, segments in enumerate(self.layout.by_sub_group):
             selected = select_bits(
-                importance,
+                compared,
                 self._bits[sub_group],
-                self.layout.by_sub_group[sub_group],
+                segments=segments,
+                numel=self.layout.sub_group_numel[sub_group],
                 threshold_codes=threshold_codes,
                 num_layers=num_layers,
             )
             if self._listener is not None:
                 self._listener.mask_changes(
-                    sub_group, before=self._bits[sub_group], now=selected.bits, importance=importance
+                    sub_group,
+                    before=self._bits[sub_group],
+                    now=selected.bits,
+                    importance=partition_reader(importance, segments, self._devices[sub_group]),
                 )
             self._bits[sub_group] = selected.bits
             self._local_isolated[sub_group] = int(selected.counts[0].sum())
             counts += selected.counts
         return self.exchange.total(counts)
 
-    def _warn_if_blocked(self, sketch: PartitionSketch, thresholds: Thresholds) -> None:
+    def _warn_if_blocked(self, sketch: PartitionSketch, thresholds: Thresholds, ratio: float) -> None:
         """Warn when ties keep most of the budget unused, and name the layer to look at. Collective where it warns."""
         if thresholds.budget == 0 or self.isolated >= thresholds.budget / 2:
             return
@@ -338,6 +352,6 @@ class IsolationController:
                 self.counters.applied_steps,
                 self.isolated,
                 thresholds.budget,
-                self.config.ratio,
+                ratio,
                 cause,
             )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -97,6 +97,14 @@ class Layout:
     def covered_numel(self) -> int:
         """Covered entries over all ranks."""
         return sum(self.layer_numel)
+
+
+def pieces_of(segments: Sequence[Segment], start: int, stop: int) -> Iterator[tuple[Segment, int, int]]:
+    """Yield (segment, first, last) for the parts of ``segments`` that lie in ``[start, stop)`` of their partition."""
+    for segment in segments:
+        first, last = max(segment.start, start), min(segment.stop, stop)
+        if first < last:
+            yield segment, first, last
 
 
 def merge_spans(spans: Iterable[Span]) -> tuple[Span, ...]:

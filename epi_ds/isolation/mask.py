@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from epi_ds.isolation.importance import codes_of
-from epi_ds.isolation.layout import Segment
+from epi_ds.isolation.layout import Segment, pieces_of
+from epi_ds.isolation.state import Importance
 from epi_ds.kernels import chunks, pack_bits, unpack_bits
 
 
@@ -27,39 +28,32 @@ def empty_bits(numel: int, device: torch.device) -> Tensor:
     return torch.zeros(-(-numel // 8), dtype=torch.uint8, device=device)
 
 
-def pieces_of(segments: Sequence[Segment], start: int, stop: int) -> Iterator[tuple[Segment, int, int]]:
-    """Yield (segment, first, last) for the parts of ``segments`` that lie in ``[start, stop)`` of their partition."""
-    for segment in segments:
-        first, last = max(segment.start, start), min(segment.stop, stop)
-        if first < last:
-            yield segment, first, last
-
-
 def select_bits(
-    importance: Tensor,
+    importance: Importance,
     before: Tensor,
-    segments: Sequence[Segment],
     *,
+    segments: Sequence[Segment],
+    numel: int,
     threshold_codes: Tensor,
     num_layers: int,
 ) -> Selected:
     """Select the entries of one partition whose code reaches its layer's threshold.
 
-    importance       [numel]            fp32, untouched
     before           [ceil(numel / 8)]  uint8, the mask in force, untouched
     segments         the covered segments of this partition; entries outside them stay plastic
+    numel            entries of the partition
     threshold_codes  [num_layers]       int64 on the CPU
     """
-    codes = codes_of(importance)
     limits = [int(code) for code in threshold_codes]
     bits = torch.empty_like(before)
     counts = torch.zeros((3, num_layers), dtype=torch.int64)
-    for start, stop in chunks(0, codes.numel()):
-        mask = torch.zeros(stop - start, dtype=torch.bool, device=codes.device)
+    for start, stop in chunks(0, numel):
+        mask = torch.zeros(stop - start, dtype=torch.bool, device=before.device)
         old = unpack_bits(before, start, stop)
         for segment, first, last in pieces_of(segments, start, stop):
             inside = slice(first - start, last - start)
-            mask[inside] = codes[first:last] >= limits[segment.layer]
+            codes = codes_of(importance.read(segment, first - segment.start, last - segment.start))
+            mask[inside] = codes >= limits[segment.layer]
             now, then = mask[inside], old[inside]
             counts[:, segment.layer] += torch.stack([now.sum(), (now & then).sum(), then.sum()]).cpu()
         pack_bits(mask, bits[start // 8 : -(-stop // 8)])

@@ -28,14 +28,15 @@ class Evolving:
     """Measure always, select every ``refresh_interval`` steps (EPI, arXiv 2604.14010)."""
 
     refresh_interval: int
+    warmup_steps: int = 0
 
     def observes(self, step: int) -> bool:
         """Always: isolated entries keep being measured, otherwise a mask would undo itself."""
         return True
 
     def refreshes(self, step: int) -> bool:
-        """Every ``refresh_interval`` steps."""
-        return refresh_due(step, self.refresh_interval)
+        """Every ``refresh_interval`` steps, from ``warmup_steps`` on."""
+        return refresh_due(step, self.refresh_interval, warmup_steps=self.warmup_steps)
 
 
 @dataclass(frozen=True)
@@ -54,5 +55,5 @@ class Static:
 def make_policy(config: EPIConfig) -> Policy:
     """Return the policy that ``config`` names. ``none`` is static with no mask."""
     if config.policy is PolicyName.EVOLVING:
-        return Evolving(config.refresh_interval)
+        return Evolving(config.refresh_interval, config.warmup_steps)
     return Static()

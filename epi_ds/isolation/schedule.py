@@ -1,45 +1,71 @@
-"""When masks are refreshed, and whether a planned run would ever use one. Steps are applied steps."""
+"""When masks are refreshed, how much they isolate, and whether a planned run would ever use one.
+
+Steps are applied steps.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 
+from epi_ds.config import Curve, RatioSchedule
 from epi_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def refresh_due(step: int, interval: int) -> bool:
+def refresh_due(step: int, interval: int, *, warmup_steps: int = 0) -> bool:
     """Whether the mask is selected anew after the applied step number ``step`` (1-based)."""
-    return step % interval == 0
+    return step % interval == 0 and step >= warmup_steps
 
 
-def first_active_step(interval: int) -> int:
+def first_active_step(interval: int, *, warmup_steps: int = 0) -> int:
     """The first applied step (1-based) that runs under a mask: a refresh after step t acts from t + 1."""
-    return interval + 1
+    return max(interval, -(-warmup_steps // interval) * interval) + 1
 
 
-def check_planned_steps(planned_steps: int, interval: int, *, allow_inactive: bool) -> None:
+def ratio_at(ratio: float | RatioSchedule, step: int, *, warmup_steps: int = 0) -> float:
+    """Return the ratio of a mask that is selected after the applied step number ``step``.
+
+    A schedule stands at its start until ``warmup_steps`` and at its end from ``steps`` later on.
+    """
+    if not isinstance(ratio, RatioSchedule):
+        return ratio
+    progress = min(1.0, max(0.0, (step - warmup_steps) / ratio.steps))
+    if ratio.schedule is Curve.COSINE:
+        progress = (1.0 - math.cos(math.pi * progress)) / 2.0
+    # Rounded, because the last bit of a cosine differs between machines, and all ranks must have the same budget.
+    return round(ratio.start + (ratio.end - ratio.start) * progress, 9)
+
+
+def largest_ratio(ratio: float | RatioSchedule) -> float:
+    """Return the largest ratio that a run comes to."""
+    return max(ratio.start, ratio.end) if isinstance(ratio, RatioSchedule) else ratio
+
+
+def check_planned_steps(planned_steps: int, interval: int, *, warmup_steps: int = 0, allow_inactive: bool) -> None:
     """Refuse a run in which no mask would ever be active; warn when it would be for less than half of it.
 
     planned_steps  applied steps the whole run is going to take
     Raises ValueError unless ``allow_inactive``.
     """
-    if planned_steps >= 2 * interval:
+    first = first_active_step(interval, warmup_steps=warmup_steps)
+    if planned_steps >= 2 * (first - 1):
         return
     proposal = max(1, planned_steps // 10)
-    if planned_steps >= first_active_step(interval):
+    remedy = f"refresh_interval: {proposal}" + (f", warmup_steps: {proposal}" if warmup_steps > proposal else "")
+    if planned_steps >= first:
         logger.warning(
-            "the run has %d planned steps and refresh_interval is %d: a mask is active in less than half of them; "
-            "refresh_interval: %d would refresh ten times",
+            "the run has %d planned steps and its first mask acts from step %d: a mask is active in less than half of "
+            "them; %s would refresh ten times",
             planned_steps,
-            interval,
-            proposal,
+            first,
+            remedy,
         )
         return
     message = (
-        f"the run has {planned_steps} planned steps, but the first mask acts from step {first_active_step(interval)} "
-        f"(refresh_interval {interval}): nothing would ever be isolated. Set refresh_interval to {proposal}"
+        f"the run has {planned_steps} planned steps, but the first mask acts from step {first} (refresh_interval "
+        f"{interval}, warmup_steps {warmup_steps}): nothing would ever be isolated. Set {remedy}"
     )
     if not allow_inactive:
         raise UserError(message + ", or allow_inactive: true to run anyway")

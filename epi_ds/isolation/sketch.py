@@ -7,12 +7,13 @@ transport, or on the order of a reduction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from epi_ds.kernels import chunks, sketch_counts
+from epi_ds.kernels import sketch_counts
 
 # Travels instead of an extreme where a rank holds nothing of a layer: below every code and every negated code.
 EMPTY = -(1 << 40)
@@ -23,18 +24,31 @@ LOW_BITS = 26
 _SIGNIFICAND_BITS = 24
 
 
+class Piece(NamedTuple):
+    """Codes of one layer on this rank."""
+
+    layer: int
+    codes: Callable[[], Iterable[Tensor]]
+    """Yields the codes, int32 without padding, in pieces of any size on any device; asked anew for every question."""
+
+
 class PartitionSketch:
     """Answers questions about the codes of one rank's partitions, layer by layer. Reads them, keeps nothing."""
 
-    def __init__(self, pieces: Sequence[tuple[int, Tensor]], *, num_layers: int) -> None:
-        """``pieces`` are (layer index, int32 codes without padding); a layer may have none, one or many."""
-        self._pieces = [(layer, codes) for layer, codes in pieces if codes.numel()]
+    def __init__(self, pieces: Sequence[Piece], *, num_layers: int) -> None:
+        """A layer may have no piece, one or many."""
+        self._pieces = pieces
         self.num_layers = num_layers
+
+    def _codes(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (layer, codes), without empty pieces."""
+        for layer, codes in self._pieces:
+            yield from ((layer, chunk) for chunk in codes() if chunk.numel())
 
     def extremes(self) -> Tensor:
         """Return ``[2, num_layers]`` int64 on the CPU: largest code, negated smallest code. Merge by MAX."""
         result = torch.full((2, self.num_layers), EMPTY, dtype=torch.int64)
-        for layer, codes in self._pieces:
+        for layer, codes in self._codes():
             smallest, largest = torch.aminmax(codes)
             result[0, layer] = max(int(result[0, layer]), int(largest))
             result[1, layer] = max(int(result[1, layer]), -int(smallest))
@@ -50,18 +64,17 @@ class PartitionSketch:
         max_codes  [num_layers] int64: largest code of each layer over all ranks, `EMPTY` or a code
         """
         result = torch.zeros((2, self.num_layers), dtype=torch.int64)
-        for layer, codes in self._pieces:
+        for layer, codes in self._codes():
             largest_exponent = max(1, int(max_codes[layer]) >> 23)
-            for start, stop in chunks(0, codes.numel()):
-                piece = codes[start:stop].long()
-                exponent = piece >> 23
-                hidden_bit = (exponent > 0).long() << 23
-                significand = (piece & ((1 << 23) - 1)) | hidden_bit
-                distance = largest_exponent - exponent.clamp(min=1)
-                shifted = significand << (FRACTION_BITS + 1 - _SIGNIFICAND_BITS)
-                fixed = torch.where(distance > FRACTION_BITS + 1, 0, shifted >> distance.clamp(max=63))
-                result[0, layer] += int((fixed >> LOW_BITS).sum())
-                result[1, layer] += int((fixed & ((1 << LOW_BITS) - 1)).sum())
+            piece = codes.long()
+            exponent = piece >> 23
+            hidden_bit = (exponent > 0).long() << 23
+            significand = (piece & ((1 << 23) - 1)) | hidden_bit
+            distance = largest_exponent - exponent.clamp(min=1)
+            shifted = significand << (FRACTION_BITS + 1 - _SIGNIFICAND_BITS)
+            fixed = torch.where(distance > FRACTION_BITS + 1, 0, shifted >> distance.clamp(max=63))
+            result[0, layer] += int((fixed >> LOW_BITS).sum())
+            result[1, layer] += int((fixed & ((1 << LOW_BITS) - 1)).sum())
         return result
 
     def counts(self, edges: Tensor) -> Tensor:
@@ -70,7 +83,7 @@ class PartitionSketch:
         edges  [num_layers, num_edges] int64 on the CPU, never falling along the second dimension
         """
         result = torch.zeros(edges.shape, dtype=torch.int64)
-        for layer, codes in self._pieces:
+        for layer, codes in self._codes():
             grid = edges[layer].to(device=codes.device, dtype=torch.int32)
             result[layer] += sketch_counts(codes, grid).cpu()
         return result

@@ -50,7 +50,7 @@ def _summary(metrics: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) 
         "ranks": str(run["world_size"]),
         "resumes": str(sum(line["resumed"] for line in runs)),
         "policy": config["policy"],
-        "requested ratio": f"{config['ratio']:.2%}",
+        "requested ratio": _ratio(config["ratio"]),
         "refresh interval": f"{config['refresh_interval']} steps",
         "covered parameters": f"{run['covered']:,}",
         "mask active in": f"{active / max(1, len(steps)):.0%} of steps",
@@ -59,6 +59,11 @@ def _summary(metrics: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) 
     if forgetting is not None:
         facts["mean forgetting"] = f"{forgetting:.1%}"
     return "<dl>" + "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items()) + "</dl>"
+
+
+def _ratio(ratio: float | dict[str, Any]) -> str:
+    """Say the ratio, or from where to where a schedule takes it."""
+    return f"{ratio['start']:.2%} to {ratio['end']:.2%}" if isinstance(ratio, dict) else f"{ratio:.2%}"
 
 
 def _sections(metrics: Sequence[dict[str, Any]], stages: figures.Stages) -> list[str]:

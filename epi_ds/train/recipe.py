@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from epi_ds.config import EPIConfig
+from epi_ds.config import EPIConfig, StateFormat
 from epi_ds.data.skills import SKILLS
 from epi_ds.data.sources import is_file_path
 from epi_ds.errors import UserError, nearest, problems_of, summarize
@@ -205,6 +205,16 @@ class Recipe(BaseModel):
         repeated = {name for name in names if names.count(name) > 1}
         if repeated:
             raise UserError(f"stage names must differ, repeated: {', '.join(sorted(repeated))}")
+        return self
+
+    @model_validator(mode="after")
+    def _moments_are_kept_for_adam(self) -> Recipe:
+        reset = [stage.name for stage in self.stages[1:] if stage.moments is Moments.RESET]
+        if self.method.epi.state is StateFormat.ADAM and reset:
+            raise UserError(
+                f"under state: adam the optimizer's moments are the importance, which stage {reset[0]} would forget; "
+                "set moments: carry there, or another state"
+            )
         return self
 
 

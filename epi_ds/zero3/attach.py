@@ -9,17 +9,19 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from epi_ds.config import Apply, EPIConfig, PolicyName, Selection
+from epi_ds.config import Apply, EPIConfig, PolicyName, Selection, StateFormat
 from epi_ds.errors import UserError
 from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.layout import Layout, Parameter, build_layout
 from epi_ds.isolation.policy import make_policy
+from epi_ds.isolation.schedule import largest_ratio
 from epi_ds.isolation.threshold import budget_of
 from epi_ds.zero3.engine import IsolationEngineMixin, StateStore
 from epi_ds.zero3.guard import check_engine
 from epi_ds.zero3.handle import EPI
 from epi_ds.zero3.mixin import IsolationContext, IsolationMixin
+from epi_ds.zero3.second_moments import SecondMoments
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +53,14 @@ def _check_partitioning(layout: Layout, optimizer: Any) -> None:
 
 def _check_budget(layout: Layout, config: EPIConfig) -> None:
     # A mask that is loaded has the size it was saved with.
-    if config.ratio == 0 or config.policy is PolicyName.NONE or config.mask_from is not None:
+    ratio = largest_ratio(config.ratio)
+    if ratio == 0 or config.policy is PolicyName.NONE or config.mask_from is not None:
         return
     per_layer = config.selection is Selection.PER_LAYER
     sizes = layout.layer_numel if per_layer else (layout.covered_numel,)
-    if not any(budget_of(config.ratio, size) for size in sizes):
+    if not any(budget_of(ratio, size) for size in sizes):
         raise UserError(
-            f"ratio {config.ratio} of {'every layer' if per_layer else 'the covered parameters'} (at most {max(sizes)} "
+            f"ratio {ratio} of {'every layer' if per_layer else 'the covered parameters'} (at most {max(sizes)} "
             "entries) is less than one entry, so nothing would ever be isolated; raise ratio or cover more"
         )
 
@@ -76,6 +79,7 @@ def attach(engine: Any, config: EPIConfig, *, state_store: StateStore) -> EPI:
     layout = layout_of(optimizer, config)
     _check_partitioning(layout, optimizer)
     _check_budget(layout, config)
+    moments = SecondMoments(optimizer) if config.state is StateFormat.ADAM else None
     controller = IsolationController(
         layout,
         config,
@@ -88,6 +92,7 @@ def attach(engine: Any, config: EPIConfig, *, state_store: StateStore) -> EPI:
         devices=[partition.device for partition in optimizer.fp32_partitioned_groups_flat],
         # The mixin's mask_changes; under `apply: update` the moments keep tracking and are nobody's business.
         listener=optimizer if config.apply is Apply.REDUCTION else None,
+        moments=moments,
     )
     context = IsolationContext(optimizer, controller)
     optimizer.__class__ = type(f"Isolating{type(optimizer).__name__}", (IsolationMixin, type(optimizer)), {})
@@ -104,6 +109,11 @@ def attach(engine: Any, config: EPIConfig, *, state_store: StateStore) -> EPI:
             len(layout.layer_names),
             controller.exchange.world_size,
         )
+        if moments is not None:
+            logger.info(
+                "importance is Adam's exp_avg_sq, so its effective ema_decay is beta2: %s",
+                ", ".join(str(decay) for decay in sorted(set(moments.decays))),
+            )
     return engine.epi
 
 

@@ -13,7 +13,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from epi_ds.config import Apply, EPIConfig
+from epi_ds.config import Apply, EPIConfig, StateFormat
 from epi_ds.errors import UserError, nearest
 
 SUPPORTED_DEEPSPEED = SpecifierSet(">=0.19.8,<0.20", prereleases=True)
@@ -129,6 +129,8 @@ def _optimizer_reasons(optimizer: Any, config: EPIConfig) -> Iterator[str]:
         yield "sequence parallelism is not covered yet; set sequence_parallel_size: 1"
     if config.apply is Apply.REDUCTION:
         yield from _reduction_reasons(base)
+    if config.state is StateFormat.ADAM:
+        yield from _adam_reasons(base)
 
 
 def _reduction_reasons(base: Any) -> Iterator[str]:
@@ -144,6 +146,20 @@ def _reduction_reasons(base: Any) -> Iterator[str]:
         yield (
             f"{type(base).__name__} adds weight decay to the gradient, so its moments hold decay that importance does "
             "not know, and a released entry would jump; use AdamW, weight_decay 0 or apply: update"
+        )
+
+
+def _adam_reasons(base: Any) -> Iterator[str]:
+    if type(base) not in ADAM_FAMILY:
+        yield (
+            f"state: adam reads the second moments of Adam, and {type(base).__name__} keeps none that are averages of "
+            "squared gradients; use AdamW, or state: u8"
+        )
+        return
+    if any(group["weight_decay"] and _adds_decay_to_gradient(base, group) for group in base.param_groups):
+        yield (
+            f"{type(base).__name__} adds weight decay to the gradient, so its second moments measure decay too; use "
+            "AdamW, weight_decay 0, or state: u8"
         )
 
 

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from epi_ds.config import EPIConfig, PolicyName
+from epi_ds.config import EPIConfig, PolicyName, StateFormat
 from epi_ds.errors import UserError, nearest
 from epi_ds.isolation.controller import Counters, IsolationController, Refresh
 from epi_ds.isolation.importance import decode
 from epi_ds.isolation.layout import Segment
-from epi_ds.isolation.schedule import check_planned_steps
+from epi_ds.isolation.schedule import check_planned_steps, largest_ratio
 
 
 class IsolationStats(NamedTuple):
@@ -144,11 +144,24 @@ class EPI:
     def check_planned_steps(self, planned_steps: int) -> None:
         """Warn or raise ValueError when a run of this many applied steps would never use a mask."""
         config = self.config
-        if config.policy is PolicyName.EVOLVING and config.ratio > 0:
-            check_planned_steps(planned_steps, config.refresh_interval, allow_inactive=config.allow_inactive)
+        if config.policy is PolicyName.EVOLVING and largest_ratio(config.ratio) > 0:
+            check_planned_steps(
+                planned_steps,
+                config.refresh_interval,
+                warmup_steps=config.warmup_steps,
+                allow_inactive=config.allow_inactive,
+            )
 
     def reset_optimizer_state(self) -> None:
-        """Return the optimizer's moments to zero, as between two stages. Importance and masks continue."""
+        """Return the optimizer's moments to zero, as between two stages. Importance and masks continue.
+
+        Raises UserError under ``state: adam``, where the moments are the importance.
+        """
+        if self.config.state is StateFormat.ADAM:
+            raise UserError(
+                "the second moments are the importance under state: adam, and a reset would forget it; carry the "
+                "optimizer's state over, or set another state"
+            )
         self._engine.optimizer.reset_optimizer_state()
 
     def probe(self, losses: Iterable[Tensor]) -> Refresh:
@@ -166,6 +179,8 @@ class EPI:
         engine, controller = self._engine, self._controller
         if self.config.policy is PolicyName.NONE:
             raise UserError("policy: none isolates nothing, but a probe selects a mask; set policy: static")
+        if self.config.state is StateFormat.ADAM:
+            raise UserError("state: adam has no importance of its own for a probe to measure; set another state")
         controller.start_measuring()
         observed = 0
         try:

@@ -26,6 +26,7 @@ from torch import Tensor
 from epi_ds.config import Apply
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.layout import Parameter, Span, build_layout, merge_spans
+from epi_ds.isolation.state import ReadPartition
 from epi_ds.kernels import hold, mask_, masked_sumsq, restore_
 from epi_ds.zero3.moments import ClippingAverage, clipping_factor, reset_moments, set_moments, state_age
 from epi_ds.zero3.window import AccumulationWindow
@@ -194,7 +195,7 @@ class IsolationMixin(Zero3Optimizer):
 
     # --- called from outside a step ---
 
-    def mask_changes(self, sub_group: int, *, before: Tensor, now: Tensor, importance: Tensor | None) -> None:
+    def mask_changes(self, sub_group: int, *, before: Tensor, now: Tensor, importance: ReadPartition) -> None:
         """Set the moments of what is isolated or released. See [Note: release] in moments.py."""
         context = self.isolation
         state = self.optimizer.state.get(self.fp32_partitioned_groups_flat[sub_group], {})

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epi_ds.isolation.state import ReadPartition
 from epi_ds.kernels import chunks, unpack_bits
 
 
@@ -76,14 +77,14 @@ def set_moments(
     *,
     before: Tensor,
     now: Tensor,
-    importance: Tensor | None,
+    importance: ReadPartition | None,
     importance_scale: float,
 ) -> None:
     """Set the moments of entries whose isolation changes, in place. See [Note: release].
 
     state             the Adam state of one flat partition; an empty one (no step taken yet) is left alone
     before, now       [ceil(numel / 8)] uint8
-    importance        [numel] fp32; None where nothing was measured: the second moment is then left as it is
+    importance        reads the same partition; None where nothing was measured: the second moment is then left as it is
     importance_scale  c2 * (1 - beta2^t) / w
     """
     if "exp_avg" not in state:
@@ -96,7 +97,9 @@ def set_moments(
         first[start:stop].masked_fill_(unpack_bits(changed, start, stop), 0.0)
         if importance is not None:
             released = unpack_bits(before, start, stop) & ~unpack_bits(now, start, stop)
-            rebuilt = (importance[start:stop] * importance_scale).clamp_(max=torch.finfo(second.dtype).max)
+            if not released.any():
+                continue
+            rebuilt = (importance(start, stop) * importance_scale).clamp_(max=torch.finfo(second.dtype).max)
             second[start:stop] = torch.where(released, rebuilt.to(second.dtype), second[start:stop])
 
 

@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import torch
 from epi_ds.kernels.reference.chunks import chunks
+from epi_ds.kernels.reference.codecs import Stored, decode, encode_
 from torch import Tensor
 
 
-def observe_(importance: Tensor, gradient: Tensor | None, *, ema_decay: float, inverse_scale: float = 1.0) -> None:
-    """Update ``importance`` in place from the raw gradient.
+def observe_(
+    stored: Stored,
+    gradient: Tensor | None,
+    *,
+    ema_decay: float,
+    inverse_scale: float = 1.0,
+    key: int = 0,
+    step: int = 0,
+) -> None:
+    """Update a run of importance in place from the raw gradient.
 
-    importance     [numel]  fp32, mutated
+    stored         mutated; a uint8 run must begin and end where its storage does
     gradient       [numel]  any float dtype, same device, untouched; None stands for a gradient of zero
     ema_decay      weight of the old value
     inverse_scale  multiplies the gradient first: 1 / loss scale
+    key, step      what stochastic rounding is drawn from; see [Note: dither] in dither.py
 
-    ``g*g`` saturates at the largest finite fp32 value. An entry whose gradient is NaN counts as zero, so that no
-    non-finite value ever enters the state.
+    ``g*g`` saturates at the largest finite value of the format. An entry whose gradient is NaN counts as zero, so that
+    no non-finite value ever enters the state.
     """
-    if gradient is None:
-        importance.mul_(ema_decay)
-        return
     largest = torch.finfo(torch.float32).max
-    for start, stop in chunks(0, importance.numel()):
-        scaled = gradient[start:stop].float() * inverse_scale
-        squared = torch.nan_to_num_(scaled.square_(), nan=0.0, posinf=largest)
-        piece = importance[start:stop]
-        # Two roundings may lift d*max + (1-d)*max above the largest finite value: clamp again.
-        piece.mul_(ema_decay).add_(squared, alpha=1.0 - ema_decay).clamp_(max=largest)
+    first = stored.first_index
+    # Cut at multiples of the global index, which are borders of uint8 blocks.
+    for start, stop in chunks(first, first + stored.codes.numel()):
+        piece = stored.piece(start - first, stop - first)
+        values = decode(piece).mul_(ema_decay)
+        if gradient is not None:
+            scaled = gradient[start - first : stop - first].float() * inverse_scale
+            squared = torch.nan_to_num_(scaled.square_(), nan=0.0, posinf=largest)
+            # Two roundings may lift d*max + (1-d)*max above the largest finite value: clamp again.
+            values.add_(squared, alpha=1.0 - ema_decay).clamp_(max=largest)
+        encode_(piece, values, key=key, step=step)

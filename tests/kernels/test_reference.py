@@ -11,7 +11,6 @@ from epi_ds.kernels import (
     hold,
     mask_,
     masked_sumsq,
-    observe_,
     pack_bits,
     restore_,
     sketch_counts,
@@ -82,37 +81,6 @@ def test_masked_sumsq(numel: int) -> None:
         torch.testing.assert_close(
             masked_sumsq(values, bits_of(mask), start=start, stop=stop), expected, rtol=1e-12, atol=0
         )
-
-
-@pytest.mark.parametrize("numel", SIZES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_observe_is_the_exponential_average_of_squares(numel: int, dtype: torch.dtype) -> None:
-    importance = torch.rand(numel)
-    gradient = torch.randn(numel).to(dtype)
-    expected = 0.9 * importance.double() + 0.1 * (gradient.double() / 4) ** 2
-    untouched = gradient.clone()
-    observe_(importance, gradient, ema_decay=0.9, inverse_scale=0.25)
-    # Three roundings of fp32, 6e-8 each.
-    torch.testing.assert_close(importance.double(), expected, rtol=2e-7, atol=0)
-    assert torch.equal(gradient, untouched)
-
-
-def test_observe_saturates_and_keeps_non_finite_values_out() -> None:
-    largest = torch.finfo(torch.float32).max
-    importance = torch.tensor([0.0, 1.0, largest, largest, 1.0])
-    gradient = torch.tensor([1e30, float("nan"), float("inf"), -1e38, 0.0])
-    for _ in range(3):
-        observe_(importance, gradient, ema_decay=0.5)
-    assert importance.isfinite().all()
-    assert importance[2] == importance[3] == largest
-    assert importance[1] == importance[4] == 0.125
-    assert importance[0] == pytest.approx(largest * 0.875)
-
-
-def test_observe_without_a_gradient_only_decays() -> None:
-    importance = torch.tensor([1.0, 3.0])
-    observe_(importance, None, ema_decay=0.5)
-    assert importance.tolist() == [0.5, 1.5]
 
 
 @pytest.mark.parametrize("numel", SIZES)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from epi_ds.kernels import pack_bits
 
+from epi_ds.isolation.state import ReadPartition
 from epi_ds.zero3.moments import ClippingAverage, clipping_factor, reset_moments, set_moments, state_age
 from epi_ds.zero3.window import AccumulationWindow
 
@@ -18,11 +19,15 @@ def bits_of(mask: list[bool]) -> torch.Tensor:
     return bits
 
 
+def reader(importance: list[float]) -> ReadPartition:
+    return lambda start, stop: torch.tensor(importance)[start:stop]
+
+
 def test_moments_of_entries_that_change_are_set_and_of_others_are_not() -> None:
     #            stays free, stays isolated, isolated now, released now
     before, now = [False, True, False, True], [False, True, True, False]
     state = {"step": 7, "exp_avg": torch.tensor([1.0, 2, 3, 4]), "exp_avg_sq": torch.tensor([5.0, 6, 7, 8])}
-    importance = torch.tensor([10.0, 20, 30, 40])
+    importance = reader([10.0, 20, 30, 40])
     set_moments(state, before=bits_of(before), now=bits_of(now), importance=importance, importance_scale=0.5)
     assert state["exp_avg"].tolist() == [1, 2, 0, 0]
     assert state["exp_avg_sq"].tolist() == [5, 6, 7, 20]
@@ -43,7 +48,7 @@ def test_a_rebuilt_second_moment_is_finite() -> None:
         state,
         before=bits_of([True]),
         now=bits_of([False]),
-        importance=torch.tensor([largest]),
+        importance=reader([largest]),
         importance_scale=9.0,
     )
     assert state["exp_avg_sq"].tolist() == [largest]

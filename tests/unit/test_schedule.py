@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 
 import pytest
 
+from epi_ds.config import Curve, RatioSchedule
 from epi_ds.isolation.policy import Evolving, Static
-from epi_ds.isolation.schedule import check_planned_steps
+from epi_ds.isolation.schedule import check_planned_steps, first_active_step, largest_ratio, ratio_at
 
 
 def test_evolving_measures_always_and_refreshes_on_the_interval() -> None:
@@ -19,7 +21,7 @@ def test_static_does_neither() -> None:
 
 
 def test_a_run_that_never_isolates_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"500 planned steps.*from step 501.*Set refresh_interval to 50"):
+    with pytest.raises(ValueError, match=r"500 planned steps.*from step 501.*Set refresh_interval: 50"):
         check_planned_steps(500, 500, allow_inactive=False)
 
 
@@ -34,3 +36,30 @@ def test_a_run_that_rarely_isolates_warns(caplog: pytest.LogCaptureFixture) -> N
 def test_a_long_run_is_silent(caplog: pytest.LogCaptureFixture) -> None:
     check_planned_steps(1000, 500, allow_inactive=False)
     assert not caplog.records
+
+
+def test_no_mask_is_selected_before_the_warm_up_ends() -> None:
+    policy = Evolving(3, warmup_steps=7)
+    assert all(policy.observes(step) for step in range(1, 10))
+    assert [step for step in range(1, 16) if policy.refreshes(step)] == [9, 12, 15]
+    assert first_active_step(3, warmup_steps=7) == 10
+    assert first_active_step(3, warmup_steps=9) == 10
+    assert first_active_step(3) == first_active_step(3, warmup_steps=2) == 4
+    with pytest.raises(
+        ValueError, match=r"9 planned steps.*from step 10.*warmup_steps 7.*Set refresh_interval: 1, warm"
+    ):
+        check_planned_steps(9, 3, warmup_steps=7, allow_inactive=False)
+
+
+@pytest.mark.parametrize("curve", list(Curve))
+def test_a_scheduled_ratio_goes_from_start_to_end(curve: Curve) -> None:
+    schedule = RatioSchedule(schedule=curve, start=0.2, end=0.05, steps=100)
+    ratios = [ratio_at(schedule, step, warmup_steps=50) for step in range(300)]
+    assert ratios[:51] == [0.2] * 51
+    assert ratios[150:] == [0.05] * 150
+    assert all(later < earlier for earlier, later in pairwise(ratios[50:150]))
+    assert ratios[100] == 0.125
+    # A quarter of the way: a straight line has gone a quarter, half a cosine wave less.
+    assert ratios[75] == pytest.approx(0.1625 if curve is Curve.LINEAR else 0.2 - 0.15 * (1 - 0.5**0.5) / 2)
+    assert largest_ratio(schedule) == 0.2
+    assert ratio_at(0.3, 7) == largest_ratio(0.3) == 0.3

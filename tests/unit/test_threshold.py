@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from epi_ds.config import Normalizer, Selection
 from epi_ds.isolation.importance import TOP_CODE, codes_of
-from epi_ds.isolation.sketch import PartitionSketch
+from epi_ds.isolation.sketch import PartitionSketch, Piece
 from epi_ds.isolation.threshold import Thresholds, budget_of, find_thresholds
 from tests.support.oracle import oracle_masks
 
@@ -59,11 +60,13 @@ class CountingExchange:
 
 def cut(layers: Sequence[np.ndarray], num_ranks: int, rng: np.random.Generator) -> Merged:
     """Cut every layer at random places, empty pieces included."""
-    pieces: list[list[tuple[int, Tensor]]] = [[] for _ in range(num_ranks)]
+    pieces: list[list[Piece]] = [[] for _ in range(num_ranks)]
     for index, values in enumerate(layers):
         borders = np.sort(rng.integers(0, len(values) + 1, num_ranks - 1))
         for rank, part in enumerate(np.split(values, borders)):
-            pieces[rank].append((index, codes_of(torch.from_numpy(part.copy()))))
+            codes = codes_of(torch.from_numpy(part.copy()))
+            # In two chunks, of which the first may be empty.
+            pieces[rank].append(Piece(index, partial(torch.split, codes, [len(part) // 3, len(part) - len(part) // 3])))
     return Merged([PartitionSketch(p, num_layers=len(layers)) for p in pieces])
 
 

@@ -455,7 +455,8 @@ def check_handle() -> None:
         assert thresholds.keys() == epi.thresholds().keys()
         report = epi.memory_report()
         # fp32 importance and one bit a parameter; padding makes up the rest in a model this small.
-        assert 4.125 <= report.bytes_per_parameter_share < 4.3
+        # fp32 and a bit; padding has a bit only, so the last rank may have less.
+        assert 4.0 < report.bytes_per_parameter_share < 4.3
         with pytest.raises(ValueError, match=r"did you mean 'head.weight'"):
             epi.mask("head.weihgt")
         with pytest.raises(ValueError, match="nothing would ever be isolated"):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from epi_ds.kernels import Stored
 from torch import Tensor
 
 from epi_ds.config import Normalizer, Selection
@@ -49,7 +50,7 @@ def restore(engine: Any, given: dict[str, Tensor]) -> None:
         counters=Counters(),
         threshold_codes=None,
         masks={s.name: torch.zeros(s.real_numel, dtype=torch.bool) for s in segments},
-        importance=slices,
+        importance={s.name: Stored(slices[s.name], torch.zeros(0), s.global_start) for s in segments},
     )
 
 
@@ -74,10 +75,12 @@ def expected_masks(importance: dict[str, Tensor], section: dict[str, Any]) -> di
     return result
 
 
-def select_masks(exchange: str, changes: dict[str, Any]) -> list[tuple[dict[str, Tensor], dict[str, float]]]:
+def select_masks(
+    exchange: str, changes: dict[str, Any], state: str = "fp32"
+) -> list[tuple[dict[str, Tensor], dict[str, float]]]:
     results = []
     for selection in SELECTIONS:
-        section = {"ratio": 0.1, "exchange": exchange, **selection}
+        section = {"ratio": 0.1, "exchange": exchange, "state": state, **selection}
         with engine_of(OddNet, ds_config(epi=section, **changes)) as engine:
             restore(engine, given_importance())
             engine.epi.refresh_now()
@@ -86,13 +89,15 @@ def select_masks(exchange: str, changes: dict[str, Any]) -> list[tuple[dict[str,
 
 
 @lru_cache
-def _reference() -> list[tuple[dict[str, Tensor], dict[str, float]]]:
-    return run_ranks(select_masks, 1, "all_gather", {})[0]
+def _reference(state: str = "fp32") -> list[tuple[dict[str, Tensor], dict[str, float]]]:
+    return run_ranks(select_masks, 1, "all_gather", {}, state)[0]
 
 
-def _assert_equal(results: list[Any]) -> None:
+def _assert_equal(results: list[Any], state: str = "fp32") -> None:
     for rank_result in results:
-        for (masks, thresholds), (reference_masks, reference_thresholds) in zip(rank_result, _reference(), strict=True):
+        for (masks, thresholds), (reference_masks, reference_thresholds) in zip(
+            rank_result, _reference(state), strict=True
+        ):
             assert thresholds == reference_thresholds
             for name in reference_masks:
                 assert torch.equal(masks[name], reference_masks[name]), name
@@ -112,6 +117,12 @@ def test_masks_do_not_depend_on_the_world_size_or_the_transport(world_size: int,
     _assert_equal(run_ranks(select_masks, world_size, exchange, {}))
 
 
+@pytest.mark.parametrize("state", ["bf16", "u16"])
+def test_masks_of_16_bit_states_do_not_depend_on_the_world_size(state: str) -> None:
+    """The same importance is rounded to the same codes wherever a parameter is cut."""
+    _assert_equal(run_ranks(select_masks, 3, "auto", {}, state), state)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"offload": True}, {"zero_optimization": {"sub_group_size": 30}}],
@@ -121,10 +132,11 @@ def test_masks_do_not_depend_on_the_placement(changes: dict[str, Any]) -> None:
     _assert_equal(run_ranks(select_masks, 2, "auto", changes))
 
 
-def check_trained_masks() -> None:
+def check_trained_masks(state: str) -> None:
     """Masks of a real run are the oracle's for the importance that the run had at its refresh."""
     for selection in SELECTIONS:
-        section = {"ratio": 0.1, "refresh_interval": 2, "ema_decay": 0.9, **selection}
+        section = {"ratio": 0.1, "refresh_interval": 2, "state": state, **selection}
+        section |= {"apply": "update"} if state == "adam" else {"ema_decay": 0.9}
         with engine_of(OddNet, ds_config(epi=section)) as engine:
             for step in range(4):
                 train_step(engine, step, odd_batch)
@@ -140,8 +152,9 @@ def check_trained_masks() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_masks_of_a_run_equal_the_oracle(world_size: int) -> None:
-    run_ranks(check_trained_masks, world_size)
+@pytest.mark.parametrize("state", ["fp32", "bf16", "u16", "u8", "adam"])
+def test_masks_of_a_run_equal_the_oracle(world_size: int, state: str) -> None:
+    run_ranks(check_trained_masks, world_size, state)
 
 
 def check_coverage() -> None:

@@ -1,0 +1,136 @@
+"""Where the importance of this rank's partitions lives, in which format, and how the rest of the house reads it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from epi_ds.config import StateFormat
+from epi_ds.isolation.importance import codes_of
+from epi_ds.isolation.layout import Layout, Segment, pieces_of
+from epi_ds.kernels import Stored, chunks, decode, encode_, num_blocks, observe_, unpack_bits
+
+_DTYPES = {
+    StateFormat.FP32: torch.float32,
+    StateFormat.BF16: torch.bfloat16,
+    StateFormat.U16: torch.uint16,
+    StateFormat.U8: torch.uint8,
+}
+
+
+class Importance(Protocol):
+    """Importance of this rank's covered entries, whoever keeps it."""
+
+    def read(self, segment: Segment, start: int, stop: int) -> Tensor:
+        """Return entries ``[start, stop)`` of a segment: fp32 on the home device, finite, not to be written to."""
+
+
+# Reads entries [start, stop) of a flat partition as fp32; entries that are not covered are zero.
+ReadPartition = Callable[[int, int], Tensor]
+
+
+def code_chunks(importance: Importance, segment: Segment) -> Iterator[Tensor]:
+    """Yield the codes of a segment in order, int32, in pieces that keep temporaries small."""
+    for start, stop in chunks(0, segment.real_numel):
+        yield codes_of(importance.read(segment, start, stop))
+
+
+def partition_reader(importance: Importance, segments: Sequence[Segment], device: torch.device) -> ReadPartition:
+    """Return a reader of the flat partition that ``segments`` are the covered parts of."""
+
+    def read(start: int, stop: int) -> Tensor:
+        values = torch.zeros(stop - start, device=device)
+        for segment, first, last in pieces_of(segments, start, stop):
+            values[first - start : last - start] = importance.read(segment, first - segment.start, last - segment.start)
+        return values
+
+    return read
+
+
+class Favoured:
+    """Importance as selection sees it under hysteresis: of entries isolated now, divided by a power of two.
+
+    Division by a power of two is exact, so thresholds stay independent of partitioning; it changes who is isolated,
+    never how many.
+    """
+
+    def __init__(self, importance: Importance, bits: Sequence[Tensor], hysteresis: float) -> None:
+        """``bits`` are the masks in force, by sub-group."""
+        self._importance = importance
+        self._bits = bits
+        self._factor = 1.0 / hysteresis
+
+    def read(self, segment: Segment, start: int, stop: int) -> Tensor:
+        """See `Importance.read`."""
+        values = self._importance.read(segment, start, stop)
+        isolated = unpack_bits(self._bits[segment.sub_group], segment.start + start, segment.start + stop)
+        favoured = (values * self._factor).clamp_(max=torch.finfo(torch.float32).max)
+        return torch.where(isolated, favoured, values)
+
+
+def dither_key(seed: int, name: str) -> int:
+    """Return the 32 bits that the stochastic rounding of one parameter is drawn from."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest(), "little")
+
+
+class StoredImportance:
+    """Importance of our own: one flat tensor of codes per sub-group, which begin as zeros. Covered entries only."""
+
+    def __init__(self, layout: Layout, state: StateFormat, *, devices: Sequence[torch.device], seed: int) -> None:
+        """``devices`` are the homes of the sub-groups' fp32 partitions."""
+        dtype = _DTYPES[state]
+        self._flat: list[Tensor] = []
+        self._stored: dict[str, Stored] = {}
+        self._keys = {segment.name: dither_key(seed, segment.name) for segment in layout.segments}
+        for segments, device in zip(layout.by_sub_group, devices, strict=True):
+            blocks = [num_blocks(s.global_start, s.real_numel) if dtype is torch.uint8 else 0 for s in segments]
+            codes = torch.zeros(sum(s.real_numel for s in segments), dtype=dtype, device=device)
+            scales = torch.zeros(sum(blocks), device=device)
+            self._flat += [codes, scales]
+            own_codes = torch.split(codes, [s.real_numel for s in segments])
+            own_scales = torch.split(scales, blocks)
+            for segment, run, run_scales in zip(segments, own_codes, own_scales, strict=True):
+                self._stored[segment.name] = Stored(run, run_scales, segment.global_start)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on this rank."""
+        return sum(flat.numel() * flat.element_size() for flat in self._flat)
+
+    def read(self, segment: Segment, start: int, stop: int) -> Tensor:
+        """See `Importance.read`."""
+        return decode(self._stored[segment.name].piece(start, stop))
+
+    def stored(self, segment: Segment) -> Stored:
+        """Return a segment as it is stored. Not a copy."""
+        return self._stored[segment.name]
+
+    def observe(
+        self, segment: Segment, gradient: Tensor | None, *, ema_decay: float, inverse_scale: float, step: int
+    ) -> None:
+        """Let one segment's gradient ([real_numel], on its device) enter; None is a gradient of zero."""
+        observe_(
+            self._stored[segment.name],
+            gradient,
+            ema_decay=ema_decay,
+            inverse_scale=inverse_scale,
+            key=self._keys[segment.name],
+            step=step,
+        )
+
+    def load(self, segment: Segment, saved: Stored, *, step: int) -> None:
+        """Replace one segment: bit for bit where ``saved`` has the same format and blocks, else rounded to them."""
+        own = self._stored[segment.name]
+        if (saved.codes.dtype, saved.scales.numel(), saved.first_index) == (
+            own.codes.dtype,
+            own.scales.numel(),
+            own.first_index,
+        ):
+            own.codes.copy_(saved.codes)
+            own.scales.copy_(saved.scales)
+        else:
+            encode_(own, decode(saved).to(own.codes.device), key=self._keys[segment.name], step=step)

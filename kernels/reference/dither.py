@@ -1,0 +1,45 @@
+"""The random numbers of stochastic rounding: a function of where and when, never of who computes it.
+
+[Note: dither] Nearest rounding stalls: once an average changes by less than half a code per step, it stops changing. So
+coded importance is rounded up with a probability equal to the share of the way to the next code, which is right on
+average. The random number of an entry is a hash of (key, index) that then advances by the golden ratio's fraction of
+the circle each step. At any one step these numbers are as good as independent; along the steps of one entry they are
+spread evenly, so the errors of successive roundings cancel where independent ones would add up to a random walk.
+They depend on the parameter, the entry and the step alone: no generator has a state to save, and neither the number of
+ranks nor of threads changes them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# 2^32 / golden ratio, odd: the most even spread that adding a constant can give.
+_GOLDEN = 0x9E3779B9
+
+
+def _int32(value: int) -> int:
+    """Return the int32 with the same 32 low bits."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >> 31 else value
+
+
+def _xor_shifted(values: Tensor, distance: int) -> Tensor:
+    """Return ``values ^ (values >> distance)`` of unsigned 32-bit numbers held as int32."""
+    # int32 shifts copy the sign: cut off what came in from the left.
+    return values ^ ((values >> distance) & ((1 << (32 - distance)) - 1))
+
+
+def dither(key: int, first_index: int, numel: int, *, step: int, device: torch.device) -> Tensor:
+    """Return one uniform 32-bit number per entry. [numel] int32, to be read as unsigned. See [Note: dither].
+
+    key          of the parameter, 32 bits
+    first_index  of the first entry in the flattened parameter
+    step         number of the observation
+    """
+    index = torch.arange(first_index, first_index + numel, device=device)
+    # MurmurHash3's finaliser over the index; its upper half matters from 2^32 entries on.
+    mixed = (index * _GOLDEN + (index >> 32)).to(torch.int32) + _int32(key)
+    mixed = _xor_shifted(mixed, 16) * _int32(0x85EBCA6B)
+    mixed = _xor_shifted(mixed, 13) * _int32(0xC2B2AE35)
+    return _xor_shifted(mixed, 16) + _int32(step * _GOLDEN)
