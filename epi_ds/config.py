@@ -63,6 +63,20 @@ class Transport(str, Enum):
     ALL_REDUCE = "all_reduce"
 
 
+class Memory(str, Enum):
+    """What of a finished stage's importance is kept."""
+
+    NONE = "none"
+    STAGE_MAX = "stage_max"
+
+
+class Protects(str, Enum):
+    """Whose importance selection compares where finished stages are remembered."""
+
+    PAST = "past"
+    PAST_AND_PRESENT = "past_and_present"
+
+
 class MissingState(str, Enum):
     """What to do when a checkpoint has no isolation state."""
 
@@ -145,6 +159,15 @@ class EPIConfig(BaseModel):
     """Storage of the importance: ``fp32``, ``bf16`` and ``u16`` (2 bytes, the latter with one more bit of precision),
     ``u8`` (1.016 bytes), or ``adam``, which keeps none and reads the optimizer's second moments instead."""
 
+    memory: Memory = Memory.NONE
+    """``stage_max``: when a stage ends, its importance is kept as an element-wise maximum over the finished stages, in
+    the format of ``state``, so that later masks protect what earlier tasks needed. An average alone has forgotten a
+    finished task within a few hundred steps."""
+
+    protects: Protects = Protects.PAST_AND_PRESENT
+    """``memory: stage_max`` only: select by the larger of remembered and present importance, or by what finished stages
+    needed alone (``past``), so that nothing is isolated in the first stage."""
+
     seed: int = Field(0, ge=0)
     """Where the stochastic rounding of ``bf16``, ``u16`` and ``u8`` begins."""
 
@@ -219,9 +242,23 @@ class EPIConfig(BaseModel):
                 "ema_decay would be ignored by state: adam, whose importance decays by the optimizer's beta2; "
                 "remove it, or set another state"
             )
+        if self.memory is not Memory.NONE:
+            raise UserError(
+                "memory keeps a copy of importance in the format of state, and state: adam has none; set state: u8"
+            )
         if self.probe_steps is not None:
             raise UserError(
                 "probe_steps measures importance before the first step, when state: adam has none; set another state"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> EPIConfig:
+        if self.memory is Memory.NONE and "protects" in self.model_fields_set:
+            raise UserError("protects belongs to memory: stage_max, and would be ignored without it; remove it")
+        if self.memory is not Memory.NONE and self.policy is not PolicyName.EVOLVING:
+            raise UserError(
+                f"memory changes what later masks isolate, and policy: {self.policy.value} selects none; remove it"
             )
         return self
 

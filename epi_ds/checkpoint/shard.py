@@ -7,7 +7,7 @@ says which parameter it belongs to and where it begins can be read by any other 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,28 +35,29 @@ def write_shard(
     rank: int,
     world_size: int,
     mask_of: Callable[[Segment], Tensor],
-    importance_of: Callable[[Segment], Stored] | None,
+    states: Mapping[str, Callable[[Segment], Stored]],
 ) -> None:
-    """Write one rank's slices. Both functions are asked for one segment at a time.
+    """Write one rank's slices. All functions are asked for one segment at a time.
 
-    mask_of        -> [real_numel] bool, on the CPU
-    importance_of  None where no importance is ours
+    mask_of  -> [real_numel] bool, on the CPU
+    states   stored values by the name of the state
     """
     tensors: dict[str, Tensor] = {}
     for segment in layout.segments:
         bits = torch.empty(-(-segment.real_numel // 8), dtype=torch.uint8)
         pack_bits(mask_of(segment), bits)
         tensors[f"mask/{segment.name}"] = bits
-        if importance_of is not None:
-            stored = importance_of(segment)
+        for state, stored_of in states.items():
+            stored = stored_of(segment)
             # Copies: safetensors refuses views that share a storage.
-            tensors[f"importance/{segment.name}"] = stored.codes.cpu().clone()
+            tensors[f"{state}/{segment.name}"] = stored.codes.cpu().clone()
             if stored.scales.numel():
-                tensors[f"scales/{segment.name}"] = stored.scales.cpu().clone()
+                tensors[f"{state}.scales/{segment.name}"] = stored.scales.cpu().clone()
     header = {
         "format_version": FORMAT_VERSION,
         "rank": rank,
         "world_size": world_size,
+        "states": list(states),
         "layer_names": layout.layer_names,
         "segments": [segment._asdict() for segment in layout.segments],
     }
@@ -72,6 +73,8 @@ class Shard:
     world_size: int
     layer_names: tuple[str, ...]
     segments: tuple[Segment, ...]
+    states: tuple[str, ...]
+    """Names of what is stored per entry beside the masks."""
 
     @classmethod
     def open(cls, path: Path) -> Shard:
@@ -87,7 +90,14 @@ class Shard:
                     "that wrote it"
                 )
             segments = tuple(Segment(**{**item, "shape": tuple(item["shape"])}) for item in header["segments"])
-            return cls(path, header["rank"], header["world_size"], tuple(header["layer_names"]), segments)
+            return cls(
+                path,
+                header["rank"],
+                header["world_size"],
+                tuple(header["layer_names"]),
+                segments,
+                tuple(header["states"]),
+            )
         except Exception as error:  # safetensors raises its own types for torn files
             raise RuntimeError(f"{path} is not a readable isolation shard: {type(error).__name__}: {error}") from error
 
@@ -97,18 +107,17 @@ class Shard:
             for segment in self.segments:
                 yield segment, unpack_bits(file.get_tensor(f"mask/{segment.name}"), 0, segment.real_numel)
 
-    def importance(self) -> Iterator[tuple[Segment, Stored]]:
-        """Yield every segment that has importance with it, as it was stored."""
+    def stored(self, state: str) -> dict[str, Stored]:
+        """Read one of `states`, by parameter name."""
         with safe_open(self.path, framework="pt") as file:
             names = set(file.keys())
-            for segment in self.segments:
-                if f"importance/{segment.name}" in names:
-                    scales = f"scales/{segment.name}"
-                    yield (
-                        segment,
-                        Stored(
-                            file.get_tensor(f"importance/{segment.name}"),
-                            file.get_tensor(scales) if scales in names else torch.zeros(0),
-                            segment.global_start,
-                        ),
-                    )
+            return {
+                segment.name: Stored(
+                    file.get_tensor(f"{state}/{segment.name}"),
+                    file.get_tensor(scales)
+                    if (scales := f"{state}.scales/{segment.name}") in names
+                    else torch.zeros(0),
+                    segment.global_start,
+                )
+                for segment in self.segments
+            }

@@ -35,7 +35,7 @@ from epi_ds.kernels import Stored
 T = TypeVar("T")
 
 # Settings that say what the saved numbers mean; the others may change between two runs.
-_FIXED_SETTINGS = ("policy", "layer", "include", "exclude", "apply", "state", "ema_decay", "seed")
+_FIXED_SETTINGS = ("policy", "layer", "include", "exclude", "apply", "state", "ema_decay", "memory", "seed")
 
 
 class _Verdict(NamedTuple):
@@ -96,7 +96,7 @@ class _State(NamedTuple):
 
     manifest: Manifest
     masks: dict[str, Tensor]
-    importance: dict[str, Stored]
+    states: dict[str, dict[str, Stored]]
 
 
 class FileStateStore:
@@ -120,7 +120,7 @@ class FileStateStore:
                 rank=rank,
                 world_size=world_size,
                 mask_of=controller.segment_mask,
-                importance_of=None if controller.stored is None else controller.stored.stored,
+                states={name: state.stored for name, state in controller.states.items()},
             )
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -201,7 +201,7 @@ class FileStateStore:
             counters=Counters.from_dict(state.manifest.counters),
             threshold_codes=codes,
             masks=state.masks,
-            importance=state.importance,
+            states=state.states,
         )
         return state.manifest.extra
 
@@ -213,7 +213,7 @@ class FileStateStore:
         return _State(
             manifest,
             {segment.name: mask for segment, mask in shard.masks()},
-            {segment.name: values for segment, values in shard.importance()},
+            {name: shard.stored(name) for name in shard.states},
         )
 
 

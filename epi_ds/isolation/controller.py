@@ -16,14 +16,22 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from epi_ds.config import EPIConfig, PolicyName, StateFormat
+from epi_ds.config import EPIConfig, Memory, PolicyName, Protects, StateFormat
 from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.mask import empty_bits, select_bits, set_segment
 from epi_ds.isolation.policy import Policy
 from epi_ds.isolation.schedule import largest_ratio, ratio_at
 from epi_ds.isolation.sketch import PartitionSketch, Piece
-from epi_ds.isolation.state import Favoured, Importance, ReadPartition, StoredImportance, code_chunks, partition_reader
+from epi_ds.isolation.state import (
+    Favoured,
+    Importance,
+    Larger,
+    ReadPartition,
+    StoredImportance,
+    code_chunks,
+    partition_reader,
+)
 from epi_ds.isolation.threshold import Thresholds, find_thresholds
 from epi_ds.kernels import Stored, count_bits, unpack_bits
 
@@ -67,6 +75,7 @@ class Counters:
     active_steps: int = 0
     """Applied steps that ran under a mask with at least one isolated entry."""
     refreshes: int = 0
+    finished_stages: int = 0
 
     def to_dict(self) -> dict[str, int | float]:
         """Return what `from_dict` takes; JSON keeps every bit of it."""
@@ -114,6 +123,7 @@ class IsolationController:
         self._devices = list(devices)
         self._moments = moments
         self._stored: StoredImportance | None = None
+        self._remembered = None if config.memory is Memory.NONE else self._new_state("remembered")
         self._bits = [empty_bits(numel, device) for numel, device in zip(layout.sub_group_numel, devices, strict=True)]
         self._local_isolated = [0] * len(self._bits)
         if policy.observes(1):
@@ -125,16 +135,23 @@ class IsolationController:
         """Allocate zero importance, if there is none yet and it is ours to keep."""
         config = self.config
         if self._stored is None and config.state is not StateFormat.ADAM:
-            self._stored = StoredImportance(self.layout, config.state, devices=self._devices, seed=config.seed)
+            self._stored = self._new_state("importance")
+
+    def _new_state(self, purpose: str) -> StoredImportance:
+        config = self.config
+        return StoredImportance(self.layout, config.state, devices=self._devices, seed=config.seed, purpose=purpose)
 
     def stop_measuring(self) -> None:
         """Free the importance."""
         self._stored = None
 
     @property
-    def stored(self) -> StoredImportance | None:
-        """Importance of our own; None where nothing is measured, or the optimizer keeps it."""
-        return self._stored
+    def states(self) -> dict[str, StoredImportance]:
+        """Everything per entry that is ours beside the masks: ``importance`` where it is measured and not the
+        optimizer's, and what is ``remembered`` of finished stages.
+        """
+        states = {"importance": self._stored, "remembered": self._remembered}
+        return {name: state for name, state in states.items() if state is not None}
 
     @property
     def observes(self) -> bool:
@@ -183,9 +200,10 @@ class IsolationController:
         """
         return self._importance().read(segment, 0, segment.real_numel)
 
-    def state_bytes(self) -> tuple[int, int]:
-        """Return the bytes of importance and of masks that live on this rank."""
-        return self._stored.num_bytes if self._stored is not None else 0, sum(t.numel() for t in self._bits)
+    def state_bytes(self) -> dict[str, int]:
+        """Return the bytes on this rank of each of `states`, and of the masks."""
+        sizes = {name: state.num_bytes for name, state in self.states.items()}
+        return {**sizes, "masks": sum(bits.numel() for bits in self._bits)}
 
     def restore(
         self,
@@ -193,16 +211,16 @@ class IsolationController:
         counters: Counters,
         threshold_codes: Tensor | None,
         masks: Mapping[str, Tensor],
-        importance: Mapping[str, Stored],
+        states: Mapping[str, Mapping[str, Stored]],
     ) -> None:
         """Replace the whole state by slices of this rank's segments, by parameter name. Collective.
 
-        masks       [real_numel] bool by name; every segment
-        importance  by name; every segment, or empty where no importance is ours
+        masks   [real_numel] bool by name; every segment
+        states  for each of ours by its name in `states`, every segment by name
         """
-        if self._stored is not None:
+        for name, state in self.states.items():
             for segment in self.layout.segments:
-                self._stored.load(segment, importance[segment.name], step=counters.observations)
+                state.load(segment, states[name][segment.name], step=counters.observations)
         self.counters = counters
         self.threshold_codes = threshold_codes
         self.set_masks(masks)
@@ -264,6 +282,19 @@ class IsolationController:
         )
         return self.refresh() if self._policy.refreshes(step) else None
 
+    def finish_stage(self) -> Refresh | None:
+        """Remember the importance of the stage that ends, and select the mask that the next one begins with.
+
+        Collective. Does nothing under ``memory: none``.
+        """
+        if self._remembered is None:
+            return None
+        importance = self._importance()
+        for segment in self.layout.segments:
+            self._remembered.raise_to(segment, importance, step=self.counters.finished_stages)
+        self.counters = replace(self.counters, finished_stages=self.counters.finished_stages + 1)
+        return self.refresh()
+
     # --- a refresh ---
 
     def refresh(self) -> Refresh:
@@ -274,8 +305,7 @@ class IsolationController:
         importance = self._importance()
         config, step = self.config, self.counters.applied_steps
         ratio = ratio_at(config.ratio, step, warmup_steps=config.warmup_steps)
-        # What selection compares; release reads the importance itself.
-        compared = importance if config.hysteresis == 1.0 else Favoured(importance, self._bits, config.hysteresis)
+        compared = self._compared(importance)
         started, traffic = time.perf_counter(), self.exchange.traffic
         sketch = PartitionSketch(
             [Piece(segment.layer, partial(code_chunks, compared, segment)) for segment in self.layout.segments],
@@ -309,6 +339,14 @@ class IsolationController:
         self._warn_if_blocked(sketch, thresholds, ratio)
         return self.last_refresh
 
+    def _compared(self, importance: Importance) -> Importance:
+        """Return what selection compares. Release reads the importance itself."""
+        if self._remembered is not None:
+            past_only = self.config.protects is Protects.PAST
+            importance = self._remembered if past_only else Larger(importance, self._remembered)
+        hysteresis = self.config.hysteresis
+        return importance if hysteresis == 1.0 else Favoured(importance, self._bits, hysteresis)
+
     def _change_masks(self, importance: Importance, compared: Importance, threshold_codes: Tensor) -> Tensor:
         """Select, announce and install the masks of all sub-groups; return the counts over all ranks."""
         num_layers = len(self.layout.layer_names)
@@ -337,6 +375,9 @@ class IsolationController:
     def _warn_if_blocked(self, sketch: PartitionSketch, thresholds: Thresholds, ratio: float) -> None:
         """Warn when ties keep most of the budget unused, and name the layer to look at. Collective where it warns."""
         if thresholds.budget == 0 or self.isolated >= thresholds.budget / 2:
+            return
+        if self.config.protects is Protects.PAST and not self.counters.finished_stages:
+            # There is no past yet: as configured.
             return
         cause = ""
         if thresholds.max_codes is not None:

@@ -51,6 +51,17 @@ def partition_reader(importance: Importance, segments: Sequence[Segment], device
     return read
 
 
+class Larger:
+    """The larger of two importances, entry by entry."""
+
+    def __init__(self, one: Importance, other: Importance) -> None:
+        self._one, self._other = one, other
+
+    def read(self, segment: Segment, start: int, stop: int) -> Tensor:
+        """See `Importance.read`."""
+        return torch.maximum(self._one.read(segment, start, stop), self._other.read(segment, start, stop))
+
+
 class Favoured:
     """Importance as selection sees it under hysteresis: of entries isolated now, divided by a power of two.
 
@@ -72,20 +83,24 @@ class Favoured:
         return torch.where(isolated, favoured, values)
 
 
-def dither_key(seed: int, name: str) -> int:
+def dither_key(name: str) -> int:
     """Return the 32 bits that the stochastic rounding of one parameter is drawn from."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
 
 
 class StoredImportance:
     """Importance of our own: one flat tensor of codes per sub-group, which begin as zeros. Covered entries only."""
 
-    def __init__(self, layout: Layout, state: StateFormat, *, devices: Sequence[torch.device], seed: int) -> None:
-        """``devices`` are the homes of the sub-groups' fp32 partitions."""
+    def __init__(
+        self, layout: Layout, state: StateFormat, *, devices: Sequence[torch.device], seed: int, purpose: str
+    ) -> None:
+        """``devices`` are the homes of the sub-groups' fp32 partitions; ``purpose`` gives several states of one run
+        random numbers of their own.
+        """
         dtype = _DTYPES[state]
         self._flat: list[Tensor] = []
         self._stored: dict[str, Stored] = {}
-        self._keys = {segment.name: dither_key(seed, segment.name) for segment in layout.segments}
+        self._keys = {segment.name: dither_key(f"{seed}/{purpose}/{segment.name}") for segment in layout.segments}
         for segments, device in zip(layout.by_sub_group, devices, strict=True):
             blocks = [num_blocks(s.global_start, s.real_numel) if dtype is torch.uint8 else 0 for s in segments]
             codes = torch.zeros(sum(s.real_numel for s in segments), dtype=dtype, device=device)
@@ -121,6 +136,15 @@ class StoredImportance:
             key=self._keys[segment.name],
             step=step,
         )
+
+    def raise_to(self, segment: Segment, other: Importance, *, step: int) -> None:
+        """Replace one segment by the element-wise maximum with ``other``."""
+        own, first = self._stored[segment.name], segment.global_start
+        # Cut at multiples of the global index, which are borders of uint8 blocks.
+        for start, stop in chunks(first, first + segment.real_numel):
+            piece = own.piece(start - first, stop - first)
+            values = torch.maximum(decode(piece), other.read(segment, start - first, stop - first))
+            encode_(piece, values, key=self._keys[segment.name], step=step)
 
     def load(self, segment: Segment, saved: Stored, *, step: int) -> None:
         """Replace one segment: bit for bit where ``saved`` has the same format and blocks, else rounded to them."""

@@ -227,5 +227,9 @@ class RunCallback(TrainerCallback):
         position = self._spans.index(stage) + 1
         if position == len(self._spans):
             return
+        refresh = self._epi.finish_stage()
+        if refresh is not None:
+            self._last_refresh = refresh
+            self._report_refresh(stage.stop_step, stage.name, refresh)
         if self._trainer.stages[position].moments is Moments.RESET:
             self._epi.reset_optimizer_state()

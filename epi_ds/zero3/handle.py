@@ -48,16 +48,16 @@ class LayerRow(NamedTuple):
 class MemoryReport(NamedTuple):
     """Bytes of isolation's state on this rank that outlive a step, measured from its tensors."""
 
-    importance_bytes: int
-    mask_bytes: int
+    state_bytes: dict[str, int]
+    """``importance`` where it is ours, ``remembered`` under ``memory: stage_max``, and ``masks``."""
     covered_numel: int
     """Over all ranks."""
     world_size: int
 
     @property
     def total_bytes(self) -> int:
-        """Importance and masks."""
-        return self.importance_bytes + self.mask_bytes
+        """All of it."""
+        return sum(self.state_bytes.values())
 
     @property
     def bytes_per_parameter_share(self) -> float:
@@ -129,10 +129,8 @@ class EPI:
 
     def memory_report(self) -> MemoryReport:
         """Return what isolation keeps on this rank."""
-        importance_bytes, mask_bytes = self._controller.state_bytes()
         return MemoryReport(
-            importance_bytes,
-            mask_bytes,
+            self._controller.state_bytes(),
             self._controller.layout.covered_numel,
             self._controller.exchange.world_size,
         )
@@ -140,6 +138,13 @@ class EPI:
     def refresh_now(self) -> Refresh:
         """Select a new mask from the importance as it is, between two steps. Collective."""
         return self._controller.refresh()
+
+    def finish_stage(self) -> Refresh | None:
+        """Remember what the stage that ends needed, and select the mask that the next one begins with. Collective.
+
+        For ``memory: stage_max``, between two steps; does nothing and returns None under ``memory: none``.
+        """
+        return self._controller.finish_stage()
 
     def check_planned_steps(self, planned_steps: int) -> None:
         """Warn or raise ValueError when a run of this many applied steps would never use a mask."""

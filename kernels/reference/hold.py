@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from epi_ds.kernels.reference.mask_bits import masked_chunks
+from epi_ds.kernels.reference.mask_bits import count_bits, masked_chunks
 from torch import Tensor
 
 
@@ -13,8 +12,14 @@ def hold(values: Tensor, bits: Tensor) -> Tensor:
     values  [numel]            any dtype, untouched
     bits    [ceil(numel / 8)]  uint8
     """
-    held = [values[piece][mask] for piece, mask in masked_chunks(bits, 0, values.numel())]
-    return torch.cat(held) if held else values.new_empty(0)
+    # Sized beforehand: joining the pieces of chunks would need the room twice.
+    held = values.new_empty(count_bits(bits))
+    start = 0
+    for piece, mask in masked_chunks(bits, 0, values.numel()):
+        found = values[piece][mask]
+        held[start : start + found.numel()] = found
+        start += found.numel()
+    return held
 
 
 def restore_(values: Tensor, bits: Tensor, held: Tensor) -> None:

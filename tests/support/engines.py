@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -95,6 +96,18 @@ def full_masks(engine: Any) -> dict[str, Tensor]:
 def full_importance(engine: Any) -> dict[str, Tensor]:
     """Gather the importance. Collective."""
     return {name: engine.epi.importance(name).clone() for name in engine.epi.parameter_names}
+
+
+def full_state(engine: Any, name: str) -> dict[str, Tensor]:
+    """Gather one of the controller's states. Collective."""
+    controller = engine.epi.controller
+    gathered = {}
+    for segment in controller.layout.segments:
+        padded = torch.zeros(segment.partition_numel)
+        padded[: segment.real_numel] = controller.states[name].read(segment, 0, segment.real_numel)
+        whole = controller.exchange.concatenate(padded)
+        gathered[segment.name] = whole[: math.prod(segment.shape)].view(segment.shape)
+    return gathered
 
 
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ FLOORS = {
     "epi_ds.cli": 6,
     "epi_ds.train": 5,
     "epi_ds.report": 5,
+    "epi_ds.bench": 5,
     "epi_ds.hf": 4,
     "epi_ds.api": 4,
     "epi_ds.data": 4,

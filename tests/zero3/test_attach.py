@@ -483,7 +483,7 @@ def check_probe(folder: str, offload: bool, head: int) -> None:
         refresh = engine.epi.probe(engine(batch, head) for batch in _probe_batches())
         assert_same(before, full_weights(engine))
         assert engine.global_steps == engine.micro_steps == 0
-        assert engine.epi.memory_report().importance_bytes == 0
+        assert engine.epi.memory_report().state_bytes.get("importance", 0) == 0
         masks = full_masks(engine)
         assert refresh.isolated == sum(int(mask.sum()) for mask in masks.values()) > 0
         for step in range(3):
@@ -577,7 +577,7 @@ def check_none() -> None:
         for step in range(3):
             train_step(engine, step, odd_batch)
         assert engine.epi.stats().isolated == 0
-        assert engine.epi.memory_report().importance_bytes == 0
+        assert engine.epi.memory_report().state_bytes.get("importance", 0) == 0
         with pytest.raises(RuntimeError, match="policy none does not measure it"):
             engine.epi.refresh_now()
         dist.barrier()

@@ -50,7 +50,7 @@ def restore(engine: Any, given: dict[str, Tensor]) -> None:
         counters=Counters(),
         threshold_codes=None,
         masks={s.name: torch.zeros(s.real_numel, dtype=torch.bool) for s in segments},
-        importance={s.name: Stored(slices[s.name], torch.zeros(0), s.global_start) for s in segments},
+        states={"importance": {s.name: Stored(slices[s.name], torch.zeros(0), s.global_start) for s in segments}},
     )
 
 

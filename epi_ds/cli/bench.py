@@ -1,0 +1,47 @@
+"""``epi-ds bench``: the figures of the README, measured on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help="Measure what README states, on this machine.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@app.command()
+def memory(
+    world_sizes: Annotated[str, typer.Option(help="World sizes to start, separated by commas.")] = "1,2,3,4",
+    json: Json = False,
+) -> None:
+    """Measure the bytes that isolation keeps on each rank, from the live tensors of real ZeRO-3 engines."""
+    from epi_ds.launch.environment import prepare_environment
+
+    prepare_environment()
+    from epi_ds.bench.memory import measure_memory
+
+    sizes = [int(size) for size in world_sizes.split(",")]
+    _show([row._asdict() for row in measure_memory(sizes)], json=json)
+
+
+def _show(rows: list[dict[str, Any]], *, json: bool) -> None:
+    from epi_ds.bench.result import result_of
+
+    if json:
+        typer.echo(result_of(rows).to_json())
+        return
+    table = Table(*(name.replace("_bytes", "_MB").replace("_", " ") for name in rows[0]))
+    for row in rows:
+        table.add_row(*(_shown(name, value) for name, value in row.items()))
+    # As wide as it is: a figure cut off by a narrow terminal is read as another one.
+    Console(width=200).print(table)
+
+
+def _shown(name: str, value: Any) -> str:
+    if "_bytes" in name:
+        return f"{value / 1e6:.3f}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

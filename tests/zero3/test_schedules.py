@@ -1,0 +1,138 @@
+"""When and how much a run isolates, what it remembers of finished stages, and who stays isolated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.engines import (
+    assert_same,
+    collected_logs,
+    ds_config,
+    engine_of,
+    full_importance,
+    full_masks,
+    full_state,
+    train_step,
+)
+from tests.support.models import OddNet, odd_batch
+from tests.support.ranks import run_ranks
+from tests.zero3.test_masks import expected_masks
+
+pytestmark = pytest.mark.zero3
+
+SELECTION = {"selection": "raw_global"}
+
+
+def check_ratio_schedule() -> list[tuple[int, float, int, int]]:
+    section = {
+        "ratio": {"schedule": "linear", "start": 0.4, "end": 0.1, "steps": 6},
+        "refresh_interval": 2,
+        "warmup_steps": 3,
+        "ema_decay": 0.9,
+        **SELECTION,
+    }
+    seen = []
+    with engine_of(OddNet, ds_config(epi=section)) as engine:
+        for step in range(12):
+            train_step(engine, step, odd_batch)
+            refresh = engine.epi.stats().last_refresh
+            if refresh is not None and (not seen or seen[-1][0] != refresh.step):
+                seen.append((refresh.step, refresh.ratio, refresh.isolated, engine.epi.stats().covered))
+        assert engine.epi.stats().counters.active_steps == 8
+    return seen
+
+
+def test_a_scheduled_ratio_begins_after_the_warm_up_and_ends_where_it_says() -> None:
+    seen = run_ranks(check_ratio_schedule, 2)[0]
+    assert [(step, ratio) for step, ratio, *_ in seen] == [(4, 0.35), (6, 0.25), (8, 0.15), (10, 0.1), (12, 0.1)]
+    for _, ratio, isolated, covered in seen:
+        # Unused embedding rows are zero and there are ties, both at the lower end.
+        assert 0.9 * ratio * covered < isolated <= ratio * covered
+
+
+def check_hysteresis(hysteresis: float) -> tuple[int, int]:
+    """Return how many entries the second mask kept and how many it has; the mask is the oracle's."""
+    section = {"ratio": 0.2, "refresh_interval": 2, "ema_decay": 0.3, "hysteresis": hysteresis, **SELECTION}
+    with engine_of(OddNet, ds_config(epi=section)) as engine:
+        for step in range(2):
+            train_step(engine, step, odd_batch)
+        first = full_masks(engine)
+        for step in range(2, 4):
+            train_step(engine, step, odd_batch)
+        importance, second = full_importance(engine), full_masks(engine)
+        compared = {name: torch.where(first[name], values / hysteresis, values) for name, values in importance.items()}
+        for name, mask in expected_masks(compared, section).items():
+            assert torch.equal(second[name], mask), name
+    return sum(int((first[n] & second[n]).sum()) for n in first), sum(int(mask.sum()) for mask in second.values())
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_hysteresis_changes_who_is_isolated_and_not_how_many(world_size: int) -> None:
+    plain, with_hysteresis = (run_ranks(check_hysteresis, world_size, factor)[0] for factor in (1.0, 0.125))
+    assert with_hysteresis[0] > plain[0] > 0
+    assert with_hysteresis[1] == pytest.approx(plain[1], abs=1)
+
+
+def remembered(engine: Any) -> dict[str, Tensor]:
+    """Gather what is remembered. Collective."""
+    return full_state(engine, "remembered")
+
+
+def check_memory(folder: str, protects: str, state: str) -> None:
+    section = {
+        "ratio": 0.2,
+        "refresh_interval": 2,
+        "ema_decay": 0.5,
+        "memory": "stage_max",
+        "protects": protects,
+        "state": state,
+        **SELECTION,
+    }
+    config = ds_config(epi=section)
+    with engine_of(OddNet, config) as engine, collected_logs() as messages:
+        for step in range(2):
+            train_step(engine, step, odd_batch)
+        isolated = engine.epi.stats().isolated
+        # Without a past there is nothing to protect, and nothing to warn of.
+        assert (isolated == 0) == (protects == "past")
+        assert not messages
+        first_stage = full_importance(engine)
+        refresh = engine.epi.finish_stage()
+        assert refresh is not None
+        assert refresh.isolated > 0
+        assert_same(remembered(engine), first_stage)
+        for name, mask in expected_masks(first_stage, section).items():
+            assert torch.equal(full_masks(engine)[name], mask), name
+        for step in range(2, 6):
+            train_step(engine, step, odd_batch)
+        second_stage = full_importance(engine)
+        larger = {name: torch.maximum(first_stage[name], second_stage[name]) for name in first_stage}
+        assert any(not torch.equal(larger[name], first_stage[name]) for name in larger)
+        for name, mask in expected_masks(first_stage if protects == "past" else larger, section).items():
+            assert torch.equal(full_masks(engine)[name], mask), name
+        engine.epi.finish_stage()
+        assert_same(remembered(engine), larger)
+        sizes = engine.epi.memory_report().state_bytes
+        assert sizes["remembered"] == sizes["importance"] > 0
+        engine.save_checkpoint(folder, "tag")
+        masks = full_masks(engine)
+    with engine_of(OddNet, config) as engine:
+        engine.load_checkpoint(folder, "tag")
+        assert_same(remembered(engine), larger)
+        assert_same(full_importance(engine), second_stage)
+        assert engine.epi.stats().counters.finished_stages == 2
+        for name, mask in full_masks(engine).items():
+            assert torch.equal(mask, masks[name])
+
+
+@pytest.mark.parametrize(
+    ("protects", "state", "world_size"), [("past", "fp32", 2), ("past_and_present", "u16", 3), ("past", "bf16", 1)]
+)
+def test_finished_stages_are_remembered(tmp_path: Path, protects: str, state: str, world_size: int) -> None:
+    """The maximum of two 16-bit codes is one of them, so nothing is rounded."""
+    run_ranks(check_memory, world_size, str(tmp_path), protects, state)
