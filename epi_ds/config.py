@@ -56,6 +56,7 @@ class Transport(str, Enum):
     AUTO = "auto"
     ALL_GATHER = "all_gather"
     ALL_REDUCE = "all_reduce"
+    REDUCE_SCATTER = "reduce_scatter"
 
 
 class MissingState(str, Enum):
@@ -108,7 +109,8 @@ class EPIConfig(BaseModel):
     """Storage of the importance."""
 
     exchange: Transport = Transport.AUTO
-    """Transport of the sketches; ``auto`` gathers in worlds of up to 8 ranks and reduces in larger ones."""
+    """Transport of the sketches: ``all_gather``, ``all_reduce``, ``per_layer`` also ``reduce_scatter``, where every
+    rank sums and answers for some layers; ``auto`` picks the quickest by the model that `epi-ds estimate` prints."""
 
     allow_inactive: bool = False
     """Accept a planned run too short for a mask ever to become active."""
@@ -135,6 +137,15 @@ class EPIConfig(BaseModel):
             raise UserError(
                 f"normalizer belongs to selection: normalized_global, and would be ignored by {self.selection.value}; "
                 "remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_exchange(self) -> EPIConfig:
+        if self.exchange is Transport.REDUCE_SCATTER and self.selection is not Selection.PER_LAYER:
+            raise UserError(
+                f"exchange: reduce_scatter deals layers to ranks, but selection: {self.selection.value} exchanges one "
+                "small vector for all layers, so there is nothing to scatter; set exchange: all_reduce, or auto"
             )
         return self
 

@@ -9,10 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from epi_ds.config import Transport
-
-# Gathering sends (W - 1) times the vector, reducing at most twice; up to here both are small, and a trace that shows
-# every rank's sketch is easier to read.
-_LARGEST_GATHERED_WORLD = 8
+from epi_ds.isolation.bracket import Answers, choose
+from epi_ds.isolation.traffic import ANSWER_INTEGERS, Collective, item_bytes, owned_rows, rows_per_rank
 
 
 class Traffic(NamedTuple):
@@ -20,54 +18,90 @@ class Traffic(NamedTuple):
 
     collectives: int
     sent_bytes: int
-    """Bytes this rank sent, by the ring cost model of its transport."""
+    """Bytes this rank sent, by the cost model of traffic.py."""
 
 
 class GroupExchange:
-    """Merges integer tensors over a process group. All transports give the same bits: integers do not round."""
+    """Merges integer tensors over a process group. All transports give the same bits: integers do not round.
 
-    def __init__(
-        self, group: dist.ProcessGroup | None, *, device: torch.device, transport: Transport = Transport.AUTO
-    ) -> None:
-        """``group`` None is the default group; ``device`` is where the group's backend communicates."""
+    Sums travel as int32 where none of them can exceed it, else as int64. All tensors go in and come out on the CPU.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, *, device: torch.device, transport: Transport) -> None:
+        """``group`` None is the default group; ``device`` is where the group's backend communicates.
+
+        Raises ValueError for ``Transport.AUTO``, which `pick` resolves.
+        """
+        if transport is Transport.AUTO:
+            raise ValueError("an exchange needs a transport, got auto; choose one by epi_ds.isolation.traffic.pick")
         self._group = group
         self._device = device
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
-        if transport is Transport.AUTO:
-            small = self.world_size <= _LARGEST_GATHERED_WORLD
-            transport = Transport.ALL_GATHER if small else Transport.ALL_REDUCE
         self.transport = transport
         self.traffic = Traffic(0, 0)
 
     def maximum(self, values: Tensor) -> Tensor:
-        """Element-wise maximum over the ranks. CPU tensors in, CPU tensors out."""
+        """Element-wise maximum over the ranks, of the values' dtype."""
         if self.transport is Transport.ALL_GATHER:
             return self._gather(values).amax(dim=0)
         return self._reduce(values, dist.ReduceOp.MAX)
 
-    def total(self, values: Tensor) -> Tensor:
-        """Element-wise sum over the ranks. CPU tensors in, CPU tensors out."""
-        if self.transport is Transport.ALL_GATHER:
-            return self._gather(values).sum(dim=0)
-        return self._reduce(values, dist.ReduceOp.SUM)
+    def total(self, values: Tensor, *, largest: int | None = None) -> Tensor:
+        """Element-wise sum over the ranks, int64. No element of it exceeds ``largest``, where that is known."""
+        return self._total(_on_wire(values, largest)).long()
+
+    def answers(self, counts: Tensor, budgets: Tensor, *, largest: int) -> Answers:
+        """Return `choose` of the sum of ``counts`` over the ranks, for all rows. See `threshold.Exchange`."""
+        wire = _on_wire(counts, largest)
+        if self.transport is not Transport.REDUCE_SCATTER:
+            return choose(self._total(wire), budgets)
+        own = owned_rows(len(wire), rank=self.rank, world_size=self.world_size)
+        sums = self._reduce_scatter(wire)[: own.stop - own.start]
+        padded = wire.new_zeros(rows_per_rank(len(wire), self.world_size), ANSWER_INTEGERS)
+        padded[: len(sums)] = torch.stack(choose(sums, budgets[own]), dim=1)
+        # Padding lies behind the last row only: every rank before it owns a full share.
+        return Answers(*self._gather(padded).flatten(0, 1)[: len(wire)].unbind(dim=1))
 
     def concatenate(self, partition: Tensor) -> Tensor:
         """Return the partitions of all ranks, in rank order, on this rank's device. Equal lengths."""
         return self._gather(partition).view(-1)
 
+    def _total(self, wire: Tensor) -> Tensor:
+        if self.transport is Transport.ALL_GATHER:
+            return self._gather(wire).sum(dim=0, dtype=wire.dtype)
+        return self._reduce(wire, dist.ReduceOp.SUM)
+
     def _gather(self, values: Tensor) -> Tensor:
+        """Return ``[world_size, *values.shape]``."""
         sent = values.to(self._device).contiguous()
-        gathered = [torch.empty_like(sent) for _ in range(self.world_size)]
-        dist.all_gather(gathered, sent, group=self._group)
-        self._record((self.world_size - 1) * sent.numel() * sent.element_size())
-        return torch.stack(gathered).to(values.device)
+        gathered = sent.new_empty(self.world_size * sent.numel())
+        dist.all_gather_into_tensor(gathered, sent.view(-1), group=self._group)
+        self._record(Collective.ALL_GATHER, sent)
+        return gathered.view(self.world_size, *values.shape).to(values.device)
 
     def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         sent = values.to(self._device, copy=True)
         dist.all_reduce(sent, op=operation, group=self._group)
-        self._record(2 * (self.world_size - 1) * sent.numel() * sent.element_size() // self.world_size)
+        self._record(Collective.ALL_REDUCE, sent)
         return sent.to(values.device)
 
-    def _record(self, sent_bytes: int) -> None:
+    def _reduce_scatter(self, rows: Tensor) -> Tensor:
+        """Return this rank's share of the rows, summed over the ranks; padding included."""
+        share = rows_per_rank(len(rows), self.world_size)
+        sent = torch.zeros(share * self.world_size, rows.shape[1], dtype=rows.dtype, device=self._device)
+        sent[: len(rows)] = rows
+        summed = sent.new_empty(share, rows.shape[1])
+        # NCCL and gloo both have it for int32 and int64; gloo sends whole vectors inside it.
+        dist.reduce_scatter_tensor(summed, sent, group=self._group)
+        self._record(Collective.REDUCE_SCATTER, sent)
+        return summed.to(rows.device)
+
+    def _record(self, collective: Collective, sent: Tensor) -> None:
+        sent_bytes = collective.sent_bytes(sent.numel() * sent.element_size(), self.world_size)
         self.traffic = Traffic(self.traffic.collectives + 1, self.traffic.sent_bytes + sent_bytes)
+
+
+def _on_wire(values: Tensor, largest: int | None) -> Tensor:
+    """Return the values in the narrowest dtype that holds their sum over the ranks."""
+    return values.to(torch.int32 if item_bytes(largest) == 4 else torch.int64)

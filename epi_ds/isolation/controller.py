@@ -40,6 +40,8 @@ class Refresh(NamedTuple):
     """Isolated both before and now, by layer."""
     layer_before: tuple[int, ...]
     """Isolated before, by layer."""
+    tied_mass: int
+    """Entries that the next smaller threshold would isolate on top; see `Thresholds.tied_mass`."""
     seconds: float
     collectives: int
     sent_bytes: int
@@ -290,6 +292,7 @@ class IsolationController:
             layer_isolated=tuple(counts[0].tolist()),
             layer_kept=tuple(counts[1].tolist()),
             layer_before=tuple(counts[2].tolist()),
+            tied_mass=thresholds.tied_mass,
             seconds=time.perf_counter() - started,
             collectives=spent.collectives - traffic.collectives,
             sent_bytes=spent.sent_bytes - traffic.sent_bytes,
@@ -318,7 +321,7 @@ class IsolationController:
             self._bits[sub_group] = selected.bits
             self._local_isolated[sub_group] = int(selected.counts[0].sum())
             counts += selected.counts
-        return self.exchange.total(counts)
+        return self.exchange.total(counts, largest=max(self.layout.layer_numel))
 
     def _warn_if_blocked(self, sketch: PartitionSketch, thresholds: Thresholds) -> None:
         """Warn when ties keep most of the budget unused, and name the layer to look at. Collective where it warns."""

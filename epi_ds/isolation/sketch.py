@@ -7,15 +7,17 @@ transport, or on the order of a reduction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from epi_ds.kernels import chunks, sketch_counts
+from epi_ds.kernels.reference.chunks import CHUNK_NUMEL
 
-# Travels instead of an extreme where a rank holds nothing of a layer: below every code and every negated code.
-EMPTY = -(1 << 40)
+# Travels instead of an extreme where a rank holds nothing of a layer: below every code and every negated code, and
+# within 32 bits, which is half the wire of 64.
+EMPTY = -(1 << 31)
 
 # See `PartitionSketch.fixed_point_sums`.
 FRACTION_BITS = 52
@@ -28,16 +30,40 @@ class PartitionSketch:
 
     def __init__(self, pieces: Sequence[tuple[int, Tensor]], *, num_layers: int) -> None:
         """``pieces`` are (layer index, int32 codes without padding); a layer may have none, one or many."""
-        self._pieces = [(layer, codes) for layer, codes in pieces if codes.numel()]
+        self._pieces: dict[int, list[Tensor]] = {}
+        for layer, codes in pieces:
+            if codes.numel():
+                self._pieces.setdefault(layer, []).append(codes)
         self.num_layers = num_layers
 
+    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (layer, codes), at most `CHUNK_NUMEL` codes at a time. The only place that walks the pieces.
+
+        Small pieces of a layer are joined: with a thousand layers of a dozen parameters on a thousand ranks, most of
+        the time would go into calls for a few hundred entries each.
+        """
+        for layer, pieces in self._pieces.items():
+            small: list[Tensor] = []
+            small_numel = 0
+            for codes in pieces:
+                if codes.numel() >= CHUNK_NUMEL:
+                    for start, stop in chunks(0, codes.numel()):
+                        yield layer, codes[start:stop]
+                    continue
+                if small_numel + codes.numel() > CHUNK_NUMEL:
+                    yield layer, torch.cat(small)
+                    small, small_numel = [], 0
+                small.append(codes)
+                small_numel += codes.numel()
+            if small:
+                yield layer, small[0] if len(small) == 1 else torch.cat(small)
+
     def extremes(self) -> Tensor:
-        """Return ``[2, num_layers]`` int64 on the CPU: largest code, negated smallest code. Merge by MAX."""
-        result = torch.full((2, self.num_layers), EMPTY, dtype=torch.int64)
-        for layer, codes in self._pieces:
+        """Return ``[2, num_layers]`` int32 on the CPU: largest code, negated smallest code. Merge by MAX."""
+        result = torch.full((2, self.num_layers), EMPTY, dtype=torch.int32)
+        for layer, codes in self._chunks():
             smallest, largest = torch.aminmax(codes)
-            result[0, layer] = max(int(result[0, layer]), int(largest))
-            result[1, layer] = max(int(result[1, layer]), -int(smallest))
+            result[:, layer] = torch.maximum(result[:, layer], torch.stack([largest, -smallest]).cpu())
         return result
 
     def fixed_point_sums(self, max_codes: Tensor) -> Tensor:
@@ -50,27 +76,26 @@ class PartitionSketch:
         max_codes  [num_layers] int64: largest code of each layer over all ranks, `EMPTY` or a code
         """
         result = torch.zeros((2, self.num_layers), dtype=torch.int64)
-        for layer, codes in self._pieces:
+        for layer, codes in self._chunks():
             largest_exponent = max(1, int(max_codes[layer]) >> 23)
-            for start, stop in chunks(0, codes.numel()):
-                piece = codes[start:stop].long()
-                exponent = piece >> 23
-                hidden_bit = (exponent > 0).long() << 23
-                significand = (piece & ((1 << 23) - 1)) | hidden_bit
-                distance = largest_exponent - exponent.clamp(min=1)
-                shifted = significand << (FRACTION_BITS + 1 - _SIGNIFICAND_BITS)
-                fixed = torch.where(distance > FRACTION_BITS + 1, 0, shifted >> distance.clamp(max=63))
-                result[0, layer] += int((fixed >> LOW_BITS).sum())
-                result[1, layer] += int((fixed & ((1 << LOW_BITS) - 1)).sum())
+            wide = codes.long()
+            exponent = wide >> 23
+            hidden_bit = (exponent > 0).long() << 23
+            significand = (wide & ((1 << 23) - 1)) | hidden_bit
+            distance = largest_exponent - exponent.clamp(min=1)
+            shifted = significand << (FRACTION_BITS + 1 - _SIGNIFICAND_BITS)
+            fixed = torch.where(distance > FRACTION_BITS + 1, 0, shifted >> distance.clamp(max=63))
+            result[0, layer] += int((fixed >> LOW_BITS).sum())
+            result[1, layer] += int((fixed & ((1 << LOW_BITS) - 1)).sum())
         return result
 
     def counts(self, edges: Tensor) -> Tensor:
         """Count entries at or above per-layer edges. ``[num_layers, num_edges]`` int64 on the CPU. Merge by SUM.
 
-        edges  [num_layers, num_edges] int64 on the CPU, never falling along the second dimension
+        edges  [num_layers, num_edges] integer codes on the CPU, never falling along the second dimension
         """
         result = torch.zeros(edges.shape, dtype=torch.int64)
-        for layer, codes in self._pieces:
-            grid = edges[layer].to(device=codes.device, dtype=torch.int32)
-            result[layer] += sketch_counts(codes, grid).cpu()
+        grids = edges.to(torch.int32)
+        for layer, codes in self._chunks():
+            result[layer] += sketch_counts(codes, grids[layer].to(codes.device)).cpu()
         return result

@@ -9,13 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from epi_ds.config import Normalizer, Selection
-from epi_ds.isolation.importance import TOP_CODE, codes_of
-from epi_ds.isolation.sketch import PartitionSketch
+from epi_ds.isolation.importance import TOP_CODE
 from epi_ds.isolation.threshold import Thresholds, budget_of, find_thresholds
 from tests.support.oracle import oracle_masks
+from tests.support.worlds import CountingExchange, cut
 
 GLOBAL = Selection.NORMALIZED_GLOBAL
 CASES = [
@@ -25,46 +24,6 @@ CASES = [
     (Selection.PER_LAYER, Normalizer.MINMAX),
 ]
 RATIOS = ["0.001", "0.01", "0.05", "0.2", "0.5"]
-
-
-class Merged:
-    """Simulated ranks: answers as the merge of many partitions' sketches, so that the exchange is the identity."""
-
-    def __init__(self, parts: Sequence[PartitionSketch]) -> None:
-        self.parts = parts
-        self.num_layers = parts[0].num_layers
-
-    def extremes(self) -> Tensor:
-        return torch.stack([part.extremes() for part in self.parts]).amax(dim=0)
-
-    def fixed_point_sums(self, max_codes: Tensor) -> Tensor:
-        return torch.stack([part.fixed_point_sums(max_codes) for part in self.parts]).sum(dim=0)
-
-    def counts(self, edges: Tensor) -> Tensor:
-        return torch.stack([part.counts(edges) for part in self.parts]).sum(dim=0)
-
-
-class CountingExchange:
-    def __init__(self) -> None:
-        self.lengths: list[int] = []
-
-    def maximum(self, values: Tensor) -> Tensor:
-        self.lengths.append(values.numel())
-        return values
-
-    def total(self, values: Tensor) -> Tensor:
-        self.lengths.append(values.numel())
-        return values
-
-
-def cut(layers: Sequence[np.ndarray], num_ranks: int, rng: np.random.Generator) -> Merged:
-    """Cut every layer at random places, empty pieces included."""
-    pieces: list[list[tuple[int, Tensor]]] = [[] for _ in range(num_ranks)]
-    for index, values in enumerate(layers):
-        borders = np.sort(rng.integers(0, len(values) + 1, num_ranks - 1))
-        for rank, part in enumerate(np.split(values, borders)):
-            pieces[rank].append((index, codes_of(torch.from_numpy(part.copy()))))
-    return Merged([PartitionSketch(p, num_layers=len(layers)) for p in pieces])
 
 
 def search(
@@ -132,7 +91,7 @@ def test_thresholds_do_not_depend_on_the_cut(selection: Selection, normalizer: N
 
 
 @pytest.mark.parametrize(
-    ("selection", "normalizer", "expected"), [(*c, n) for c, n in zip(CASES, (4, 5, 3, 3), strict=True)]
+    ("selection", "normalizer", "expected"), [(*c, n) for c, n in zip(CASES, (5, 6, 4, 3), strict=True)]
 )
 def test_exchanges_do_not_grow_with_the_number_of_layers(
     selection: Selection, normalizer: Normalizer, expected: int
@@ -141,7 +100,8 @@ def test_exchanges_do_not_grow_with_the_number_of_layers(
         _, exchange = search(mixture(1, num_layers), "0.1", selection, normalizer)
         assert len(exchange.lengths) == expected
         if selection is not Selection.PER_LAYER:
-            assert max(exchange.lengths) <= 2048
+            # Extremes and sums are two integers a layer; the rounds do not know how many layers there are.
+            assert max(exchange.lengths[-4:]) <= 512
 
 
 @pytest.mark.parametrize(("selection", "normalizer"), CASES)

@@ -1,0 +1,168 @@
+"""What a refresh sends: a cost model of its collectives, and the transport that ``exchange: auto`` picks by it.
+
+[Note: costs] Latency and bandwidth terms of the alpha-beta model: ``time = alpha * steps + bytes / bandwidth``. Bytes
+sent per rank are those of bandwidth-optimal collectives; a ring takes W - 1 steps for them, recursive doubling or
+halving log2 W (R. Thakur, R. Rabenseifner, W. Gropp, Optimization of Collective Communication Operations in MPICH,
+2005). Which of them a backend uses is its own affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import NamedTuple
+
+from epi_ds.config import Normalizer, Selection, Transport
+from epi_ds.isolation.threshold import search_widths
+
+# Codes of a state are multiples of 1 << shift; see [Note: lattice] in threshold.py.
+CODE_SHIFTS: Mapping[str, int] = {"fp32": 0, "adam": 0, "u8": 0, "u16": 14, "bf16": 16}
+
+# Round figures of an Ethernet cluster between nodes. They decide `auto` and nothing else: the bits are the same.
+STEP_SECONDS = 20e-6
+BYTES_PER_SECOND = 1e9
+
+# Integers below it travel as int32, half the bytes of int64.
+INT32_LIMIT = 1 << 31
+ANSWER_INTEGERS = 3
+
+
+class Collective(str, Enum):
+    """A collective operation over W ranks."""
+
+    ALL_GATHER = "all_gather"
+    ALL_REDUCE = "all_reduce"
+    REDUCE_SCATTER = "reduce_scatter"
+
+    def sent_bytes(self, input_bytes: int, world_size: int) -> int:
+        """Bytes every rank sends when each puts in ``input_bytes``."""
+        others = world_size - 1
+        if self is Collective.ALL_GATHER:
+            return others * input_bytes
+        return (2 if self is Collective.ALL_REDUCE else 1) * others * input_bytes // world_size
+
+    def ring_steps(self, world_size: int) -> int:
+        """Messages one after another on a ring."""
+        return (2 if self is Collective.ALL_REDUCE else 1) * (world_size - 1)
+
+    def tree_steps(self, world_size: int) -> int:
+        """Messages one after another by recursive doubling or halving."""
+        return (2 if self is Collective.ALL_REDUCE else 1) * (world_size - 1).bit_length()
+
+
+class Message(NamedTuple):
+    """Integers that every rank puts into one exchange of a refresh."""
+
+    name: str
+    rows: int
+    width: int
+    item_bytes: int
+    host_bytes: int = 0
+    """Memory that making them takes beside them."""
+    has_answers: bool = False
+    """Whether owners of rows may answer for all, instead of everyone getting all sums."""
+
+    @property
+    def numel(self) -> int:
+        """Integers of the message."""
+        return self.rows * self.width
+
+
+class Cost(NamedTuple):
+    """What one refresh costs every rank by one transport."""
+
+    transport: Transport
+    collectives: int
+    sent_bytes: int
+    transient_bytes: int
+    """Largest memory at any time, the backend's own buffers left out."""
+    ring_steps: int
+    tree_steps: int
+
+    @property
+    def seconds(self) -> float:
+        """Modelled time of the communication, by which `pick` chooses. See [Note: costs]."""
+        return STEP_SECONDS * self.tree_steps + self.sent_bytes / BYTES_PER_SECOND
+
+
+def item_bytes(largest: int | None) -> int:
+    """Bytes of an integer on the wire where no merged one exceeds ``largest``; None where that is not known."""
+    return 4 if largest is not None and largest < INT32_LIMIT else 8
+
+
+def rows_per_rank(num_rows: int, world_size: int) -> int:
+    """Rows that every rank owns, after padding to a multiple of the world size."""
+    return -(-num_rows // world_size)
+
+
+def owned_rows(num_rows: int, *, rank: int, world_size: int) -> slice:
+    """Return the rows that a rank answers for: neighbouring ones, none for ranks beyond the last row."""
+    share = rows_per_rank(num_rows, world_size)
+    return slice(min(rank * share, num_rows), min((rank + 1) * share, num_rows))
+
+
+def refresh_messages(
+    layer_numel: Sequence[int], *, selection: Selection, normalizer: Normalizer, code_shift: int = 0
+) -> tuple[Message, ...]:
+    """Return the exchanges of one refresh, in order: the search for thresholds and the counts of its report.
+
+    layer_numel  entries of every layer over all ranks
+    code_shift   see `find_thresholds`
+    """
+    num_layers, layer_item = len(layer_numel), item_bytes(max(layer_numel))
+    per_layer = selection is Selection.PER_LAYER
+    messages = []
+    if selection is Selection.NORMALIZED_GLOBAL:
+        messages.append(Message("extremes", 2, num_layers, 4))
+        if normalizer is Normalizer.MEAN:
+            messages.append(Message("sums", 2, num_layers, 8))
+    for index, width in enumerate(search_widths(selection, code_shift=code_shift)):
+        # Edges and counts of all layers, int64 each, and the edges once more as int32; a global round maps taus to
+        # edges through fp64 temporaries.
+        host_bytes = num_layers * width * (20 if per_layer else 64)
+        rows, item = (num_layers, layer_item) if per_layer else (1, item_bytes(sum(layer_numel)))
+        messages.append(Message(f"round {index + 1}", rows, width, item, host_bytes, has_answers=True))
+    messages.append(Message("mask counts", 3, num_layers, layer_item))
+    return tuple(messages)
+
+
+def cost_of(messages: Sequence[Message], *, transport: Transport, world_size: int) -> Cost:
+    """Return what the messages of a refresh cost by a transport (not ``auto``)."""
+    sent: list[tuple[Collective, int]] = []
+    transient = 0
+    for message in messages:
+        wire = message.numel * message.item_bytes
+        if transport is Transport.REDUCE_SCATTER and message.has_answers:
+            share = rows_per_rank(message.rows, world_size)
+            wire = share * world_size * message.width * message.item_bytes
+            answer = share * ANSWER_INTEGERS * message.item_bytes
+            sent += [(Collective.REDUCE_SCATTER, wire), (Collective.ALL_GATHER, answer)]
+            held = wire + wire // world_size + answer * world_size
+        elif transport is Transport.ALL_GATHER:
+            sent.append((Collective.ALL_GATHER, wire))
+            held = (world_size + 2) * wire
+        else:
+            sent.append((Collective.ALL_REDUCE, wire))
+            held = wire
+        transient = max(transient, message.host_bytes + held)
+    return Cost(
+        transport,
+        collectives=len(sent),
+        sent_bytes=sum(kind.sent_bytes(size, world_size) for kind, size in sent),
+        transient_bytes=transient,
+        ring_steps=sum(kind.ring_steps(world_size) for kind, _ in sent),
+        tree_steps=sum(kind.tree_steps(world_size) for kind, _ in sent),
+    )
+
+
+def compare(messages: Sequence[Message], *, selection: Selection, world_size: int) -> tuple[Cost, ...]:
+    """Return the cost by every transport that the selection can use."""
+    usable = [Transport.ALL_GATHER, Transport.ALL_REDUCE]
+    if selection is Selection.PER_LAYER:
+        usable.append(Transport.REDUCE_SCATTER)
+    return tuple(cost_of(messages, transport=transport, world_size=world_size) for transport in usable)
+
+
+def pick(costs: Sequence[Cost]) -> Cost:
+    """Return the cost of the transport that ``auto`` picks: the quickest by the model, the first of equals."""
+    return min(costs, key=lambda cost: cost.seconds)
