@@ -67,16 +67,20 @@ class Brackets(NamedTuple):
         return cls(zeros, torch.full_like(totals, top), totals.clone(), zeros.clone())
 
     def edges(self, width: int, *, unit: int = 1) -> Tensor:
-        """Return ``width`` edges per row: ``[rows, width]`` int64, never falling, the last one ``above``.
+        """Return ``width`` edges per row: ``[rows, width]`` int32, never falling, the last one ``above``.
 
-        Edges are ``below`` plus multiples of ``unit``, as near to equally far apart as that allows.
+        Edges are ``unit`` apart or a multiple of it, as near to equally far as that allows; ``below`` and ``above``
+        must be multiples of it.
         """
-        span = self.above - self.below
-        step = -(-span // (width * unit)) * unit
-        # In place: with a thousand rows a temporary is 16 MB.
-        edges = step.unsqueeze(1) * torch.arange(1, width + 1)
-        edges += self.below.unsqueeze(1)
-        return torch.minimum(edges, self.above.unsqueeze(1), out=edges)
+        units = (self.above - self.below) // unit
+        step = -(-units // width)
+        # Counted down from `above`, in units and in place: no product leaves 32 bits, and with a thousand rows a
+        # temporary of 64 would be 16 MB.
+        edges = step.int().unsqueeze(1) * torch.arange(-1, -width - 1, -1, dtype=torch.int32)
+        edges += units.int().unsqueeze(1)
+        edges.clamp_(min=0).mul_(-unit)
+        edges += self.above.int().unsqueeze(1)
+        return edges
 
     def narrow(self, edges: Tensor, answers: Answers) -> Brackets:
         """Return the brackets between the edges that ``answers`` names.

@@ -45,15 +45,15 @@ class GroupExchange:
         """Element-wise maximum over the ranks, of the values' dtype."""
         if self.transport is Transport.ALL_GATHER:
             return self._gather(values).amax(dim=0)
-        return self._reduce(values, dist.ReduceOp.MAX)
+        return self._reduce(values.clone(), dist.ReduceOp.MAX)
 
     def total(self, values: Tensor, *, largest: int | None = None) -> Tensor:
         """Element-wise sum over the ranks, int64. No element of it exceeds ``largest``, where that is known."""
-        return self._total(_on_wire(values, largest)).long()
+        return self._total(values.to(_wire_dtype(largest), copy=True)).long()
 
     def answers(self, counts: Tensor, budgets: Tensor, *, largest: int) -> Answers:
         """Return `choose` of the sum of ``counts`` over the ranks, for all rows. See `threshold.Exchange`."""
-        wire = _on_wire(counts, largest)
+        wire = counts.to(_wire_dtype(largest))
         if self.transport is not Transport.REDUCE_SCATTER:
             return choose(self._total(wire), budgets)
         own = owned_rows(len(wire), rank=self.rank, world_size=self.world_size)
@@ -68,6 +68,7 @@ class GroupExchange:
         return self._gather(partition).view(-1)
 
     def _total(self, wire: Tensor) -> Tensor:
+        """Return the sum over the ranks, of the same dtype; ``wire`` may be overwritten."""
         if self.transport is Transport.ALL_GATHER:
             return self._gather(wire).sum(dim=0, dtype=wire.dtype)
         return self._reduce(wire, dist.ReduceOp.SUM)
@@ -81,7 +82,8 @@ class GroupExchange:
         return gathered.view(self.world_size, *values.shape).to(values.device)
 
     def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-        sent = values.to(self._device, copy=True)
+        """Return the reduction over the ranks; ``values`` may be overwritten."""
+        sent = values.to(self._device)
         dist.all_reduce(sent, op=operation, group=self._group)
         self._record(Collective.ALL_REDUCE, sent)
         return sent.to(values.device)
@@ -89,8 +91,9 @@ class GroupExchange:
     def _reduce_scatter(self, rows: Tensor) -> Tensor:
         """Return this rank's share of the rows, summed over the ranks; padding included."""
         share = rows_per_rank(len(rows), self.world_size)
-        sent = torch.zeros(share * self.world_size, rows.shape[1], dtype=rows.dtype, device=self._device)
-        sent[: len(rows)] = rows
+        sent = rows.to(self._device)
+        if share * self.world_size > len(rows):
+            sent = torch.cat([sent, sent.new_zeros(share * self.world_size - len(rows), rows.shape[1])])
         summed = sent.new_empty(share, rows.shape[1])
         # NCCL and gloo both have it for int32 and int64; gloo sends whole vectors inside it.
         dist.reduce_scatter_tensor(summed, sent, group=self._group)
@@ -102,6 +105,6 @@ class GroupExchange:
         self.traffic = Traffic(self.traffic.collectives + 1, self.traffic.sent_bytes + sent_bytes)
 
 
-def _on_wire(values: Tensor, largest: int | None) -> Tensor:
-    """Return the values in the narrowest dtype that holds their sum over the ranks."""
-    return values.to(torch.int32 if item_bytes(largest) == 4 else torch.int64)
+def _wire_dtype(largest: int | None) -> torch.dtype:
+    """Return the narrowest dtype that holds sums up to ``largest``."""
+    return torch.int32 if item_bytes(largest) == 4 else torch.int64

@@ -89,7 +89,7 @@ class QuantileSketch:
                 f"{'a negative number, -0.0 or nan' if smallest < 0 else 'inf or nan'} among {values.numel()} values; "
                 "use abs() and leave out what is not finite"
             )
-        edges = torch.cat([torch.tensor([self.below]), self._edges[0]]).to(device=codes.device, dtype=torch.int32)
+        edges = self._grid().to(codes.device)
         self._counts += sketch_counts(codes, edges).cpu()
         self.num_entries += codes.numel()
 
@@ -127,8 +127,7 @@ class QuantileSketch:
 
     def rank_error_bound(self) -> int:
         """Return what no quantile's ``rank_error`` exceeds: the fullest bin between two edges; 0 where it is exact."""
-        edges = torch.cat([torch.tensor([self.below]), self._edges[0]])
-        return int(torch.where(edges.diff() > 1, self._bins()[1:-1], 0).max())
+        return int(torch.where(self._grid().diff() > 1, self._bins()[1:-1], 0).max())
 
     def refined(self, q: float | Fraction, *, width: int = 1024) -> QuantileSketch:
         """Return an empty sketch with a finer grid around a quantile: add the same values, and ask it the same.
@@ -191,6 +190,10 @@ class QuantileSketch:
         if not self.num_entries:
             raise UserError("an empty sketch has no quantile; add values first")
         return math.floor(share * self.num_entries)
+
+    def _grid(self) -> Tensor:
+        """Return ``[width + 1]`` int32: ``below`` and the edges."""
+        return torch.cat([torch.tensor([self.below], dtype=torch.int32), self._edges[0]])
 
     def _bracket(self) -> Brackets:
         numbers = self.below, self.above, int(self._counts[0]), int(self._counts[-1])

@@ -54,7 +54,7 @@ class Exchange(Protocol):
     def answers(self, counts: Tensor, budgets: Tensor, *, largest: int) -> Answers:
         """Return `choose` of the element-wise sum over the ranks of ``counts``, for all rows, to every rank.
 
-        counts   [rows, edges] int64; no sum exceeds ``largest``
+        counts   [rows, edges] int64; no sum exceeds ``largest``; may be overwritten
         budgets  [rows] int64, the same on all ranks
         """
 
@@ -137,7 +137,7 @@ def find_thresholds(
         mapping, max_codes = _normalizing_mapping(sketch, exchange, normalizer, layer_numel)
     budget = budget_of(ratio, sum(layer_numel))
     found = _search(
-        lambda taus: sketch.counts(mapping.edges(taus[0])).sum(dim=0, keepdim=True),
+        lambda taus: sketch.counts(mapping.edges(taus[0].long())).sum(dim=0, keepdim=True),
         exchange,
         totals=totals.sum(dim=0, keepdim=True),
         budgets=torch.tensor([budget]),
@@ -158,7 +158,7 @@ def _search(
 ) -> Brackets:
     """Narrow the brackets of all rows to neighbours. See [Note: brackets].
 
-    count    this rank's entries at or above edges: [rows, edges] int64 -> the same shape, int64
+    count    this rank's entries at or above edges: [rows, edges] int32 -> the same shape, int64
     totals   [rows] int64: entries of every row over all ranks
     budgets  [rows] int64
     """

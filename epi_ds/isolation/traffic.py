@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from epi_ds.config import Normalizer, Selection, Transport
+from epi_ds.errors import UserError
 from epi_ds.isolation.threshold import search_widths
 
 # Codes of a state are multiples of 1 << shift; see [Note: lattice] in threshold.py.
@@ -117,9 +118,9 @@ def refresh_messages(
         if normalizer is Normalizer.MEAN:
             messages.append(Message("sums", 2, num_layers, 8))
     for index, width in enumerate(search_widths(selection, code_shift=code_shift)):
-        # Edges and counts of all layers, int64 each, and the edges once more as int32; a global round maps taus to
-        # edges through fp64 temporaries.
-        host_bytes = num_layers * width * (20 if per_layer else 64)
+        # Edges (int32) and counts (int64) of all layers, and a byte to choose by; a global round makes its edges of
+        # taus, through temporaries of 64 bits.
+        host_bytes = num_layers * width * (13 if per_layer else 64)
         rows, item = (num_layers, layer_item) if per_layer else (1, item_bytes(sum(layer_numel)))
         messages.append(Message(f"round {index + 1}", rows, width, item, host_bytes, has_answers=True))
     messages.append(Message("mask counts", 3, num_layers, layer_item))
@@ -137,7 +138,8 @@ def cost_of(messages: Sequence[Message], *, transport: Transport, world_size: in
             wire = share * world_size * message.width * message.item_bytes
             answer = share * ANSWER_INTEGERS * message.item_bytes
             sent += [(Collective.REDUCE_SCATTER, wire), (Collective.ALL_GATHER, answer)]
-            held = wire + wire // world_size + answer * world_size
+            # With padding a second copy, then the share of the sums, then everyone's answers.
+            held = 2 * wire + wire // world_size + answer * world_size
         elif transport is Transport.ALL_GATHER:
             sent.append((Collective.ALL_GATHER, wire))
             held = (world_size + 2) * wire
@@ -166,3 +168,42 @@ def compare(messages: Sequence[Message], *, selection: Selection, world_size: in
 def pick(costs: Sequence[Cost]) -> Cost:
     """Return the cost of the transport that ``auto`` picks: the quickest by the model, the first of equals."""
     return min(costs, key=lambda cost: cost.seconds)
+
+
+def estimate(
+    *, world_size: int, num_layers: int, parameters: int, selection: Selection, normalizer: Normalizer, state: str
+) -> dict[str, Any]:
+    """Return what one refresh costs by every transport, as plain numbers for JSON: see `Cost`.
+
+    ``parameters`` are dealt evenly to ``num_layers`` layers.
+
+    Raises UserError for an unknown state, a normaliser that the selection ignores, or fewer parameters than layers.
+    """
+    if state not in CODE_SHIFTS:
+        raise UserError(f"state: there is no {state!r}; choose one of {', '.join(CODE_SHIFTS)}")
+    if normalizer is not Normalizer.MINMAX and selection is not Selection.NORMALIZED_GLOBAL:
+        raise UserError(
+            f"normalizer belongs to selection: normalized_global, and would be ignored by {selection.value}; remove it"
+        )
+    if parameters < num_layers:
+        raise UserError(f"{parameters} parameters cannot fill {num_layers} layers; give fewer layers")
+    messages = refresh_messages(
+        [-(-parameters // num_layers)] * num_layers,
+        selection=selection,
+        normalizer=normalizer,
+        code_shift=CODE_SHIFTS[state],
+    )
+    costs = compare(messages, selection=selection, world_size=world_size)
+    return {
+        "world_size": world_size,
+        "layers": num_layers,
+        "parameters": parameters,
+        "selection": selection.value,
+        "normalizer": normalizer.value if selection is Selection.NORMALIZED_GLOBAL else None,
+        "state": state,
+        "messages": [{"name": m.name, "integers": m.numel, "integer_bytes": m.item_bytes} for m in messages],
+        "transports": [
+            {**cost._asdict(), "transport": cost.transport.value, "model_seconds": cost.seconds} for cost in costs
+        ],
+        "auto": pick(costs).transport.value,
+    }
