@@ -23,6 +23,11 @@ def round_widths(code_bits: int, *, most_bits: int) -> tuple[int, ...]:
     return tuple(1 << ((code_bits + rounds - 1 - index) // rounds) for index in range(rounds))
 
 
+def count_dtype(largest: int) -> torch.dtype:
+    """Return the narrowest dtype for counts whose sums over the ranks do not exceed ``largest``: half the wire."""
+    return torch.int32 if largest < 1 << 31 else torch.int64
+
+
 class Answers(NamedTuple):
     """Where the thresholds of some rows lie among the edges of one round. All ``[rows]``, of the counts' dtype."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epi_ds.config import Transport
 from epi_ds.isolation.bracket import Answers, choose
-from epi_ds.isolation.traffic import ANSWER_INTEGERS, Collective, item_bytes, owned_rows, rows_per_rank
+from epi_ds.isolation.traffic import ANSWER_INTEGERS, Collective, owned_rows, rows_per_rank
 
 
 class Traffic(NamedTuple):
@@ -24,7 +24,7 @@ class Traffic(NamedTuple):
 class GroupExchange:
     """Merges integer tensors over a process group. All transports give the same bits: integers do not round.
 
-    Sums travel as int32 where none of them can exceed it, else as int64. All tensors go in and come out on the CPU.
+    Tensors travel in their own dtype, which must hold the sums. They go in and come out on the CPU.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, *, device: torch.device, transport: Transport) -> None:
@@ -47,31 +47,30 @@ class GroupExchange:
             return self._gather(values).amax(dim=0)
         return self._reduce(values.clone(), dist.ReduceOp.MAX)
 
-    def total(self, values: Tensor, *, largest: int | None = None) -> Tensor:
-        """Element-wise sum over the ranks, int64. No element of it exceeds ``largest``, where that is known."""
-        return self._total(values.to(_wire_dtype(largest), copy=True)).long()
+    def total(self, values: Tensor) -> Tensor:
+        """Element-wise sum over the ranks."""
+        return self._total(values.clone())
 
-    def answers(self, counts: Tensor, budgets: Tensor, *, largest: int) -> Answers:
+    def answers(self, counts: Tensor, budgets: Tensor) -> Answers:
         """Return `choose` of the sum of ``counts`` over the ranks, for all rows. See `threshold.Exchange`."""
-        wire = counts.to(_wire_dtype(largest))
         if self.transport is not Transport.REDUCE_SCATTER:
-            return choose(self._total(wire), budgets)
-        own = owned_rows(len(wire), rank=self.rank, world_size=self.world_size)
-        sums = self._reduce_scatter(wire)[: own.stop - own.start]
-        padded = wire.new_zeros(rows_per_rank(len(wire), self.world_size), ANSWER_INTEGERS)
+            return choose(self._total(counts), budgets)
+        own = owned_rows(len(counts), rank=self.rank, world_size=self.world_size)
+        sums = self._reduce_scatter(counts)[: own.stop - own.start]
+        padded = counts.new_zeros(rows_per_rank(len(counts), self.world_size), ANSWER_INTEGERS)
         padded[: len(sums)] = torch.stack(choose(sums, budgets[own]), dim=1)
         # Padding lies behind the last row only: every rank before it owns a full share.
-        return Answers(*self._gather(padded).flatten(0, 1)[: len(wire)].unbind(dim=1))
+        return Answers(*self._gather(padded).flatten(0, 1)[: len(counts)].unbind(dim=1))
 
     def concatenate(self, partition: Tensor) -> Tensor:
         """Return the partitions of all ranks, in rank order, on this rank's device. Equal lengths."""
         return self._gather(partition).view(-1)
 
-    def _total(self, wire: Tensor) -> Tensor:
-        """Return the sum over the ranks, of the same dtype; ``wire`` may be overwritten."""
+    def _total(self, values: Tensor) -> Tensor:
+        """Return the sum over the ranks; ``values`` may be overwritten."""
         if self.transport is Transport.ALL_GATHER:
-            return self._gather(wire).sum(dim=0, dtype=wire.dtype)
-        return self._reduce(wire, dist.ReduceOp.SUM)
+            return self._gather(values).sum(dim=0, dtype=values.dtype)
+        return self._reduce(values, dist.ReduceOp.SUM)
 
     def _gather(self, values: Tensor) -> Tensor:
         """Return ``[world_size, *values.shape]``."""
@@ -103,8 +102,3 @@ class GroupExchange:
     def _record(self, collective: Collective, sent: Tensor) -> None:
         sent_bytes = collective.sent_bytes(sent.numel() * sent.element_size(), self.world_size)
         self.traffic = Traffic(self.traffic.collectives + 1, self.traffic.sent_bytes + sent_bytes)
-
-
-def _wire_dtype(largest: int | None) -> torch.dtype:
-    """Return the narrowest dtype that holds sums up to ``largest``."""
-    return torch.int32 if item_bytes(largest) == 4 else torch.int64

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from epi_ds.config import EPIConfig, PolicyName
+from epi_ds.isolation.bracket import count_dtype
 from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.importance import codes_of
 from epi_ds.isolation.layout import Layout, Segment, Span, merge_spans
@@ -321,7 +322,7 @@ class IsolationController:
             self._bits[sub_group] = selected.bits
             self._local_isolated[sub_group] = int(selected.counts[0].sum())
             counts += selected.counts
-        return self.exchange.total(counts, largest=max(self.layout.layer_numel))
+        return self.exchange.total(counts.to(count_dtype(max(self.layout.layer_numel)))).long()
 
     def _warn_if_blocked(self, sketch: PartitionSketch, thresholds: Thresholds) -> None:
         """Warn when ties keep most of the budget unused, and name the layer to look at. Collective where it warns."""

@@ -89,13 +89,14 @@ class PartitionSketch:
             result[1, layer] += int((fixed & ((1 << LOW_BITS) - 1)).sum())
         return result
 
-    def counts(self, edges: Tensor) -> Tensor:
-        """Count entries at or above per-layer edges. ``[num_layers, num_edges]`` int64 on the CPU. Merge by SUM.
+    def counts(self, edges: Tensor, *, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Count entries at or above per-layer edges. ``[num_layers, num_edges]`` on the CPU. Merge by SUM.
 
         edges  [num_layers, num_edges] integer codes on the CPU, never falling along the second dimension
+        dtype  of the counts: one that holds their sums over all ranks, see `count_dtype`
         """
-        result = torch.zeros(edges.shape, dtype=torch.int64)
+        result = torch.zeros(edges.shape, dtype=dtype)
         grids = edges.to(torch.int32)
         for layer, codes in self._chunks():
-            result[layer] += sketch_counts(codes, grids[layer].to(codes.device)).cpu()
+            result[layer] += sketch_counts(codes, grids[layer].to(codes.device)).to("cpu", dtype)
         return result

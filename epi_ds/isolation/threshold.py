@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from epi_ds.config import Normalizer, Selection
-from epi_ds.isolation.bracket import Answers, Brackets, round_widths
+from epi_ds.isolation.bracket import Answers, Brackets, count_dtype, round_widths
 from epi_ds.isolation.importance import TOP_CODE, ceil_code, decode
 from epi_ds.isolation.sketch import EMPTY, FRACTION_BITS, LOW_BITS, PartitionSketch
 
@@ -48,13 +48,13 @@ class Exchange(Protocol):
     def maximum(self, values: Tensor) -> Tensor:
         """Element-wise maximum over the ranks."""
 
-    def total(self, values: Tensor, *, largest: int | None = None) -> Tensor:
-        """Element-wise sum over the ranks. No element of it exceeds ``largest``, where that is known."""
+    def total(self, values: Tensor) -> Tensor:
+        """Element-wise sum over the ranks, of the values' dtype, which must hold it."""
 
-    def answers(self, counts: Tensor, budgets: Tensor, *, largest: int) -> Answers:
+    def answers(self, counts: Tensor, budgets: Tensor) -> Answers:
         """Return `choose` of the element-wise sum over the ranks of ``counts``, for all rows, to every rank.
 
-        counts   [rows, edges] int64; no sum exceeds ``largest``; may be overwritten
+        counts   [rows, edges] of a dtype that holds the sums; may be overwritten
         budgets  [rows] int64, the same on all ranks
         """
 
@@ -127,7 +127,15 @@ def find_thresholds(
     unit = 1 << code_shift
     if selection is Selection.PER_LAYER:
         budgets = torch.tensor([budget_of(ratio, numel) for numel in layer_numel], dtype=torch.int64)
-        found = _search(sketch.counts, exchange, totals=totals, budgets=budgets, widths=widths, unit=unit)
+        layer_dtype = count_dtype(max(layer_numel))
+        found = _search(
+            lambda edges: sketch.counts(edges, dtype=layer_dtype),
+            exchange,
+            totals=totals,
+            budgets=budgets,
+            widths=widths,
+            unit=unit,
+        )
         return Thresholds(found.above, int(budgets.sum()), _tied_mass(found), None)
     max_codes = None
     if selection is Selection.RAW_GLOBAL:
@@ -136,8 +144,9 @@ def find_thresholds(
         unit = 1
         mapping, max_codes = _normalizing_mapping(sketch, exchange, normalizer, layer_numel)
     budget = budget_of(ratio, sum(layer_numel))
+    sum_dtype = count_dtype(sum(layer_numel))
     found = _search(
-        lambda taus: sketch.counts(mapping.edges(taus[0].long())).sum(dim=0, keepdim=True),
+        lambda taus: sketch.counts(mapping.edges(taus[0].long())).sum(dim=0, keepdim=True, dtype=sum_dtype),
         exchange,
         totals=totals.sum(dim=0, keepdim=True),
         budgets=torch.tensor([budget]),
@@ -158,14 +167,14 @@ def _search(
 ) -> Brackets:
     """Narrow the brackets of all rows to neighbours. See [Note: brackets].
 
-    count    this rank's entries at or above edges: [rows, edges] int32 -> the same shape, int64
+    count    this rank's entries at or above edges: [rows, edges] int32 -> the same shape, of `count_dtype`
     totals   [rows] int64: entries of every row over all ranks
     budgets  [rows] int64
     """
     brackets = Brackets.whole(totals, top=TOP_CODE)
     for width in widths:
         edges = brackets.edges(width, unit=unit)
-        found = exchange.answers(count(edges), budgets, largest=int(totals.max()) if len(totals) else 0)
+        found = exchange.answers(count(edges), budgets)
         brackets = brackets.narrow(edges, found)
     return brackets
 

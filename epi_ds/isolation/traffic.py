@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from epi_ds.config import Normalizer, Selection, Transport
 from epi_ds.errors import UserError
+from epi_ds.isolation.bracket import count_dtype
 from epi_ds.isolation.threshold import search_widths
 
 # Codes of a state are multiples of 1 << shift; see [Note: lattice] in threshold.py.
@@ -23,8 +24,7 @@ CODE_SHIFTS: Mapping[str, int] = {"fp32": 0, "adam": 0, "u8": 0, "u16": 14, "bf1
 STEP_SECONDS = 20e-6
 BYTES_PER_SECOND = 1e9
 
-# Integers below it travel as int32, half the bytes of int64.
-INT32_LIMIT = 1 << 31
+# Fields of an `Answers`.
 ANSWER_INTEGERS = 3
 
 
@@ -86,11 +86,6 @@ class Cost(NamedTuple):
         return STEP_SECONDS * self.tree_steps + self.sent_bytes / BYTES_PER_SECOND
 
 
-def item_bytes(largest: int | None) -> int:
-    """Bytes of an integer on the wire where no merged one exceeds ``largest``; None where that is not known."""
-    return 4 if largest is not None and largest < INT32_LIMIT else 8
-
-
 def rows_per_rank(num_rows: int, world_size: int) -> int:
     """Rows that every rank owns, after padding to a multiple of the world size."""
     return -(-num_rows // world_size)
@@ -110,7 +105,7 @@ def refresh_messages(
     layer_numel  entries of every layer over all ranks
     code_shift   see `find_thresholds`
     """
-    num_layers, layer_item = len(layer_numel), item_bytes(max(layer_numel))
+    num_layers, layer_item = len(layer_numel), count_dtype(max(layer_numel)).itemsize
     per_layer = selection is Selection.PER_LAYER
     messages = []
     if selection is Selection.NORMALIZED_GLOBAL:
@@ -118,10 +113,10 @@ def refresh_messages(
         if normalizer is Normalizer.MEAN:
             messages.append(Message("sums", 2, num_layers, 8))
     for index, width in enumerate(search_widths(selection, code_shift=code_shift)):
-        # Edges (int32) and counts (int64) of all layers, and a byte to choose by; a global round makes its edges of
-        # taus, through temporaries of 64 bits.
-        host_bytes = num_layers * width * (13 if per_layer else 64)
-        rows, item = (num_layers, layer_item) if per_layer else (1, item_bytes(sum(layer_numel)))
+        # Edges (int32) of all layers and a byte to choose by; the counts are the wire's own. A global round makes its
+        # edges of taus, through temporaries of 64 bits, and counts by layer.
+        host_bytes = num_layers * width * (5 if per_layer else 64)
+        rows, item = (num_layers, layer_item) if per_layer else (1, count_dtype(sum(layer_numel)).itemsize)
         messages.append(Message(f"round {index + 1}", rows, width, item, host_bytes, has_answers=True))
     messages.append(Message("mask counts", 3, num_layers, layer_item))
     return tuple(messages)

@@ -31,8 +31,8 @@ class World:
     def fixed_point_sums(self, max_codes: Tensor) -> Tensor:
         return self._merge([part.fixed_point_sums(max_codes) for part in self.parts], torch.add)
 
-    def counts(self, edges: Tensor) -> Tensor:
-        return self._merge([part.counts(edges) for part in self.parts], torch.add)
+    def counts(self, edges: Tensor, *, dtype: torch.dtype = torch.int64) -> Tensor:
+        return self._merge([part.counts(edges, dtype=dtype) for part in self.parts], torch.add)
 
     def _merge(self, pending: list[Tensor], merge: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         while len(pending) > 1:
@@ -54,27 +54,26 @@ class CountingExchange:
         self.lengths.append(values.numel())
         return values
 
-    def total(self, values: Tensor, *, largest: int | None = None) -> Tensor:
+    def total(self, values: Tensor) -> Tensor:
         self.lengths.append(values.numel())
         return values
 
-    def answers(self, counts: Tensor, budgets: Tensor, *, largest: int) -> Answers:
+    def answers(self, counts: Tensor, budgets: Tensor) -> Answers:
         self.lengths.append(counts.numel())
         return choose(counts, budgets)
 
 
 class ScatteringExchange(CountingExchange):
-    """Every one of ``world_size`` owners sees and answers for its own layers only, in 32 bits."""
+    """Every one of ``world_size`` owners sees and answers for its own layers only."""
 
     def __init__(self, world_size: int) -> None:
         super().__init__()
         self.world_size = world_size
 
-    def answers(self, counts: Tensor, budgets: Tensor, *, largest: int) -> Answers:
+    def answers(self, counts: Tensor, budgets: Tensor) -> Answers:
         self.lengths.append(counts.numel())
-        assert int(counts.max()) <= largest < 2**31
         owners = [owned_rows(len(counts), rank=rank, world_size=self.world_size) for rank in range(self.world_size)]
-        shares = [choose(counts[own].int(), budgets[own]) for own in owners]
+        shares = [choose(counts[own], budgets[own]) for own in owners]
         return Answers(*(torch.cat(columns) for columns in zip(*shares, strict=True)))
 
 
