@@ -37,7 +37,7 @@ def estimate(
     if as_json:
         typer.echo(json.dumps(report))
         return
-    table = Table("transport", "collectives", "MB sent", "MB transient", "ring steps", "tree steps", "", box=None)
+    table = Table("transport", "collectives", "MB sent", "MB transient", "ring", "tree", "", box=None)
     for row in report["transports"]:
         table.add_row(
             row["transport"],
@@ -49,6 +49,4 @@ def estimate(
             "<- auto" if row["transport"] == report["auto"] else "",
         )
     Console().print(table)
-    typer.echo(
-        "One refresh, per rank. Steps are messages one after another: the latency terms on a ring and on a tree."
-    )
+    typer.echo("One refresh, per rank. ring, tree: messages one after another there, the latency terms.")

@@ -10,9 +10,9 @@ min are monotone, so counts never rise with tau and a true count at every grid p
 
 [Note: rounds] A global round resolves up to 9 bits, so four rounds (256, 256, 256 and 128 edges) resolve the 31 of an
 fp32 pattern. With three of 11, 10 and 10 the vectors alone would take 66 of the 100 kB that a refresh may move, and
-counting is no quicker: 1.0 s against 0.7 s for 1e7 entries on a CPU core, and 88 ms against 6 ms a round for the edges
-of 1000 layers. A ``per_layer`` round resolves up to 11 bits: with two collectives a round when owners choose, a fourth
-round would be one too many.
+counting would be no quicker: 0.53 s against 0.45 s for 1e7 entries on a CPU core, and 85 ms against 6 to 12 ms for the
+edges of a round over 1000 layers. A ``per_layer`` round resolves up to 11 bits: with two collectives a round when
+owners answer, a fourth round would be one too many.
 
 [Note: lattice] A 16-bit state holds only codes that are multiples of ``1 << code_shift``. A threshold between two of
 them isolates what the upper one does, so the search keeps to that lattice, and needs fewer rounds. tau of

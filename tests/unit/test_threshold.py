@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epi_ds.config import Normalizer, Selection
-from epi_ds.isolation.importance import TOP_CODE
+from epi_ds.isolation.importance import TOP_CODE, codes_of
+from epi_ds.isolation.sketch import PartitionSketch
 from epi_ds.isolation.threshold import Thresholds, budget_of, find_thresholds
 from tests.support.oracle import oracle, oracle_masks
 from tests.support.worlds import CountingExchange, ScatteringExchange, World, cut
@@ -151,6 +152,25 @@ def test_many_ranks_merged_in_any_order_find_the_same(
         found, _ = search(layers, "0.05", selection, normalizer, world=world, exchange=exchange)
         assert torch.equal(found.codes, reference.codes)
         assert (found.budget, found.tied_mass) == (reference.budget, reference.tied_mass)
+
+
+def test_pieces_of_a_layer_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small pieces are joined, large ones are not; neither may lose or repeat an entry."""
+    layers = mixture(21, num_layers=9)
+    whole = cut(layers, 1, np.random.default_rng(0)).parts[0]
+    pieces = []
+    for index, values in enumerate(layers):
+        rng = np.random.default_rng(index)
+        borders = np.sort(rng.integers(0, len(values) + 1, 40))
+        pieces += [(index, codes_of(torch.from_numpy(part.copy()))) for part in np.split(values, borders)]
+    edges = torch.arange(1, 2040).mul(1 << 20).repeat(9, 1)
+    largest = whole.extremes()[0]
+    for chunk_numel in (1, 10, 25, 100, 1 << 20):
+        monkeypatch.setattr("epi_ds.isolation.sketch.CHUNK_NUMEL", chunk_numel)
+        joined = PartitionSketch(pieces, num_layers=9)
+        assert torch.equal(joined.counts(edges), whole.counts(edges))
+        assert torch.equal(joined.extremes(), whole.extremes())
+        assert torch.equal(joined.fixed_point_sums(largest), whole.fixed_point_sums(largest))
 
 
 @pytest.mark.parametrize("num_owners", [1, 2, 3, 7, 30, 31, 1024])
