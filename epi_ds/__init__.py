@@ -1,6 +1,7 @@
 """Evolving parameter isolation for DeepSpeed ZeRO-3 (arXiv 2604.14010).
 
-`initialize` and `attach` are for hand-written DeepSpeed loops, `EPICallback` for Hugging Face and TRL trainers.
+`initialize` and `attach` are for hand-written DeepSpeed loops, `EPICallback` for Hugging Face and TRL trainers;
+`QuantileSketch` is the mergeable summary of importance by itself.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,10 @@ from epi_ds.config import EPIConfig
 if TYPE_CHECKING:
     from epi_ds.api import attach, initialize
     from epi_ds.hf import EPICallback
+    from epi_ds.isolation.quantile_sketch import QuantileSketch
 
 __version__ = "0.1.0"
-__all__ = ["EPICallback", "EPIConfig", "__version__", "attach", "initialize"]
+__all__ = ["EPICallback", "EPIConfig", "QuantileSketch", "__version__", "attach", "initialize"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +28,8 @@ def __getattr__(name: str) -> Any:
         from epi_ds.hf import EPICallback
 
         return EPICallback
+    if name == "QuantileSketch":
+        from epi_ds.isolation.quantile_sketch import QuantileSketch
+
+        return QuantileSketch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -61,6 +61,7 @@ class Transport(str, Enum):
     AUTO = "auto"
     ALL_GATHER = "all_gather"
     ALL_REDUCE = "all_reduce"
+    REDUCE_SCATTER = "reduce_scatter"
 
 
 class Memory(str, Enum):
@@ -172,7 +173,8 @@ class EPIConfig(BaseModel):
     """Where the stochastic rounding of ``bf16``, ``u16`` and ``u8`` begins."""
 
     exchange: Transport = Transport.AUTO
-    """Transport of the sketches; ``auto`` gathers in worlds of up to 8 ranks and reduces in larger ones."""
+    """Transport of the sketches: ``all_gather``, ``all_reduce``, ``per_layer`` also ``reduce_scatter``, where every
+    rank sums and answers for some layers; ``auto`` picks the quickest by the model that `epi-ds estimate` prints."""
 
     allow_inactive: bool = False
     """Accept a planned run too short for a mask ever to become active."""
@@ -259,6 +261,15 @@ class EPIConfig(BaseModel):
         if self.memory is not Memory.NONE and self.policy is not PolicyName.EVOLVING:
             raise UserError(
                 f"memory changes what later masks isolate, and policy: {self.policy.value} selects none; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_exchange(self) -> EPIConfig:
+        if self.exchange is Transport.REDUCE_SCATTER and self.selection is not Selection.PER_LAYER:
+            raise UserError(
+                f"exchange: reduce_scatter deals layers to ranks, but selection: {self.selection.value} exchanges one "
+                "small vector for all layers, so there is nothing to scatter; set exchange: all_reduce, or auto"
             )
         return self
 

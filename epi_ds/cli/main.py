@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from epi_ds.cli import audit, bench, demo, operators, recipes, report, train
+from epi_ds.cli import audit, bench, demo, estimate, operators, recipes, report, train
 from epi_ds.errors import UserError
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.command("train")(train.train)
 app.command("demo")(demo.demo)
 app.command("audit")(audit.audit)
 app.add_typer(bench.app, name="bench")
+app.command("estimate")(estimate.estimate)
 app.command("report")(report.report)
 app.command("recipes")(recipes.recipes)
 app.command("build-operators")(operators.build_operators)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from epi_ds.config import EPIConfig, Memory, PolicyName, Protects, StateFormat
+from epi_ds.isolation.bracket import count_dtype
 from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.mask import empty_bits, select_bits, set_segment
@@ -32,6 +33,7 @@ from epi_ds.isolation.state import (
     code_chunks,
     partition_reader,
 )
+from epi_ds.isolation.state import CODE_SHIFTS
 from epi_ds.isolation.threshold import Thresholds, find_thresholds
 from epi_ds.kernels import Stored, count_bits, unpack_bits
 
@@ -52,6 +54,8 @@ class Refresh(NamedTuple):
     """Isolated both before and now, by layer."""
     layer_before: tuple[int, ...]
     """Isolated before, by layer."""
+    tied_mass: int
+    """Entries that the next smaller threshold would isolate on top; see `Thresholds.tied_mass`."""
     seconds: float
     collectives: int
     sent_bytes: int
@@ -318,6 +322,7 @@ class IsolationController:
             layer_numel=self.layout.layer_numel,
             selection=config.selection,
             normalizer=config.normalizer,
+            code_shift=CODE_SHIFTS[config.state],
         )
         counts = self._change_masks(importance, compared, thresholds.codes)
         spent = self.exchange.traffic
@@ -332,6 +337,7 @@ class IsolationController:
             layer_isolated=tuple(counts[0].tolist()),
             layer_kept=tuple(counts[1].tolist()),
             layer_before=tuple(counts[2].tolist()),
+            tied_mass=thresholds.tied_mass,
             seconds=time.perf_counter() - started,
             collectives=spent.collectives - traffic.collectives,
             sent_bytes=spent.sent_bytes - traffic.sent_bytes,
@@ -370,7 +376,7 @@ class IsolationController:
             self._bits[sub_group] = selected.bits
             self._local_isolated[sub_group] = int(selected.counts[0].sum())
             counts += selected.counts
-        return self.exchange.total(counts)
+        return self.exchange.total(counts.to(count_dtype(max(self.layout.layer_numel)))).long()
 
     def _warn_if_blocked(self, sketch: PartitionSketch, thresholds: Thresholds, ratio: float) -> None:
         """Warn when ties keep most of the budget unused, and name the layer to look at. Collective where it warns."""

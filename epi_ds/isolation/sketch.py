@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from epi_ds.kernels import sketch_counts
+from epi_ds.kernels.reference.chunks import CHUNK_NUMEL
 
-# Travels instead of an extreme where a rank holds nothing of a layer: below every code and every negated code.
-EMPTY = -(1 << 40)
+# Travels instead of an extreme where a rank holds nothing of a layer: below every code and every negated code, and
+# within 32 bits, which is half the wire of 64.
+EMPTY = -(1 << 31)
 
 # See `PartitionSketch.fixed_point_sums`.
 FRACTION_BITS = 52
@@ -37,21 +39,35 @@ class PartitionSketch:
 
     def __init__(self, pieces: Sequence[Piece], *, num_layers: int) -> None:
         """A layer may have no piece, one or many."""
-        self._pieces = pieces
+        self._pieces: dict[int, list[Piece]] = {}
+        for piece in pieces:
+            self._pieces.setdefault(piece.layer, []).append(piece)
         self.num_layers = num_layers
 
-    def _codes(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield (layer, codes), without empty pieces."""
-        for layer, codes in self._pieces:
-            yield from ((layer, chunk) for chunk in codes() if chunk.numel())
+    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (layer, codes) without empty ones. The only place that walks the pieces.
+
+        Small pieces of a layer are joined: with a thousand layers of a dozen parameters on a thousand ranks, most of
+        the time would go into calls for a few hundred entries each.
+        """
+        for layer, pieces in self._pieces.items():
+            small: list[Tensor] = []
+            for codes in (codes for piece in pieces for codes in piece.codes()):
+                full = sum(part.numel() for part in small) + codes.numel() > CHUNK_NUMEL
+                if small and (full or small[0].device != codes.device):
+                    yield layer, _joined(small)
+                    small = []
+                if codes.numel():
+                    small.append(codes)
+            if small:
+                yield layer, _joined(small)
 
     def extremes(self) -> Tensor:
-        """Return ``[2, num_layers]`` int64 on the CPU: largest code, negated smallest code. Merge by MAX."""
-        result = torch.full((2, self.num_layers), EMPTY, dtype=torch.int64)
-        for layer, codes in self._codes():
+        """Return ``[2, num_layers]`` int32 on the CPU: largest code, negated smallest code. Merge by MAX."""
+        result = torch.full((2, self.num_layers), EMPTY, dtype=torch.int32)
+        for layer, codes in self._chunks():
             smallest, largest = torch.aminmax(codes)
-            result[0, layer] = max(int(result[0, layer]), int(largest))
-            result[1, layer] = max(int(result[1, layer]), -int(smallest))
+            result[:, layer] = torch.maximum(result[:, layer], torch.stack([largest, -smallest]).cpu())
         return result
 
     def fixed_point_sums(self, max_codes: Tensor) -> Tensor:
@@ -64,12 +80,12 @@ class PartitionSketch:
         max_codes  [num_layers] int64: largest code of each layer over all ranks, `EMPTY` or a code
         """
         result = torch.zeros((2, self.num_layers), dtype=torch.int64)
-        for layer, codes in self._codes():
+        for layer, codes in self._chunks():
             largest_exponent = max(1, int(max_codes[layer]) >> 23)
-            piece = codes.long()
-            exponent = piece >> 23
+            wide = codes.long()
+            exponent = wide >> 23
             hidden_bit = (exponent > 0).long() << 23
-            significand = (piece & ((1 << 23) - 1)) | hidden_bit
+            significand = (wide & ((1 << 23) - 1)) | hidden_bit
             distance = largest_exponent - exponent.clamp(min=1)
             shifted = significand << (FRACTION_BITS + 1 - _SIGNIFICAND_BITS)
             fixed = torch.where(distance > FRACTION_BITS + 1, 0, shifted >> distance.clamp(max=63))
@@ -77,13 +93,18 @@ class PartitionSketch:
             result[1, layer] += int((fixed & ((1 << LOW_BITS) - 1)).sum())
         return result
 
-    def counts(self, edges: Tensor) -> Tensor:
-        """Count entries at or above per-layer edges. ``[num_layers, num_edges]`` int64 on the CPU. Merge by SUM.
+    def counts(self, edges: Tensor, *, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Count entries at or above per-layer edges. ``[num_layers, num_edges]`` on the CPU. Merge by SUM.
 
-        edges  [num_layers, num_edges] int64 on the CPU, never falling along the second dimension
+        edges  [num_layers, num_edges] integer codes on the CPU, never falling along the second dimension
+        dtype  of the counts: one that holds their sums over all ranks, see `count_dtype`
         """
-        result = torch.zeros(edges.shape, dtype=torch.int64)
-        for layer, codes in self._codes():
-            grid = edges[layer].to(device=codes.device, dtype=torch.int32)
-            result[layer] += sketch_counts(codes, grid).cpu()
+        result = torch.zeros(edges.shape, dtype=dtype)
+        grids = edges.to(torch.int32)
+        for layer, codes in self._chunks():
+            result[layer] += sketch_counts(codes, grids[layer].to(codes.device)).to("cpu", dtype)
         return result
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

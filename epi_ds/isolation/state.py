@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -19,6 +19,16 @@ _DTYPES = {
     StateFormat.BF16: torch.bfloat16,
     StateFormat.U16: torch.uint16,
     StateFormat.U8: torch.uint8,
+}
+
+
+# The codes of a state, as fp32 patterns, are multiples of 1 << shift; see [Note: lattice] in threshold.py.
+CODE_SHIFTS: Mapping[StateFormat, int] = {
+    StateFormat.FP32: 0,
+    StateFormat.ADAM: 0,
+    StateFormat.U8: 0,
+    StateFormat.U16: 15,
+    StateFormat.BF16: 16,
 }
 
 

@@ -214,6 +214,7 @@ class RunCallback(TrainerCallback):
             stage,
             budget=refresh.budget,
             isolated=refresh.isolated,
+            tied_mass=refresh.tied_mass,
             jaccard=refresh.jaccard,
             layer_isolated=dict(zip(names, refresh.layer_isolated, strict=True)),
             layer_numel={row.name: row.numel for row in self._epi.layers()},

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from epi_ds.config import Apply, EPIConfig, PolicyName, Selection, StateFormat
+from epi_ds.config import Apply, EPIConfig, PolicyName, Selection, StateFormat, Transport
 from epi_ds.errors import UserError
 from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.controller import IsolationController
@@ -17,6 +17,8 @@ from epi_ds.isolation.layout import Layout, Parameter, build_layout
 from epi_ds.isolation.policy import make_policy
 from epi_ds.isolation.schedule import largest_ratio
 from epi_ds.isolation.threshold import budget_of
+from epi_ds.isolation.state import CODE_SHIFTS
+from epi_ds.isolation.traffic import compare, pick, refresh_messages
 from epi_ds.zero3.engine import IsolationEngineMixin, StateStore
 from epi_ds.zero3.guard import check_engine
 from epi_ds.zero3.handle import EPI
@@ -65,6 +67,19 @@ def _check_budget(layout: Layout, config: EPIConfig) -> None:
         )
 
 
+def _transport_of(layout: Layout, config: EPIConfig, *, world_size: int) -> Transport:
+    """Return the transport of the refreshes: the configured one, or what ``auto`` picks. The same on every rank."""
+    if config.exchange is not Transport.AUTO:
+        return config.exchange
+    messages = refresh_messages(
+        layout.layer_numel,
+        selection=config.selection,
+        normalizer=config.normalizer,
+        code_shift=CODE_SHIFTS[config.state],
+    )
+    return pick(compare(messages, selection=config.selection, world_size=world_size)).transport
+
+
 def attach(engine: Any, config: EPIConfig, *, state_store: StateStore) -> EPI:
     """Make ``engine`` isolate parameters as ``config`` says; return its handle, which is also ``engine.epi``.
 
@@ -87,7 +102,7 @@ def attach(engine: Any, config: EPIConfig, *, state_store: StateStore) -> EPI:
         exchange=GroupExchange(
             optimizer.dp_process_group,
             device=torch.device(get_accelerator().current_device_name()),
-            transport=config.exchange,
+            transport=_transport_of(layout, config, world_size=dist.get_world_size(optimizer.dp_process_group)),
         ),
         devices=[partition.device for partition in optimizer.fp32_partitioned_groups_flat],
         # The mixin's mask_changes; under `apply: update` the moments keep tracking and are nobody's business.

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from epi_ds.config import Normalizer, Selection
 from epi_ds.isolation.importance import TOP_CODE, codes_of
 from epi_ds.isolation.sketch import PartitionSketch, Piece
 from epi_ds.isolation.threshold import Thresholds, budget_of, find_thresholds
-from tests.support.oracle import oracle_masks
+from tests.support.oracle import oracle, oracle_masks
+from tests.support.worlds import CountingExchange, ScatteringExchange, World, cut
 
 GLOBAL = Selection.NORMALIZED_GLOBAL
 CASES = [
@@ -25,62 +25,31 @@ CASES = [
     (Selection.RAW_GLOBAL, Normalizer.MINMAX),
     (Selection.PER_LAYER, Normalizer.MINMAX),
 ]
+# How a state stores importance, and the lattice of its codes. `adam` is fp32.
+STATES = {"fp32": 0, "u16": 15, "bf16": 16, "u8": 0}
 RATIOS = ["0.001", "0.01", "0.05", "0.2", "0.5"]
 
 
-class Merged:
-    """Simulated ranks: answers as the merge of many partitions' sketches, so that the exchange is the identity."""
-
-    def __init__(self, parts: Sequence[PartitionSketch]) -> None:
-        self.parts = parts
-        self.num_layers = parts[0].num_layers
-
-    def extremes(self) -> Tensor:
-        return torch.stack([part.extremes() for part in self.parts]).amax(dim=0)
-
-    def fixed_point_sums(self, max_codes: Tensor) -> Tensor:
-        return torch.stack([part.fixed_point_sums(max_codes) for part in self.parts]).sum(dim=0)
-
-    def counts(self, edges: Tensor) -> Tensor:
-        return torch.stack([part.counts(edges) for part in self.parts]).sum(dim=0)
-
-
-class CountingExchange:
-    def __init__(self) -> None:
-        self.lengths: list[int] = []
-
-    def maximum(self, values: Tensor) -> Tensor:
-        self.lengths.append(values.numel())
-        return values
-
-    def total(self, values: Tensor) -> Tensor:
-        self.lengths.append(values.numel())
-        return values
-
-
-def cut(layers: Sequence[np.ndarray], num_ranks: int, rng: np.random.Generator) -> Merged:
-    """Cut every layer at random places, empty pieces included."""
-    pieces: list[list[Piece]] = [[] for _ in range(num_ranks)]
-    for index, values in enumerate(layers):
-        borders = np.sort(rng.integers(0, len(values) + 1, num_ranks - 1))
-        for rank, part in enumerate(np.split(values, borders)):
-            codes = codes_of(torch.from_numpy(part.copy()))
-            # In two chunks, of which the first may be empty.
-            pieces[rank].append(Piece(index, partial(torch.split, codes, [len(part) // 3, len(part) - len(part) // 3])))
-    return Merged([PartitionSketch(p, num_layers=len(layers)) for p in pieces])
-
-
 def search(
-    layers: Sequence[np.ndarray], ratio: str, selection: Selection, normalizer: Normalizer, num_ranks: int = 1
+    layers: Sequence[np.ndarray],
+    ratio: str,
+    selection: Selection,
+    normalizer: Normalizer,
+    num_ranks: int = 1,
+    *,
+    code_shift: int = 0,
+    world: World | None = None,
+    exchange: CountingExchange | None = None,
 ) -> tuple[Thresholds, CountingExchange]:
-    exchange = CountingExchange()
+    exchange = exchange or CountingExchange()
     found = find_thresholds(
-        cut(layers, num_ranks, np.random.default_rng(num_ranks)),
+        world or cut(layers, num_ranks, np.random.default_rng(num_ranks)),
         exchange,
         ratio=float(ratio),
         layer_numel=tuple(len(values) for values in layers),
         selection=selection,
         normalizer=normalizer,
+        code_shift=code_shift,
     )
     return found, exchange
 
@@ -114,15 +83,50 @@ def mixture(seed: int, num_layers: int) -> list[np.ndarray]:
     return layers
 
 
+def stored(layers: Sequence[np.ndarray], state: str) -> list[np.ndarray]:
+    """Round values to what a state can hold."""
+    if state == "u8":
+        return [_as_u8(values) for values in layers]
+    lattice = ~((1 << STATES[state]) - 1)
+    return [(values.view(np.int32) & lattice).view(np.float32) for values in layers]
+
+
+def _as_u8(values: np.ndarray) -> np.ndarray:
+    """Blocks of 256 entries, each in 255 steps of the square root of its largest."""
+    blocks = np.zeros(-(-len(values) // 256) * 256, dtype=np.float32)
+    blocks[: len(values)] = values
+    largest = blocks.reshape(-1, 256).max(axis=1, keepdims=True).astype(np.float64)
+    share = np.divide(blocks.reshape(-1, 256), largest, out=np.zeros((len(largest), 256)), where=largest > 0)
+    return (np.round(np.sqrt(share) * 255) ** 2 / 255**2 * largest).astype(np.float32).reshape(-1)[: len(values)]
+
+
 @pytest.mark.parametrize(("selection", "normalizer"), CASES)
+@pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_masks_equal_the_oracle(selection: Selection, normalizer: Normalizer, ratio: str) -> None:
-    for seed in range(4):
-        layers = mixture(seed, num_layers=40)
-        found, _ = search(layers, ratio, selection, normalizer)
-        expected = oracle_masks(layers, ratio=ratio, selection=selection, normalizer=normalizer)
-        for mask, truth in zip(masks_of(layers, found), expected, strict=True):
+def test_masks_equal_the_oracle(selection: Selection, normalizer: Normalizer, state: str, ratio: str) -> None:
+    for seed in range(2):
+        layers = stored(mixture(seed, num_layers=40), state)
+        found, _ = search(layers, ratio, selection, normalizer, code_shift=STATES[state])
+        expected = oracle(layers, ratio=ratio, selection=selection, normalizer=normalizer)
+        for mask, truth in zip(masks_of(layers, found), expected.masks, strict=True):
             np.testing.assert_array_equal(mask, truth)
+        # Never above the request, and the next smaller threshold would be.
+        isolated = sum(int(mask.sum()) for mask in expected.masks)
+        assert (found.budget, found.tied_mass) == (expected.budget, expected.tied_mass)
+        assert isolated <= found.budget < isolated + found.tied_mass
+        if selection is not GLOBAL:
+            assert not (found.codes % (1 << STATES[state])).any()
+
+
+@pytest.mark.parametrize(("selection", "normalizer"), CASES)
+@pytest.mark.parametrize("state", ["fp32", "u16", "bf16"])
+def test_the_lattice_changes_no_mask(selection: Selection, normalizer: Normalizer, state: str) -> None:
+    layers = stored(mixture(5, num_layers=30), state)
+    for ratio in RATIOS:
+        coarse, _ = search(layers, ratio, selection, normalizer, code_shift=STATES[state])
+        fine, _ = search(layers, ratio, selection, normalizer)
+        for one, other in zip(masks_of(layers, coarse), masks_of(layers, fine), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(("selection", "normalizer"), CASES)
@@ -132,19 +136,97 @@ def test_thresholds_do_not_depend_on_the_cut(selection: Selection, normalizer: N
     for num_ranks in (2, 3, 4, 8, 64):
         found, _ = search(layers, "0.05", selection, normalizer, num_ranks)
         assert torch.equal(found.codes, reference.codes)
+        assert found.tied_mass == reference.tied_mass
 
 
-@pytest.mark.parametrize(
-    ("selection", "normalizer", "expected"), [(*c, n) for c, n in zip(CASES, (4, 5, 3, 3), strict=True)]
-)
-def test_exchanges_do_not_grow_with_the_number_of_layers(
-    selection: Selection, normalizer: Normalizer, expected: int
+@pytest.mark.parametrize(("selection", "normalizer"), CASES)
+@pytest.mark.parametrize("num_ranks", [8, 64, 1024])
+def test_many_ranks_merged_in_any_order_find_the_same(
+    selection: Selection, normalizer: Normalizer, num_ranks: int
 ) -> None:
-    for num_layers in (1, 200):
-        _, exchange = search(mixture(1, num_layers), "0.1", selection, normalizer)
-        assert len(exchange.lengths) == expected
-        if selection is not Selection.PER_LAYER:
-            assert max(exchange.lengths) <= 2048
+    """Most pieces are empty, and most ranks of the largest world hold nothing at all."""
+    layers = mixture(13, num_layers=18)
+    reference, _ = search(layers, "0.05", selection, normalizer)
+    for tree in (False, True):
+        world = cut(layers, num_ranks, np.random.default_rng(num_ranks), tree=tree, empty=1 - 1 / num_ranks**0.5)
+        exchange = ScatteringExchange(num_ranks) if selection is Selection.PER_LAYER else None
+        found, _ = search(layers, "0.05", selection, normalizer, world=world, exchange=exchange)
+        assert torch.equal(found.codes, reference.codes)
+        assert (found.budget, found.tied_mass) == (reference.budget, reference.tied_mass)
+
+
+def test_pieces_of_a_layer_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small pieces are joined, large ones are not; neither may lose or repeat an entry."""
+    layers = mixture(21, num_layers=9)
+    whole = cut(layers, 1, np.random.default_rng(0)).parts[0]
+    pieces = []
+    for index, values in enumerate(layers):
+        rng = np.random.default_rng(index)
+        borders = np.sort(rng.integers(0, len(values) + 1, 40))
+        codes = [codes_of(torch.from_numpy(part.copy())) for part in np.split(values, borders)]
+        pieces += [Piece(index, partial(list, [part])) for part in codes[:5]]
+        pieces.append(Piece(index, partial(list, codes[5:])))
+    edges = torch.arange(1, 2040).mul(1 << 20).repeat(9, 1)
+    largest = whole.extremes()[0]
+    for chunk_numel in (1, 10, 25, 100, 1 << 20):
+        monkeypatch.setattr("epi_ds.isolation.sketch.CHUNK_NUMEL", chunk_numel)
+        joined = PartitionSketch(pieces, num_layers=9)
+        assert torch.equal(joined.counts(edges), whole.counts(edges))
+        assert torch.equal(joined.extremes(), whole.extremes())
+        assert torch.equal(joined.fixed_point_sums(largest), whole.fixed_point_sums(largest))
+
+
+@pytest.mark.parametrize("num_owners", [1, 2, 3, 7, 30, 31, 1024])
+@pytest.mark.parametrize("code_shift", [0, 16])
+def test_owners_answer_as_everyone_does(num_owners: int, code_shift: int) -> None:
+    layers = stored(mixture(3, num_layers=30), "bf16")
+    case = Selection.PER_LAYER, Normalizer.MINMAX
+    everyone, _ = search(layers, "0.2", *case, code_shift=code_shift)
+    owners, _ = search(layers, "0.2", *case, code_shift=code_shift, exchange=ScatteringExchange(num_owners))
+    assert torch.equal(owners.codes, everyone.codes)
+    assert owners.tied_mass == everyone.tied_mass
+
+
+@pytest.fixture(scope="module")
+def million() -> list[np.ndarray]:
+    """1.2 million entries in 6 layers of different scales; no value is frequent."""
+    rng = np.random.default_rng(0)
+    return [(np.exp(rng.normal(0, 1.5, 200_003)) * 10.0**index).astype(np.float32) for index in range(6)]
+
+
+@pytest.mark.parametrize(("selection", "normalizer"), CASES)
+@pytest.mark.parametrize("state", ["fp32", "u16", "bf16"])
+def test_the_achieved_ratio(
+    million: list[np.ndarray], selection: Selection, normalizer: Normalizer, state: str
+) -> None:
+    layers = stored(million, state)
+    total = sum(len(values) for values in layers)
+    if state == "fp32":
+        assert max(np.unique(np.concatenate(layers), return_counts=True)[1]) <= 1e-5 * total
+    for ratio in ("0.01", "0.2"):
+        found, _ = search(layers, ratio, selection, normalizer, code_shift=STATES[state])
+        isolated = sum(int(mask.sum()) for mask in masks_of(layers, found))
+        assert isolated <= found.budget < isolated + found.tied_mass
+        if state == "fp32":
+            assert abs(isolated / total - float(ratio)) <= 2e-5
+
+
+@pytest.mark.parametrize(("code_shift", "expected"), [(0, (5, 6, 4, 3)), (15, (5, 6, 2, 2)), (16, (5, 6, 2, 2))])
+def test_exchanges_do_not_grow_with_the_number_of_layers(code_shift: int, expected: tuple[int, ...]) -> None:
+    for (selection, normalizer), number in zip(CASES, expected, strict=True):
+        for num_layers in (1, 200):
+            _, exchange = search(mixture(1, num_layers), "0.1", selection, normalizer, code_shift=code_shift)
+            assert len(exchange.lengths) == number
+            if selection is not Selection.PER_LAYER:
+                # Extremes and sums are two integers a layer; the rounds do not know how many layers there are.
+                assert max(exchange.lengths[-4 if code_shift == 0 else -2 :]) <= 512
+
+
+def test_importance_that_is_not_finite_is_refused() -> None:
+    layers = [np.array([1.0, 2.0, np.inf, np.inf], dtype=np.float32)]
+    for case in CASES[2:]:
+        with pytest.raises(RuntimeError, match="inf or nan"):
+            search(layers, "0.3", *case)
 
 
 @pytest.mark.parametrize(("selection", "normalizer"), CASES)
