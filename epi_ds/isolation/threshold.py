@@ -116,7 +116,7 @@ def find_thresholds(
     """Find the thresholds that isolate at most ``ratio`` of all entries. Collective: every rank must call.
 
     Exchanges: 5 (min-max), 6 (mean), 4 (raw_global) and 3 (per_layer), whatever the number of layers; 2 for raw_global
-    and per_layer from ``code_shift`` 14 and 9 on.
+    and per_layer from ``code_shift`` 13 and 9 on. One is two collectives where owners answer.
 
     code_shift  the state's codes are multiples of ``1 << code_shift``: 0 for fp32, 16 for bf16
 
