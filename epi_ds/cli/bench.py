@@ -28,6 +28,27 @@ def memory(
     _show([row._asdict() for row in measure_memory(sizes)], json=json)
 
 
+@app.command()
+def sketch(
+    steps: Annotated[int, typer.Option(min=1, help="Training steps before the thresholds are searched.")] = 2000,
+    ema_decay: Annotated[
+        float, typer.Option(min=0, max=1, help="Of the importance; AdamW's beta2 is the same.")
+    ] = 0.99,
+    world_size: Annotated[int, typer.Option(min=1, help="Ranks of the bytes that are modelled.")] = 1024,
+    json: Json = False,
+) -> None:
+    """Measure thresholds and masks of every selection and state on the importance of a model in training."""
+    from epi_ds.bench.sketch import measure_sketches
+    from epi_ds.bench.training import train_states
+
+    def report(step: int, loss: float) -> None:
+        if step % 100 == 0:
+            typer.echo(f"step {step} of {steps}: loss {loss:.3f}", err=True)
+
+    trained = train_states(steps, ema_decay=ema_decay, report=report)
+    _show([row._asdict() for row in measure_sketches(trained, world_size=world_size)], json=json)
+
+
 def _show(rows: list[dict[str, Any]], *, json: bool) -> None:
     from epi_ds.bench.result import result_of
 

@@ -25,6 +25,7 @@ from epi_ds.isolation.policy import Policy
 from epi_ds.isolation.schedule import largest_ratio, ratio_at
 from epi_ds.isolation.sketch import PartitionSketch, Piece
 from epi_ds.isolation.state import (
+    CODE_SHIFTS,
     Favoured,
     Importance,
     Larger,
@@ -33,7 +34,6 @@ from epi_ds.isolation.state import (
     code_chunks,
     partition_reader,
 )
-from epi_ds.isolation.state import CODE_SHIFTS
 from epi_ds.isolation.threshold import Thresholds, find_thresholds
 from epi_ds.kernels import Stored, count_bits, unpack_bits
 

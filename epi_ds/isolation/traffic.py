@@ -164,7 +164,13 @@ def pick(costs: Sequence[Cost]) -> Cost:
 
 
 def estimate(
-    *, world_size: int, num_layers: int, parameters: int, selection: Selection, normalizer: Normalizer, state: StateFormat
+    *,
+    world_size: int,
+    num_layers: int,
+    parameters: int,
+    selection: Selection,
+    normalizer: Normalizer,
+    state: StateFormat,
 ) -> dict[str, Any]:
     """Return what one refresh costs by every transport, as plain numbers for JSON: see `Cost`.
 

@@ -67,7 +67,7 @@ def pretrain_small_model(
     model.train()
     for step in range(steps):
         chosen = torch.randint(len(encoded), (batch_size,), generator=generator).tolist()
-        loss = model(**_collate([encoded[index] for index in chosen], tokenizer.pad_token_id)).loss
+        loss = model(**collate([encoded[index] for index in chosen], tokenizer.pad_token_id)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -95,7 +95,8 @@ def encode(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[t
     ]
 
 
-def _collate(batch: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -> dict[str, Tensor]:
+def collate(batch: Sequence[tuple[list[int], list[int]]], pad_token_id: int) -> dict[str, Tensor]:
+    """Return the arguments of a forward over rows of `encode`, padded to the longest. [rows, length] int64 each."""
     length = max(len(tokens) for tokens, _ in batch)
     tokens = torch.full((len(batch), length), pad_token_id)
     labels = torch.full((len(batch), length), _IGNORED)

@@ -16,8 +16,8 @@ from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.layout import Layout, Parameter, build_layout
 from epi_ds.isolation.policy import make_policy
 from epi_ds.isolation.schedule import largest_ratio
-from epi_ds.isolation.threshold import budget_of
 from epi_ds.isolation.state import CODE_SHIFTS
+from epi_ds.isolation.threshold import budget_of
 from epi_ds.isolation.traffic import compare, pick, refresh_messages
 from epi_ds.zero3.engine import IsolationEngineMixin, StateStore
 from epi_ds.zero3.guard import check_engine
