@@ -97,7 +97,10 @@ def _search(
 ) -> _Searched:
     layout, importance = trained.layout, trained.states[state]
     sketch = PartitionSketch(
-        [Piece(segment.layer, partial(code_chunks, importance, segment)) for segment in layout.segments],
+        [
+            Piece(segment.layer, index, partial(code_chunks, importance, segment))
+            for index, segment in enumerate(layout.segments)
+        ],
         num_layers=len(layout.layer_names),
     )
     seconds = []

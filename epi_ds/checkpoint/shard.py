@@ -7,7 +7,7 @@ says which parameter it belongs to and where it begins can be read by any other 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,13 @@ def write_shard(
     world_size: int,
     mask_of: Callable[[Segment], Tensor],
     states: Mapping[str, Callable[[Segment], Stored]],
+    first_mask: Sequence[Tensor],
 ) -> None:
     """Write one rank's slices. All functions are asked for one segment at a time.
 
-    mask_of  -> [real_numel] bool, on the CPU
-    states   stored values by the name of the state
+    mask_of     -> [real_numel] bool, on the CPU
+    states      stored values by the name of the state
+    first_mask  sampled bytes of the run's first mask, by sub-group
     """
     tensors: dict[str, Tensor] = {}
     for segment in layout.segments:
@@ -53,6 +55,7 @@ def write_shard(
             tensors[f"{state}/{segment.name}"] = stored.codes.cpu().clone()
             if stored.scales.numel():
                 tensors[f"{state}.scales/{segment.name}"] = stored.scales.cpu().clone()
+    tensors |= {f"first_mask/{sub_group}": sample.cpu().clone() for sub_group, sample in enumerate(first_mask)}
     header = {
         "format_version": FORMAT_VERSION,
         "rank": rank,
@@ -121,3 +124,9 @@ class Shard:
                 )
                 for segment in self.segments
             }
+
+    def first_mask(self) -> list[Tensor]:
+        """Read the sample of the run's first mask, by sub-group; empty where there was none yet."""
+        with safe_open(self.path, framework="pt") as file:
+            found = [name for name in file.keys() if name.startswith("first_mask/")]  # noqa: SIM118 - no mapping
+            return [file.get_tensor(f"first_mask/{sub_group}") for sub_group in range(len(found))]

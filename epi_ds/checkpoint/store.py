@@ -29,7 +29,8 @@ from epi_ds.checkpoint.manifest import (
 from epi_ds.checkpoint.shard import FORMAT_VERSION, Shard, shard_name, write_shard
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
-from epi_ds.isolation.controller import Counters, IsolationController
+from epi_ds.isolation.controller import IsolationController
+from epi_ds.isolation.counters import Counters
 from epi_ds.kernels import Stored
 
 T = TypeVar("T")
@@ -97,6 +98,7 @@ class _State(NamedTuple):
     manifest: Manifest
     masks: dict[str, Tensor]
     states: dict[str, dict[str, Stored]]
+    first_mask: list[Tensor]
 
 
 class FileStateStore:
@@ -121,6 +123,7 @@ class FileStateStore:
                 world_size=world_size,
                 mask_of=controller.segment_mask,
                 states={name: state.stored for name, state in controller.states.items()},
+                first_mask=controller.first_mask.sample,
             )
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -202,6 +205,7 @@ class FileStateStore:
             threshold_codes=codes,
             masks=state.masks,
             states=state.states,
+            first_mask=state.first_mask,
         )
         return state.manifest.extra
 
@@ -214,6 +218,7 @@ class FileStateStore:
             manifest,
             {segment.name: mask for segment, mask in shard.masks()},
             {name: shard.stored(name) for name in shard.states},
+            shard.first_mask(),
         )
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,11 @@ from torch import Tensor
 from epi_ds.config import EPIConfig, Memory, PolicyName, Protects, StateFormat
 from epi_ds.isolation.bracket import count_dtype
 from epi_ds.isolation.collectives import GroupExchange
+from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.mask import empty_bits, select_bits, set_segment
 from epi_ds.isolation.policy import Policy
+from epi_ds.isolation.refresh import FirstMask, GroupCounts, Refresh, layer_importance
 from epi_ds.isolation.schedule import largest_ratio, ratio_at
 from epi_ds.isolation.sketch import PartitionSketch, Piece
 from epi_ds.isolation.state import (
@@ -40,62 +42,22 @@ from epi_ds.kernels import Stored, count_bits, unpack_bits
 logger = logging.getLogger(__name__)
 
 
-class Refresh(NamedTuple):
-    """What a refresh selected, over all ranks. Counts are of entries."""
-
-    step: int
-    """Applied steps before the refresh."""
-    ratio: float
-    """The one requested at this step."""
-    budget: int
-    isolated: int
-    layer_isolated: tuple[int, ...]
-    layer_kept: tuple[int, ...]
-    """Isolated both before and now, by layer."""
-    layer_before: tuple[int, ...]
-    """Isolated before, by layer."""
-    tied_mass: int
-    """Entries that the next smaller threshold would isolate on top; see `Thresholds.tied_mass`."""
-    seconds: float
-    collectives: int
-    sent_bytes: int
-
-    @property
-    def jaccard(self) -> float | None:
-        """Overlap of the masks before and now (intersection over union); None where there was no mask before."""
-        before, kept = sum(self.layer_before), sum(self.layer_kept)
-        return kept / (before + self.isolated - kept) if before else None
-
-
-@dataclass(frozen=True)
-class Counters:
-    """What has happened so far. The same on every rank; saved with a checkpoint."""
-
-    applied_steps: int = 0
-    observations: int = 0
-    """Gradients that have entered the importance."""
-    importance_weight: float = 0.0
-    """Total weight of the squared gradients in the importance: 1 - ema_decay^t after t steps, 1 after a probe."""
-    active_steps: int = 0
-    """Applied steps that ran under a mask with at least one isolated entry."""
-    refreshes: int = 0
-    finished_stages: int = 0
-
-    def to_dict(self) -> dict[str, int | float]:
-        """Return what `from_dict` takes; JSON keeps every bit of it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> Counters:
-        """Return saved counters."""
-        return cls(**saved)
-
-
 class MaskListener(Protocol):
     """Told about every partition whose mask changes, before the new mask is in force."""
 
     def mask_changes(self, sub_group: int, *, before: Tensor, now: Tensor, importance: ReadPartition) -> None:
         """``before`` and ``now`` are uint8 bits of the sub-group's flat partition, which ``importance`` reads."""
+
+
+class _Changed(NamedTuple):
+    """Counts of a change of masks over all ranks."""
+
+    isolated: Tensor
+    """[num_groups] int64: by layer, then by kind"""
+    kept: Tensor
+    both_first: int
+    """Sampled entries isolated now and in the first mask of the run."""
+    either_first: int
 
 
 class IsolationController:
@@ -121,6 +83,7 @@ class IsolationController:
         self.counters = Counters()
         self.last_refresh: Refresh | None = None
         self.threshold_codes: Tensor | None = None
+        self.first_mask = FirstMask()
         self.isolated = 0
         self._policy = policy
         self._listener = listener
@@ -130,6 +93,7 @@ class IsolationController:
         self._remembered = None if config.memory is Memory.NONE else self._new_state("remembered")
         self._bits = [empty_bits(numel, device) for numel, device in zip(layout.sub_group_numel, devices, strict=True)]
         self._local_isolated = [0] * len(self._bits)
+        self._group_isolated = torch.zeros(len(layout.group_numel), dtype=torch.int64)
         if policy.observes(1):
             self.start_measuring()
 
@@ -205,9 +169,10 @@ class IsolationController:
         return self._importance().read(segment, 0, segment.real_numel)
 
     def state_bytes(self) -> dict[str, int]:
-        """Return the bytes on this rank of each of `states`, and of the masks."""
+        """Return the bytes on this rank of each of `states`, of the masks and of the sample of the first one."""
         sizes = {name: state.num_bytes for name, state in self.states.items()}
-        return {**sizes, "masks": sum(bits.numel() for bits in self._bits)}
+        sample = sum(bits.numel() for bits in self.first_mask.sample)
+        return {**sizes, "masks": sum(bits.numel() for bits in self._bits), "first_mask": sample}
 
     def restore(
         self,
@@ -216,15 +181,18 @@ class IsolationController:
         threshold_codes: Tensor | None,
         masks: Mapping[str, Tensor],
         states: Mapping[str, Mapping[str, Stored]],
+        first_mask: Sequence[Tensor] = (),
     ) -> None:
         """Replace the whole state by slices of this rank's segments, by parameter name. Collective.
 
-        masks   [real_numel] bool by name; every segment
-        states  for each of ours by its name in `states`, every segment by name
+        masks       [real_numel] bool by name; every segment
+        first_mask  see `FirstMask.sample`
+        states      for each of ours by its name in `states`, every segment by name
         """
         for name, state in self.states.items():
             for segment in self.layout.segments:
                 state.load(segment, states[name][segment.name], step=counters.observations)
+        self.first_mask.restore(first_mask, self._devices)
         self.counters = counters
         self.threshold_codes = threshold_codes
         self.set_masks(masks)
@@ -234,7 +202,12 @@ class IsolationController:
         for segment in self.layout.segments:
             set_segment(self._bits[segment.sub_group], segment, masks[segment.name])
         self._local_isolated = [count_bits(bits) for bits in self._bits]
-        self.isolated = int(self.exchange.total(torch.tensor([sum(self._local_isolated)]))[0])
+        local = torch.zeros_like(self._group_isolated)
+        for name, groups in self.layout.groups_of.items():
+            for group in groups:
+                local[group] += int(masks[name].sum())
+        self._group_isolated = self.exchange.total(local)
+        self.isolated = int(self._group_isolated[: len(self.layout.layer_names)].sum())
 
     # --- a step ---
 
@@ -274,6 +247,11 @@ class IsolationController:
         observations = self.counters.observations + 1
         self.counters = replace(self.counters, importance_weight=weight, observations=observations)
 
+    def note_held_energy(self, share: float) -> None:
+        """Note the share of the squared gradient that the mask holds back in the step about to be applied."""
+        counters = self.counters
+        self.counters = replace(counters, held_energy=counters.held_energy + share, held_steps=counters.held_steps + 1)
+
     def finish_step(self) -> Refresh | None:
         """Count an applied step and refresh the mask where one is due. Collective when it is."""
         step = self.counters.applied_steps + 1
@@ -312,7 +290,10 @@ class IsolationController:
         compared = self._compared(importance)
         started, traffic = time.perf_counter(), self.exchange.traffic
         sketch = PartitionSketch(
-            [Piece(segment.layer, partial(code_chunks, compared, segment)) for segment in self.layout.segments],
+            [
+                Piece(segment.layer, index, partial(code_chunks, compared, segment))
+                for index, segment in enumerate(self.layout.segments)
+            ],
             num_layers=len(self.layout.layer_names),
         )
         thresholds = find_thresholds(
@@ -324,24 +305,36 @@ class IsolationController:
             normalizer=config.normalizer,
             code_shift=CODE_SHIFTS[config.state],
         )
-        counts = self._change_masks(importance, compared, thresholds.codes)
-        spent = self.exchange.traffic
-        self.isolated = int(counts[0].sum())
+        found = self._change_masks(importance, compared, thresholds.codes)
+        before, self._group_isolated = self._group_isolated, found.isolated
+        spent, num_layers = self.exchange.traffic, len(self.layout.layer_names)
+        columns = self.layout.group_numel, found.isolated.tolist(), found.kept.tolist(), before.tolist()
+        names = (*self.layout.layer_names, *self.layout.kind_names)
+        groups = tuple(GroupCounts(*row) for row in zip(names, *columns, strict=True))
+        self.isolated = sum(group.isolated for group in groups[:num_layers])
+        if self.isolated:
+            self.first_mask.keep(self._bits)
         self.threshold_codes = thresholds.codes
-        self.counters = replace(self.counters, refreshes=self.counters.refreshes + 1)
+        counters = self.counters
         self.last_refresh = Refresh(
             step=step,
             ratio=ratio,
             budget=thresholds.budget,
             isolated=self.isolated,
-            layer_isolated=tuple(counts[0].tolist()),
-            layer_kept=tuple(counts[1].tolist()),
-            layer_before=tuple(counts[2].tolist()),
+            covered=self.layout.covered_numel,
             tied_mass=thresholds.tied_mass,
+            layers=groups[:num_layers],
+            kinds=groups[num_layers:],
+            importance=layer_importance(
+                thresholds.codes, thresholds.extremes, tuple(segment.name for segment in self.layout.segments)
+            ),
+            jaccard_first=found.both_first / found.either_first if found.either_first else None,
+            held_gradient_energy=counters.held_energy / counters.held_steps if counters.held_steps else None,
             seconds=time.perf_counter() - started,
             collectives=spent.collectives - traffic.collectives,
             sent_bytes=spent.sent_bytes - traffic.sent_bytes,
         )
+        self.counters = replace(counters, refreshes=counters.refreshes + 1, held_energy=0.0, held_steps=0)
         self._warn_if_blocked(sketch, thresholds, ratio)
         return self.last_refresh
 
@@ -353,10 +346,10 @@ class IsolationController:
         hysteresis = self.config.hysteresis
         return importance if hysteresis == 1.0 else Favoured(importance, self._bits, hysteresis)
 
-    def _change_masks(self, importance: Importance, compared: Importance, threshold_codes: Tensor) -> Tensor:
+    def _change_masks(self, importance: Importance, compared: Importance, threshold_codes: Tensor) -> _Changed:
         """Select, announce and install the masks of all sub-groups; return the counts over all ranks."""
-        num_layers = len(self.layout.layer_names)
-        counts = torch.zeros((3, num_layers), dtype=torch.int64)
+        num_groups = len(self.layout.group_numel)
+        counts = torch.zeros((2, num_groups), dtype=torch.int64)
         for sub_group, segments in enumerate(self.layout.by_sub_group):
             selected = select_bits(
                 compared,
@@ -364,7 +357,8 @@ class IsolationController:
                 segments=segments,
                 numel=self.layout.sub_group_numel[sub_group],
                 threshold_codes=threshold_codes,
-                num_layers=num_layers,
+                groups_of=self.layout.groups_of,
+                num_groups=num_groups,
             )
             if self._listener is not None:
                 self._listener.mask_changes(
@@ -374,9 +368,11 @@ class IsolationController:
                     importance=partition_reader(importance, segments, self._devices[sub_group]),
                 )
             self._bits[sub_group] = selected.bits
-            self._local_isolated[sub_group] = int(selected.counts[0].sum())
+            self._local_isolated[sub_group] = count_bits(selected.bits)
             counts += selected.counts
-        return self.exchange.total(counts.to(count_dtype(max(self.layout.layer_numel)))).long()
+        sent = torch.cat([counts.flatten(), self.first_mask.compare(self._bits)])
+        merged = self.exchange.total(sent.to(count_dtype(max(self.layout.group_numel)))).long()
+        return _Changed(merged[:num_groups], merged[num_groups:-2], int(merged[-2]), int(merged[-1]))
 
     def _warn_if_blocked(self, sketch: PartitionSketch, thresholds: Thresholds, ratio: float) -> None:
         """Warn when ties keep most of the budget unused, and name the layer to look at. Collective where it warns."""
@@ -385,20 +381,17 @@ class IsolationController:
         if self.config.protects is Protects.PAST and not self.counters.finished_stages:
             # There is no past yet: as configured.
             return
-        cause = ""
-        if thresholds.max_codes is not None:
-            at_maximum = self.exchange.total(sketch.counts(thresholds.max_codes.clamp(min=1).unsqueeze(1))[:, 0])
-            layer = int(at_maximum.argmax())
-            cause = (
-                f"; layer {self.layout.layer_names[layer]!r} has {int(at_maximum[layer])} entries at its maximum, and "
-                "equal entries are isolated together or not at all"
-            )
+        largest = thresholds.extremes.max_codes.clamp(min=1).unsqueeze(1)
+        at_maximum = self.exchange.total(sketch.counts(largest)[:, 0])
+        layer = int(at_maximum.argmax())
         if self.exchange.rank == 0:
             logger.warning(
-                "refresh after step %d isolated %d entries of the %d that ratio %s allows%s",
+                "refresh after step %d isolated %d entries of the %d that ratio %s allows; layer %r has %d entries at "
+                "its maximum, and equal entries are isolated together or not at all",
                 self.counters.applied_steps,
                 self.isolated,
                 thresholds.budget,
                 ratio,
-                cause,
+                self.layout.layer_names[layer],
+                int(at_maximum[layer]),
             )

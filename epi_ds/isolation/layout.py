@@ -93,6 +93,25 @@ class Layout:
             totals[segment.layer] += math.prod(segment.shape)
         return tuple(totals)
 
+    @cached_property
+    def kind_names(self) -> tuple[str, ...]:
+        """Kinds of matrices, in the order in which they first appear. See `kind_of`."""
+        return tuple(dict.fromkeys(kind_of(segment.name) for segment in self.segments))
+
+    @cached_property
+    def group_numel(self) -> tuple[int, ...]:
+        """Entries of each layer and then of each kind, over all ranks."""
+        kinds = dict.fromkeys(self.kind_names, 0)
+        for segment in self.segments:
+            kinds[kind_of(segment.name)] += math.prod(segment.shape)
+        return (*self.layer_numel, *kinds.values())
+
+    @cached_property
+    def groups_of(self) -> dict[str, tuple[int, int]]:
+        """Where each parameter counts in `group_numel`: its layer and its kind."""
+        kinds = {kind: len(self.layer_names) + index for index, kind in enumerate(self.kind_names)}
+        return {segment.name: (segment.layer, kinds[kind_of(segment.name)]) for segment in self.segments}
+
     @property
     def covered_numel(self) -> int:
         """Covered entries over all ranks."""
@@ -171,6 +190,18 @@ def block_of(name: str) -> str:
         if part.isdigit():
             return ".".join(parts[: index + 1])
     return ".".join(parts[:-1]) or name
+
+
+def kind_of(name: str) -> str:
+    """Return what a parameter is in every block: its name after the block's number, further numbers left open.
+
+    The same for all query projections of a model, or for the same matrix of all experts; of a parameter outside
+    numbered blocks its whole name.
+    """
+    parts = name.removesuffix(".weight").split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    inside = parts[numbers[0] + 1 :] if numbers else parts
+    return ".".join("*" if part.isdigit() else part for part in inside) or name
 
 
 def assign_layers(names: Sequence[str], layer: str | Mapping[str, str]) -> list[str]:

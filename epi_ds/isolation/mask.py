@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,12 +15,12 @@ from epi_ds.kernels import chunks, pack_bits, unpack_bits
 
 
 class Selected(NamedTuple):
-    """A new mask of one partition and how it compares with the old one, by layer. Counts are this rank's."""
+    """A new mask of one partition and how it compares with the old one, by group. Counts are this rank's."""
 
     bits: Tensor
     """[ceil(numel / 8)] uint8, on the partition's device."""
     counts: Tensor
-    """[3, num_layers] int64 on the CPU: isolated now, isolated before and now, isolated before."""
+    """[2, num_groups] int64 on the CPU: isolated now, isolated before and now."""
 
 
 def empty_bits(numel: int, device: torch.device) -> Tensor:
@@ -35,7 +35,8 @@ def select_bits(
     segments: Sequence[Segment],
     numel: int,
     threshold_codes: Tensor,
-    num_layers: int,
+    groups_of: Mapping[str, tuple[int, ...]],
+    num_groups: int,
 ) -> Selected:
     """Select the entries of one partition whose code reaches its layer's threshold.
 
@@ -43,10 +44,11 @@ def select_bits(
     segments         the covered segments of this partition; entries outside them stay plastic
     numel            entries of the partition
     threshold_codes  [num_layers]       int64 on the CPU
+    groups_of        the groups in which a parameter's entries are counted, by its name
     """
     limits = [int(code) for code in threshold_codes]
     bits = torch.empty_like(before)
-    counts = torch.zeros((3, num_layers), dtype=torch.int64)
+    counts = torch.zeros((2, num_groups), dtype=torch.int64)
     for start, stop in chunks(0, numel):
         mask = torch.zeros(stop - start, dtype=torch.bool, device=before.device)
         old = unpack_bits(before, start, stop)
@@ -54,8 +56,10 @@ def select_bits(
             inside = slice(first - start, last - start)
             codes = codes_of(importance.read(segment, first - segment.start, last - segment.start))
             mask[inside] = codes >= limits[segment.layer]
-            now, then = mask[inside], old[inside]
-            counts[:, segment.layer] += torch.stack([now.sum(), (now & then).sum(), then.sum()]).cpu()
+            now = mask[inside]
+            found = torch.stack([now.sum(), (now & old[inside]).sum()]).cpu()
+            for group in groups_of[segment.name]:
+                counts[:, group] += found
         pack_bits(mask, bits[start // 8 : -(-stop // 8)])
     return Selected(bits, counts)
 

@@ -16,9 +16,12 @@ from torch import Tensor
 from epi_ds.kernels import sketch_counts
 from epi_ds.kernels.reference.chunks import CHUNK_NUMEL
 
-# Travels instead of an extreme where a rank holds nothing of a layer: below every code and every negated code, and
-# within 32 bits, which is half the wire of 64.
-EMPTY = -(1 << 31)
+# Travels instead of an extreme where a rank holds nothing of a layer: below every code and every negated code.
+EMPTY = -(1 << 62)
+
+# A largest code travels with the parameter that holds it in its low bits; among equals the first parameter wins.
+_PARAMETER_BITS = 31
+_LAST_PARAMETER = (1 << _PARAMETER_BITS) - 1
 
 # See `PartitionSketch.fixed_point_sums`.
 FRACTION_BITS = 52
@@ -30,8 +33,26 @@ class Piece(NamedTuple):
     """Codes of one layer on this rank."""
 
     layer: int
+    parameter: int
+    """Index of the parameter, the same on every rank."""
     codes: Callable[[], Iterable[Tensor]]
     """Yields the codes, int32 without padding, in pieces of any size on any device; asked anew for every question."""
+
+
+class Extremes(NamedTuple):
+    """Of every layer over all ranks; all ``[num_layers]`` int64 on the CPU, -1 for a layer without entries."""
+
+    max_codes: Tensor
+    min_codes: Tensor
+    holders: Tensor
+    """Index of the first parameter that holds the largest code."""
+
+
+def read_extremes(merged: Tensor) -> Extremes:
+    """Read the merge by MAX of the ranks' `PartitionSketch.extremes`."""
+    empty = merged[0] == EMPTY
+    columns = merged[0] >> _PARAMETER_BITS, -merged[1], _LAST_PARAMETER - (merged[0] & _LAST_PARAMETER)
+    return Extremes(*(column.masked_fill(empty, -1) for column in columns))
 
 
 class PartitionSketch:
@@ -63,11 +84,15 @@ class PartitionSketch:
                 yield layer, _joined(small)
 
     def extremes(self) -> Tensor:
-        """Return ``[2, num_layers]`` int32 on the CPU: largest code, negated smallest code. Merge by MAX."""
-        result = torch.full((2, self.num_layers), EMPTY, dtype=torch.int32)
-        for layer, codes in self._chunks():
-            smallest, largest = torch.aminmax(codes)
-            result[:, layer] = torch.maximum(result[:, layer], torch.stack([largest, -smallest]).cpu())
+        """Return ``[2, num_layers]`` int64 on the CPU, to merge by MAX and to read by `read_extremes`."""
+        result = torch.full((2, self.num_layers), EMPTY, dtype=torch.int64)
+        for piece in (piece for pieces in self._pieces.values() for piece in pieces):
+            for codes in piece.codes():
+                if codes.numel():
+                    smallest, largest = (int(extreme) for extreme in torch.aminmax(codes))
+                    packed = largest << _PARAMETER_BITS | _LAST_PARAMETER - piece.parameter
+                    result[0, piece.layer] = max(int(result[0, piece.layer]), packed)
+                    result[1, piece.layer] = max(int(result[1, piece.layer]), -smallest)
         return result
 
     def fixed_point_sums(self, max_codes: Tensor) -> Tensor:
@@ -77,7 +102,7 @@ class PartitionSketch:
         one entry is split at 26 bits, so that sums stay exact up to 2^36 entries. A floating-point sum would depend
         on the partitioning.
 
-        max_codes  [num_layers] int64: largest code of each layer over all ranks, `EMPTY` or a code
+        max_codes  [num_layers] int64: largest code of each layer over all ranks; anything for an empty layer
         """
         result = torch.zeros((2, self.num_layers), dtype=torch.int64)
         for layer, codes in self._chunks():

@@ -34,7 +34,7 @@ from torch import Tensor
 from epi_ds.config import Normalizer, Selection
 from epi_ds.isolation.bracket import Answers, Brackets, count_dtype, round_widths
 from epi_ds.isolation.importance import TOP_CODE, ceil_code, decode
-from epi_ds.isolation.sketch import EMPTY, FRACTION_BITS, LOW_BITS, PartitionSketch
+from epi_ds.isolation.sketch import FRACTION_BITS, LOW_BITS, Extremes, PartitionSketch, read_extremes
 
 CODE_BITS = 31
 # See [Note: rounds].
@@ -71,8 +71,7 @@ class Thresholds(NamedTuple):
 
     The budget left unused is below it. Where there is no smaller threshold, because zeros are never isolated, all
     other entries count: a large part of them are zeros then."""
-    max_codes: Tensor | None
-    """[num_layers] int64: largest code of each layer, where the normaliser needed it."""
+    extremes: Extremes
 
 
 def budget_of(ratio: float, numel: int) -> int:
@@ -115,13 +114,15 @@ def find_thresholds(
 ) -> Thresholds:
     """Find the thresholds that isolate at most ``ratio`` of all entries. Collective: every rank must call.
 
-    Exchanges: 5 (min-max), 6 (mean), 4 (raw_global) and 3 (per_layer), whatever the number of layers; 2 for raw_global
+    Exchanges: 5 (min-max), 6 (mean), 5 (raw_global) and 4 (per_layer), whatever the number of layers; 3 for raw_global
     and per_layer from ``code_shift`` 13 and 9 on. One is two collectives where owners answer.
 
     code_shift  the state's codes are multiples of ``1 << code_shift``: 0 for fp32, 16 for bf16
 
     Raises RuntimeError when the importance holds inf or nan.
     """
+    # Only the normalisers compute with them; the report of a refresh wants them for every selection.
+    extremes = read_extremes(exchange.maximum(sketch.extremes()))
     totals = torch.tensor(layer_numel, dtype=torch.int64)
     widths = search_widths(selection, code_shift=code_shift)
     unit = 1 << code_shift
@@ -136,13 +137,12 @@ def find_thresholds(
             widths=widths,
             unit=unit,
         )
-        return Thresholds(found.above, int(budgets.sum()), _tied_mass(found), None)
-    max_codes = None
+        return Thresholds(found.above, int(budgets.sum()), _tied_mass(found), extremes)
     if selection is Selection.RAW_GLOBAL:
         mapping = _raw_mapping(len(layer_numel))
     else:
         unit = 1
-        mapping, max_codes = _normalizing_mapping(sketch, exchange, normalizer, layer_numel)
+        mapping = _normalizing_mapping(sketch, exchange, extremes, normalizer=normalizer, layer_numel=layer_numel)
     budget = budget_of(ratio, sum(layer_numel))
     sum_dtype = count_dtype(sum(layer_numel))
     found = _search(
@@ -153,7 +153,7 @@ def find_thresholds(
         widths=widths,
         unit=unit,
     )
-    return Thresholds(mapping.edges(found.above)[:, 0], budget, _tied_mass(found), max_codes)
+    return Thresholds(mapping.edges(found.above)[:, 0], budget, _tied_mass(found), extremes)
 
 
 def _search(
@@ -189,17 +189,21 @@ def _raw_mapping(num_layers: int) -> _Mapping:
 
 
 def _normalizing_mapping(
-    sketch: PartitionSketch, exchange: Exchange, normalizer: Normalizer, layer_numel: tuple[int, ...]
-) -> tuple[_Mapping, Tensor]:
-    extremes = exchange.maximum(sketch.extremes()).long()
-    max_codes, min_codes = extremes[0], -extremes[1]
+    sketch: PartitionSketch,
+    exchange: Exchange,
+    extremes: Extremes,
+    *,
+    normalizer: Normalizer,
+    layer_numel: tuple[int, ...],
+) -> _Mapping:
+    max_codes, min_codes, _ = extremes
     never = torch.full_like(max_codes, TOP_CODE)
-    flat = (max_codes == EMPTY) | (max_codes == min_codes)
-    # An empty layer (a parameter of no entries) has no extremes; it is `flat`, so any finite stand-in will do.
-    low, high = decode(min_codes.clamp(0, TOP_CODE)), decode(max_codes.clamp(min=0))
+    # An empty layer (a parameter of no entries) has no extremes; it is flat, so any finite stand-in will do.
+    flat = max_codes == min_codes
+    low, high = decode(min_codes.clamp(min=0)), decode(max_codes.clamp(min=0))
     if normalizer is Normalizer.MINMAX:
         # fp64 may round min + tau * range down to min for a tiny tau; the clamp keeps normalised zeros plastic.
-        return _Mapping(low, high - low, torch.where(flat, never, min_codes + 1)), max_codes
+        return _Mapping(low, high - low, torch.where(flat, never, min_codes + 1))
     limbs = exchange.total(sketch.fixed_point_sums(max_codes))
     means = [
         _exact_mean(int(limbs[0, layer]), int(limbs[1, layer]), numel, int(max_codes[layer]))
@@ -207,7 +211,7 @@ def _normalizing_mapping(
     ]
     zeros = torch.zeros_like(low)
     scale = torch.tensor(means, dtype=torch.float64)
-    return _Mapping(zeros, scale, torch.where(flat, never, torch.ones_like(never))), max_codes
+    return _Mapping(zeros, scale, torch.where(flat, never, torch.ones_like(never)))
 
 
 def _exact_mean(high: int, low: int, numel: int, max_code: int) -> float:

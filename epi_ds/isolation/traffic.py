@@ -22,6 +22,9 @@ from epi_ds.isolation.threshold import search_widths
 STEP_SECONDS = 20e-6
 BYTES_PER_SECOND = 1e9
 
+# Matrices and norms of a decoder block, embeddings and head.
+TYPICAL_KINDS = 12
+
 # Fields of an `Answers`.
 ANSWER_INTEGERS = 3
 
@@ -96,27 +99,32 @@ def owned_rows(num_rows: int, *, rank: int, world_size: int) -> slice:
 
 
 def refresh_messages(
-    layer_numel: Sequence[int], *, selection: Selection, normalizer: Normalizer, code_shift: int = 0
+    layer_numel: Sequence[int],
+    *,
+    selection: Selection,
+    normalizer: Normalizer,
+    code_shift: int = 0,
+    num_kinds: int = TYPICAL_KINDS,
 ) -> tuple[Message, ...]:
     """Return the exchanges of one refresh, in order: the search for thresholds and the counts of its report.
 
     layer_numel  entries of every layer over all ranks
     code_shift   see `find_thresholds`
+    num_kinds    kinds of matrices, see `Layout.kind_names`
     """
     num_layers, layer_item = len(layer_numel), count_dtype(max(layer_numel)).itemsize
     per_layer = selection is Selection.PER_LAYER
-    messages = []
-    if selection is Selection.NORMALIZED_GLOBAL:
-        messages.append(Message("extremes", 2, num_layers, 4))
-        if normalizer is Normalizer.MEAN:
-            messages.append(Message("sums", 2, num_layers, 8))
+    messages = [Message("extremes", 2, num_layers, 8)]
+    if selection is Selection.NORMALIZED_GLOBAL and normalizer is Normalizer.MEAN:
+        messages.append(Message("sums", 2, num_layers, 8))
     for index, width in enumerate(search_widths(selection, code_shift=code_shift)):
         # Edges (int32) of all layers and a byte to choose by; the counts are the wire's own. A global round makes its
         # edges of taus, through temporaries of 64 bits, and counts by layer.
         host_bytes = num_layers * width * (5 if per_layer else 64)
         rows, item = (num_layers, layer_item) if per_layer else (1, count_dtype(sum(layer_numel)).itemsize)
         messages.append(Message(f"round {index + 1}", rows, width, item, host_bytes, has_answers=True))
-    messages.append(Message("mask counts", 3, num_layers, layer_item))
+    # Isolated now, and before and now, by layer and by kind of matrix; the comparison with the first mask.
+    messages.append(Message("mask counts", 1, 2 * (num_layers + num_kinds) + 2, layer_item))
     return tuple(messages)
 
 

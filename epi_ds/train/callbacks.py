@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import isfinite
 from typing import Any
 
 import torch.distributed as dist
@@ -10,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from epi_ds.config import PolicyName
 from epi_ds.hf import EPICallback
-from epi_ds.isolation.controller import Refresh
+from epi_ds.isolation.refresh import Refresh
 from epi_ds.train.accelerate_setup import check_trainer
 from epi_ds.train.evaluation import Evaluator
 from epi_ds.train.metrics import MetricsWriter
@@ -207,18 +208,28 @@ class RunCallback(TrainerCallback):
         self._progress.note(f"{'before training' if after == BEFORE else 'after ' + after}: {shown}")
 
     def _report_refresh(self, step: int, stage: str, refresh: Refresh) -> None:
-        names = [row.name for row in self._epi.layers()]
+        layers = refresh.layers
         self._write(
             "refresh",
             step,
             stage,
+            ratio=refresh.ratio,
+            achieved_ratio=refresh.achieved_ratio,
             budget=refresh.budget,
             isolated=refresh.isolated,
             tied_mass=refresh.tied_mass,
             jaccard=refresh.jaccard,
-            layer_isolated=dict(zip(names, refresh.layer_isolated, strict=True)),
-            layer_numel={row.name: row.numel for row in self._epi.layers()},
-            thresholds={name: value for name, value in self._epi.thresholds().items() if value != float("inf")},
+            jaccard_first=refresh.jaccard_first,
+            held_gradient_energy=refresh.held_gradient_energy,
+            layer_numel={layer.name: layer.numel for layer in layers},
+            layer_isolated={layer.name: layer.isolated for layer in layers},
+            layer_flip_rate={layer.name: layer.flip_rate for layer in layers},
+            layer_importance={
+                layer.name: {**found._asdict(), "threshold": found.threshold if isfinite(found.threshold) else None}
+                for layer, found in zip(layers, refresh.importance, strict=True)
+            },
+            kind_numel={kind.name: kind.numel for kind in refresh.kinds},
+            kind_isolated={kind.name: kind.isolated for kind in refresh.kinds},
             seconds=refresh.seconds,
             collectives=refresh.collectives,
             sent_bytes=refresh.sent_bytes,

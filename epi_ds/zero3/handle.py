@@ -11,9 +11,10 @@ from torch import Tensor
 
 from epi_ds.config import EPIConfig, PolicyName, StateFormat
 from epi_ds.errors import UserError, nearest
-from epi_ds.isolation.controller import Counters, IsolationController, Refresh
-from epi_ds.isolation.importance import decode
+from epi_ds.isolation.controller import IsolationController
+from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.layout import Segment
+from epi_ds.isolation.refresh import Refresh, values_of
 from epi_ds.isolation.schedule import check_planned_steps, largest_ratio
 
 
@@ -105,9 +106,7 @@ class EPI:
         codes = self._controller.threshold_codes
         if codes is None:
             return {}
-        # decode() reads the pattern of +inf as 2^128, which no fp32 value reaches; say inf instead.
-        values = [value if value < 2.0**128 else math.inf for value in decode(codes).tolist()]
-        return dict(zip(self._controller.layout.layer_names, values, strict=True))
+        return dict(zip(self._controller.layout.layer_names, values_of(codes), strict=True))
 
     def layers(self) -> list[LayerRow]:
         """Return the resolved layer table."""

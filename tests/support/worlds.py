@@ -91,6 +91,8 @@ def cut(
         for rank, part in zip(holders, np.split(values, borders), strict=True):
             codes = codes_of(torch.from_numpy(part.copy()))
             # In two chunks, of which the first may be empty.
-            pieces[rank].append(Piece(index, partial(torch.split, codes, [len(part) // 3, len(part) - len(part) // 3])))
+            pieces[rank].append(
+                Piece(index, index, partial(torch.split, codes, [len(part) // 3, len(part) - len(part) // 3]))
+            )
     sketches = [PartitionSketch(p, num_layers=len(layers)) for p in pieces]
     return World(sketches, tree=rng if tree else None)

@@ -13,7 +13,7 @@ from torch import Tensor
 from epi_ds.config import Normalizer, Selection, Transport
 from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.threshold import find_thresholds
-from epi_ds.isolation.traffic import cost_of, refresh_messages
+from epi_ds.isolation.traffic import TYPICAL_KINDS, cost_of, refresh_messages
 from tests.support.ranks import run_ranks
 from tests.support.worlds import CountingExchange, cut
 
@@ -58,7 +58,7 @@ def search_everywhere() -> list[tuple[Any, ...]]:
                     code_shift=code_shift,
                 )
                 # The report of a refresh.
-                exchange.total(torch.zeros((3, len(layers)), dtype=torch.int32))
+                exchange.total(torch.zeros(2 * (len(layers) + TYPICAL_KINDS) + 2, dtype=torch.int32))
                 found.append((thresholds.codes.tolist(), thresholds.tied_mass, *exchange.traffic))
     return found
 

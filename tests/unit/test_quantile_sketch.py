@@ -201,7 +201,7 @@ def test_a_search_finds_what_a_refined_sketch_answers(ratio: str) -> None:
     for _ in range(2):
         sketch = sketch_of(values, like=sketch.refined(q))
     found = find_thresholds(
-        PartitionSketch([Piece(0, lambda: [codes_of(values)])], num_layers=1),
+        PartitionSketch([Piece(0, 0, lambda: [codes_of(values)])], num_layers=1),
         CountingExchange(),
         ratio=float(ratio),
         layer_numel=(values.numel(),),

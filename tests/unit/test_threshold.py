@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from epi_ds.config import Normalizer, Selection
 from epi_ds.isolation.importance import TOP_CODE, codes_of
-from epi_ds.isolation.sketch import PartitionSketch, Piece
+from epi_ds.isolation.sketch import PartitionSketch, Piece, read_extremes
 from epi_ds.isolation.threshold import Thresholds, budget_of, find_thresholds
 from tests.support.oracle import oracle, oracle_masks
 from tests.support.worlds import CountingExchange, ScatteringExchange, World, cut
@@ -164,15 +164,20 @@ def test_pieces_of_a_layer_count_together(monkeypatch: pytest.MonkeyPatch) -> No
         rng = np.random.default_rng(index)
         borders = np.sort(rng.integers(0, len(values) + 1, 40))
         codes = [codes_of(torch.from_numpy(part.copy())) for part in np.split(values, borders)]
-        pieces += [Piece(index, partial(list, [part])) for part in codes[:5]]
-        pieces.append(Piece(index, partial(list, codes[5:])))
+        pieces += [Piece(index, 3 * index + number, partial(list, [part])) for number, part in enumerate(codes[:2])]
+        pieces.append(Piece(index, 3 * index + 2, partial(list, codes[2:])))
     edges = torch.arange(1, 2040).mul(1 << 20).repeat(9, 1)
-    largest = whole.extremes()[0]
+    largest = read_extremes(whole.extremes()).max_codes
     for chunk_numel in (1, 10, 25, 100, 1 << 20):
         monkeypatch.setattr("epi_ds.isolation.sketch.CHUNK_NUMEL", chunk_numel)
         joined = PartitionSketch(pieces, num_layers=9)
         assert torch.equal(joined.counts(edges), whole.counts(edges))
-        assert torch.equal(joined.extremes(), whole.extremes())
+        found = read_extremes(joined.extremes())
+        assert torch.equal(found.max_codes, largest)
+        assert torch.equal(found.min_codes, read_extremes(whole.extremes()).min_codes)
+        for index, holder in enumerate(found.holders.tolist()):
+            first = next(p for p in pieces if p.layer == index and any((c == largest[index]).any() for c in p.codes()))
+            assert holder == first.parameter
         assert torch.equal(joined.fixed_point_sums(largest), whole.fixed_point_sums(largest))
 
 
@@ -211,7 +216,7 @@ def test_the_achieved_ratio(
             assert abs(isolated / total - float(ratio)) <= 2e-5
 
 
-@pytest.mark.parametrize(("code_shift", "expected"), [(0, (5, 6, 4, 3)), (15, (5, 6, 2, 2)), (16, (5, 6, 2, 2))])
+@pytest.mark.parametrize(("code_shift", "expected"), [(0, (5, 6, 5, 4)), (15, (5, 6, 3, 3)), (16, (5, 6, 3, 3))])
 def test_exchanges_do_not_grow_with_the_number_of_layers(code_shift: int, expected: tuple[int, ...]) -> None:
     for (selection, normalizer), number in zip(CASES, expected, strict=True):
         for num_layers in (1, 200):
