@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support.engines import (
+    PARTIAL_OFFLOAD,
     assert_same,
     ds_config,
     engine_of,
@@ -67,6 +68,7 @@ PLACEMENTS = {
     "device": {},
     "offload": {"offload": True},
     "parameter-offload": {"offload": True, "zero_optimization": {"offload_param": {"device": "cpu"}}},
+    "partial-offload": PARTIAL_OFFLOAD,
     "sub-groups": {"zero_optimization": {"sub_group_size": 60}},
     "offload-sub-groups": {"offload": True, "zero_optimization": {"sub_group_size": 60}},
     "all-reduce": {"zero_optimization": {"reduce_scatter": False}},
@@ -110,10 +112,10 @@ def test_update_mode_changes_nothing_but_the_held_weights() -> None:
     run_ranks(check_update_only_undoes, 2)
 
 
-def check_masked_norm(offload: bool, apply: str) -> None:
+def check_masked_norm(apply: str, changes: dict[str, Any]) -> None:
     """The norm of a step under a mask is over the plastic entries of the gradient that plain ZeRO-3 would clip."""
     section = {"ratio": 0.3, "refresh_interval": 2, "ema_decay": 0.5, "apply": apply}
-    with engine_of(OddNet, ds_config(epi=section, offload=offload, accumulation=2)) as engine:
+    with engine_of(OddNet, ds_config(epi=section, accumulation=2, **changes)) as engine:
         for step in range(2):
             train_step(engine, step, odd_batch)
         masks = full_masks(engine)
@@ -129,10 +131,10 @@ def check_masked_norm(offload: bool, apply: str) -> None:
         assert float(engine.get_global_grad_norm()) == pytest.approx(squares**0.5, rel=1e-5)
 
 
-@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
+@pytest.mark.parametrize("placement", ["device", "offload", "partial-offload"])
 @pytest.mark.parametrize("apply", ["reduction", "update"])
-def test_norm_is_over_the_entries_that_will_move(offload: bool, apply: str) -> None:
-    run_ranks(check_masked_norm, 3, offload, apply)
+def test_norm_is_over_the_entries_that_will_move(placement: str, apply: str) -> None:
+    run_ranks(check_masked_norm, 3, apply, PLACEMENTS[placement])
 
 
 def check_param_groups() -> None:
@@ -175,8 +177,8 @@ def check_hold_unused(apply: str, changes: dict[str, Any]) -> int:
 @pytest.mark.parametrize("apply", ["reduction", "update"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"offload": True}, {"zero_optimization": {"sub_group_size": 1}}],
-    ids=["device", "offload", "one-parameter-sub-groups"],
+    [{}, {"offload": True}, PARTIAL_OFFLOAD, {"zero_optimization": {"sub_group_size": 1}}],
+    ids=["device", "offload", "partial-offload", "one-parameter-sub-groups"],
 )
 def test_isolated_entries_of_an_unused_parameter_do_not_move(apply: str, changes: dict[str, Any]) -> None:
     assert run_ranks(check_hold_unused, 2, apply, changes)[0] > 0

@@ -14,7 +14,15 @@ from epi_ds.config import Normalizer, Selection
 from epi_ds.errors import UserError
 from epi_ds.isolation.controller import Counters
 from epi_ds.isolation.layout import block_of
-from tests.support.engines import collected_logs, ds_config, engine_of, full_importance, full_masks, train_step
+from tests.support.engines import (
+    PARTIAL_OFFLOAD,
+    collected_logs,
+    ds_config,
+    engine_of,
+    full_importance,
+    full_masks,
+    train_step,
+)
 from tests.support.models import OddNet, odd_batch
 from tests.support.oracle import oracle_masks
 from tests.support.ranks import run_ranks
@@ -114,8 +122,8 @@ def test_masks_do_not_depend_on_the_world_size_or_the_transport(world_size: int,
 
 @pytest.mark.parametrize(
     "changes",
-    [{"offload": True}, {"zero_optimization": {"sub_group_size": 30}}],
-    ids=["offload", "sub-groups"],
+    [{"offload": True}, PARTIAL_OFFLOAD, {"zero_optimization": {"sub_group_size": 30}}],
+    ids=["offload", "partial-offload", "sub-groups"],
 )
 def test_masks_do_not_depend_on_the_placement(changes: dict[str, Any]) -> None:
     _assert_equal(run_ranks(select_masks, 2, "auto", changes))

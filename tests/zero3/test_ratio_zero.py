@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.engines import assert_same, ds_config, engine_of, full_moments, full_weights, train_step
+from tests.support.engines import PARTIAL_OFFLOAD, assert_same, ds_config, engine_of, full_moments, full_weights, train_step
 from tests.support.models import OddNet, odd_batch
 from tests.support.ranks import run_ranks
 
@@ -31,10 +31,10 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def compare(offload: bool, apply: str, changes: dict[str, Any]) -> None:
+def compare(apply: str, changes: dict[str, Any]) -> None:
     section = {"ratio": 0.0, "refresh_interval": 2, "apply": apply}
-    plain = _run(ds_config(offload=offload, accumulation=2, **changes))
-    isolated = _run(ds_config(offload=offload, accumulation=2, epi=section, **changes))
+    plain = _run(ds_config(accumulation=2, **changes))
+    isolated = _run(ds_config(accumulation=2, epi=section, **changes))
     assert torch.equal(plain["losses"], isolated["losses"])
     assert_same(plain["weights"], isolated["weights"])
     assert_same(plain["moments"], isolated["moments"])
@@ -46,9 +46,13 @@ def compare(offload: bool, apply: str, changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
 @pytest.mark.parametrize("apply", ["reduction", "update"])
 def test_ratio_zero_is_plain_zero3(world_size: int, offload: bool, apply: str) -> None:
-    run_ranks(compare, world_size, offload, apply, {})
+    run_ranks(compare, world_size, apply, {"offload": offload})
 
 
 def test_ratio_zero_is_plain_zero3_in_bf16() -> None:
     # fp16 needs an accelerator: DeepSpeed refuses it on the CPU. The loss scale is tested in test_importance.py.
-    run_ranks(compare, 2, False, "reduction", {"bf16": {"enabled": True}})
+    run_ranks(compare, 2, "reduction", {"bf16": {"enabled": True}})
+
+
+def test_ratio_zero_is_plain_zero3_with_partial_offload() -> None:
+    run_ranks(compare, 2, "reduction", PARTIAL_OFFLOAD)
