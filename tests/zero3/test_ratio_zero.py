@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.engines import PARTIAL_OFFLOAD, assert_same, ds_config, engine_of, full_moments, full_weights, train_step
+from tests.support.engines import (
+    PARTIAL_OFFLOAD,
+    assert_same,
+    ds_config,
+    engine_of,
+    full_moments,
+    full_weights,
+    train_step,
+)
 from tests.support.models import OddNet, odd_batch
 from tests.support.ranks import run_ranks
 
