@@ -18,8 +18,8 @@ class WideNet(nn.Module):
     """On two ranks, the sub-group of the widest weight is of 1 MiB, which is the least that ZeRO-3 swaps.
 
     Its gradient is no multiple of the 1 KiB that a disk is written by, so that a rest of it stays in memory. The weight
-    comes first in its sub-group: behind 513 entries of a bias, plain DeepSpeed 0.19.8 trains other weights with NVMe than
-    with CPU offload.
+    comes first in its sub-group: behind 513 entries of a bias, plain DeepSpeed 0.19.8 trains other weights with NVMe
+    than with CPU offload.
     """
 
     def __init__(self) -> None:

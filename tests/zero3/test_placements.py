@@ -1,4 +1,4 @@
-"""Placements whose run must be, bit for bit, that of a simpler placement: NVMe offload and hierarchical partitioning."""
+"""Placements whose run must be, bit for bit, that of a simpler one: NVMe offload and hierarchical partitioning."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tests.support.engines import (
 from tests.support.models import OddNet, odd_batch
 from tests.support.nvme import WideNet, needs_libaio, nvme, on_host
 from tests.support.ranks import end_ranks, run_ranks
+from tests.zero3.test_resume import STOP, check_resume
 
 pytestmark = pytest.mark.zero3
 
@@ -127,30 +128,34 @@ def test_ratio_zero_is_plain_zero3_with_nvme(tmp_path: Path) -> None:
     run_ranks(check_nvme_ratio_zero, 2, str(tmp_path))
 
 
-SECONDARY = {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}
-
-
-def check_hpz(apply: str) -> None:
-    """Four ranks in two groups, each of which holds a copy of all weights between forward and backward."""
-    config = ds_config(epi=_section(apply, 0.2), accumulation=4, zero_optimization=dict(SECONDARY))
-    plain = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    # First: the groups stay for as long as the process lives.
-    alone = _train(OddNet, ds_config(epi=_section(apply, 0.2), accumulation=4, **plain), check=lambda _: None)
-    _assert_isolates(alone)
-    _assert_same_run(alone, _train(OddNet, config, check=keeps_copies))
+# Weights are let go of after the forward of their layer, so that the backward has to gather them again.
+RELEASED = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 
 
 def keeps_copies(engine: Any) -> None:
-    assert engine.optimizer.zero_hpz_partition_size == 2
+    """After a forward, a rank of two holds half of every weight, beside its partition of a quarter."""
     engine(*odd_batch(0, 0, 0))
-    copies = [parameter.ds_secondary_tensor for parameter in engine.module.parameters()]
-    assert all(copy is not None for copy in copies)
-    assert copies[0].numel() >= copies[0].ds_numel > engine.module.embed.weight.ds_tensor.ds_numel
-    # No step follows.
+    for name, parameter in engine.module.named_parameters():
+        assert parameter.ds_secondary_tensor.numel() == 2 * parameter.ds_tensor.ds_numel, name
 
 
-def test_a_run_with_secondary_partitions_is_the_run_without() -> None:
+def check_secondary_partitions(folder: str) -> None:
+    """Four ranks in two groups, within which the backward gathers weights."""
+    configs = [
+        ds_config(epi=_section(apply, 0.2), accumulation=4, zero_optimization=RELEASED)
+        for apply in ("reduction", "update")
+    ]
+    # First: the groups stay for as long as the process lives.
+    without = [_train(OddNet, config, check=lambda _: None) for config in configs]
+    for config, alone in zip(configs, without, strict=True):
+        config["zero_optimization"]["zero_hpz_partition_size"] = 2
+        _assert_isolates(alone)
+        _assert_same_run(alone, _train(OddNet, config, check=keeps_copies))
+    check_resume(folder, "reduction", False, STOP, RELEASED | {"zero_hpz_partition_size": 2})
+
+
+def test_a_run_with_secondary_partitions_is_the_run_without(tmp_path: Path) -> None:
     try:
-        run_ranks(check_hpz, 4, "reduction")
+        run_ranks(check_secondary_partitions, 4, str(tmp_path))
     finally:
-        end_ranks()
+        end_ranks(4)
