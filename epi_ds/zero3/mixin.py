@@ -264,6 +264,12 @@ class IsolationMixin(Zero3Optimizer):
             if context.window.has_leftover(parameter)
         ]
 
+    @property
+    def has_unsaved_moments(self) -> bool:
+        """Whether moments live in the second optimizer of partial offload, which DeepSpeed's checkpoints leave out."""
+        sub_groups = range(len(self.fp16_groups))
+        return any(stepping_optimizer(self, sub_group) is not self.optimizer for sub_group in sub_groups)
+
     def reset_optimizer_state(self) -> None:
         """Return the optimizer to the state of one that has taken no step, for the next stage of a run."""
         for sub_group in range(len(self.fp16_groups)):

@@ -1,4 +1,4 @@
-"""Placements whose run must be, bit for bit, that of a simpler one: NVMe offload and hierarchical partitioning."""
+"""Where the optimizer's states and the weights live: NVMe offload, partial offload, hierarchical partitioning."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.support.engines import (
+    PARTIAL_OFFLOAD,
     assert_same,
+    collected_logs,
     ds_config,
     engine_of,
     full_importance,
@@ -123,10 +126,110 @@ def test_a_run_with_nvme_is_the_run_with_cpu_offload(tmp_path: Path, apply: str,
     run_ranks(check_nvme, 2, str(tmp_path), apply, options)
 
 
+def _state(engine: Any) -> dict[str, Any]:
+    return {
+        "state": full_weights(engine) | full_moments(engine),
+        "importance": full_importance(engine),
+        "masks": full_masks(engine),
+        "counters": engine.epi.stats().counters,
+    }
+
+
+def save_nvme(folder: str, options: dict[str, Any]) -> None:
+    """Save after 4 and again, under the same tag, after 5 of 7 steps; keep the state at the end in a file."""
+    config = ds_config(epi=_section("reduction", 0.2), accumulation=2, **nvme(f"{folder}/first", **options))
+    with engine_of(WideNet, config) as engine:
+        for step in range(7):
+            train_step(engine, step, odd_batch)
+            if step in (3, 4):
+                engine.save_checkpoint(folder, tag="again")
+        torch.save(_state(engine), f"{folder}/expected_{dist.get_rank()}.pt")
+    with engine_of(WideNet, config) as engine:
+        weights = full_weights(engine)
+        with pytest.raises(RuntimeError, match="resume in a process that makes its engine as the first one did"):
+            engine.load_checkpoint(folder)
+        with pytest.raises(RuntimeError, match="loads no weights without optimizer states"):
+            engine.load_checkpoint(folder, load_module_only=True)
+        assert_same(weights, full_weights(engine))
+
+
+def resume_nvme(folder: str, options: dict[str, Any]) -> None:
+    expected = torch.load(f"{folder}/expected_{dist.get_rank()}.pt", weights_only=False)
+    config = ds_config(epi=_section("reduction", 0.2), accumulation=2, **nvme(f"{folder}/second", **options))
+    with engine_of(WideNet, config) as engine:
+        engine.load_checkpoint(folder)
+        for step in range(5, 7):
+            train_step(engine, step, odd_batch)
+        resumed = _state(engine)
+    for part in ("state", "importance", "masks"):
+        assert_same(expected[part], resumed[part])
+    assert expected["counters"] == resumed["counters"]
+
+
+@needs_libaio
+def test_resume_with_nvme_is_bit_exact(tmp_path: Path) -> None:
+    """Plain DeepSpeed's is not: it restores no moments, and gives small sub-groups the weights of the fresh model."""
+    # Swapped files are named by a count of the process's parameters: both runs are the first of new processes.
+    options = {"parameters": "nvme", "pipeline": True}
+    end_ranks(2)
+    run_ranks(save_nvme, 2, str(tmp_path), options)
+    end_ranks(2)
+    run_ranks(resume_nvme, 2, str(tmp_path), options)
+
+
 @needs_libaio
 def test_ratio_zero_is_plain_zero3_with_nvme(tmp_path: Path) -> None:
     run_ranks(check_nvme_ratio_zero, 2, str(tmp_path))
 
+
+# --- partial offload ---
+
+
+def has_two_optimizers(engine: Any) -> None:
+    optimizer = engine.optimizer
+    assert len(optimizer.backup_optimizer.state) >= 1
+    assert len(optimizer.optimizer.state) >= 1
+    assert len(optimizer.backup_optimizer.state) + len(optimizer.optimizer.state) == len(optimizer.fp16_groups)
+
+
+def check_partial_offload(folder: str) -> str:
+    """Moments of both optimizers begin anew together; a load restores isolation whole. Return what the save said."""
+    config = ds_config(epi=_section("reduction", 0.2), **PARTIAL_OFFLOAD)
+    with engine_of(OddNet, config) as engine:
+        for step in range(3):
+            train_step(engine, step, odd_batch)
+        has_two_optimizers(engine)
+        assert all(values.any() for values in full_moments(engine).values())
+        engine.epi.reset_optimizer_state()
+        assert not any(values.any() for values in full_moments(engine).values())
+        for step in range(3, 5):
+            train_step(engine, step, odd_batch)
+        with collected_logs() as messages:
+            engine.save_checkpoint(folder)
+        before = _state(engine)
+    with engine_of(OddNet, config) as engine:
+        engine.load_checkpoint(folder)
+        # Not through the moments: those on the accelerator are in no checkpoint of DeepSpeed's.
+        assert_same(before["importance"], full_importance(engine))
+        assert_same(before["masks"], full_masks(engine))
+        assert engine.epi.stats().counters == before["counters"]
+        weights = full_weights(engine)
+        assert_same({name: before["state"][name] for name in weights}, weights)
+        train_step(engine, 5, odd_batch)
+        has_two_optimizers(engine)
+        for name, values in full_weights(engine).items():
+            mask = before["masks"][name]
+            assert torch.equal(values[mask], weights[name][mask]), name
+    return " ".join(messages)
+
+
+def test_partial_offload_resets_both_optimizers_and_resumes_isolation(tmp_path: Path) -> None:
+    first, second = run_ranks(check_partial_offload, 2, str(tmp_path))
+    assert "DeepSpeed saves no moments of the sub-groups that partial offload" in first
+    assert "DeepSpeed saves no moments" not in second
+
+
+# --- hierarchical partitioning ---
 
 # Weights are let go of after the forward of their layer, so that the backward has to gather them again.
 RELEASED = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
