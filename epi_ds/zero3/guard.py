@@ -110,8 +110,6 @@ def _optimizer_reasons(optimizer: Any, config: EPIConfig) -> Iterator[str]:
             f"master weights are {optimizer.master_weights_and_grads_dtype}, and holding the bits of rounded weights "
             "proves nothing; remove fp16/bf16_master_weights_and_gradients"
         )
-    if optimizer.all2all_process_group is not None:
-        yield "quantized gradients are not covered yet; set zero_quantized_gradients: false"
     if (
         optimizer.model_parallel_group is not None
         and torch.distributed.get_world_size(optimizer.model_parallel_group) > 1

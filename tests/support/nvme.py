@@ -34,6 +34,18 @@ class WideNet(nn.Module):
         return ((hidden.sum(-1) - target) ** 2).mean()
 
 
+class WideHeads(nn.Module):
+    """A trunk and two heads of which a call uses one. As sub-groups of their own, the weights of both are swapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(7, 1025)
+        self.heads = nn.ModuleList([nn.Linear(1025, 513), nn.Linear(1025, 513)])
+
+    def forward(self, inputs: Tensor, head: int) -> Tensor:
+        return (self.heads[head](torch.tanh(self.trunk(inputs))) ** 2).mean()
+
+
 def nvme(folder: str, *, parameters: str = "none", pipeline: bool = False) -> dict[str, Any]:
     """Changes for `ds_config`: optimizer states on a disk, parameters where ``parameters`` says."""
     zero: dict[str, Any] = {

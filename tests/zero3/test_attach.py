@@ -196,10 +196,6 @@ STARTED: dict[str, tuple[dict[str, Any], str]] = {
         {"optimizer": {"type": "Muon", "params": {"lr": 1e-2}}, "zero_optimization": {"reduce_scatter": False}},
         "use an Adam optimizer",
     ),
-    "quantized gradients": (
-        {"zero_optimization": {"zero_quantized_gradients": True}},
-        "zero_quantized_gradients: false",
-    ),
     "node-local checkpoints": (
         {"checkpoint": {"use_node_local_storage": True}},
         "checkpoint.use_node_local_storage: false",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.support.engines import (
     PARTIAL_OFFLOAD,
@@ -26,11 +27,11 @@ pytestmark = pytest.mark.zero3
 INTERVAL = 4
 
 
-def check_hold(apply: str, changes: dict[str, Any]) -> int:
+def check_hold(apply: str, changes: dict[str, Any], model: Callable[[], nn.Module] = OddNet) -> int:
     """Train four windows; return how many entries the masks of the last three isolated."""
     section = {"ratio": 0.2, "refresh_interval": INTERVAL, "ema_decay": 0.9, "apply": apply}
     total = 0
-    with engine_of(OddNet, ds_config(epi=section, accumulation=4, **changes)) as engine:
+    with engine_of(model, ds_config(epi=section, accumulation=4, **changes)) as engine:
         masks: dict[str, Tensor] | None = None
         for step in range(4 * INTERVAL):
             before = full_weights(engine)

@@ -23,9 +23,13 @@ from tests.support.engines import (
     full_weights,
     train_step,
 )
-from tests.support.models import OddNet, odd_batch
-from tests.support.nvme import WideNet, needs_libaio, nvme, on_host
+from tests.support.models import EvenNet, OddNet, head_batch, odd_batch
+from tests.support.nvme import WideHeads, WideNet, needs_libaio, nvme, on_host
+from tests.support.quantizer import two_nodes_of_two
 from tests.support.ranks import end_ranks, run_ranks
+from tests.zero3.test_hold import check_hold
+from tests.zero3.test_importance import check_recorded, gather, record
+from tests.zero3.test_ratio_zero import compare
 from tests.zero3.test_resume import STOP, check_resume
 
 pytestmark = pytest.mark.zero3
@@ -182,6 +186,41 @@ def test_ratio_zero_is_plain_zero3_with_nvme(tmp_path: Path) -> None:
     run_ranks(check_nvme_ratio_zero, 2, str(tmp_path))
 
 
+def probe_and_train(changes: dict[str, Any]) -> dict[str, Tensor]:
+    """Probe one head, train the other one for a step, begin the moments anew; return weights, and masks as numbers.
+
+    One step only: of a head that a window does not use, plain ZeRO-3 with NVMe applies whatever its buffer held.
+    """
+    section = {"policy": "static", "probe_steps": 2, "ratio": 0.2, "selection": "per_layer", "layer": "tensor"}
+    with engine_of(WideHeads, ds_config(epi=section, gradient_clipping=0.0, **changes)) as engine:
+        before = full_weights(engine)
+        engine.epi.probe(engine(head_batch(index, dist.get_rank(), 0)[0], 0) for index in range(2))
+        masks = full_masks(engine)
+        assert masks["heads.0.weight"].any()
+        assert not masks["heads.1.weight"].any()
+        train_step(engine, 0, lambda step, rank, micro_batch: (head_batch(step, rank, micro_batch)[0], 1))
+        after, plastic = full_weights(engine), ~masks["heads.0.weight"]
+        # By weight decay, and not by the gradient of the probe.
+        decayed = before["heads.0.weight"][plastic] * (1 - 1e-2 * 0.1)
+        torch.testing.assert_close(after["heads.0.weight"][plastic], decayed)
+        assert full_moments(engine)["heads.1.weight/exp_avg"].all()
+        engine.epi.reset_optimizer_state()
+        assert not any(values.any() for values in full_moments(engine).values())
+    return after | {f"{name}/mask": mask.float() for name, mask in masks.items()}
+
+
+def check_probe_with_nvme(folder: str) -> None:
+    changes = [nvme(folder), on_host()]
+    for change in changes:
+        change["zero_optimization"]["sub_group_size"] = 1
+    assert_same(*(probe_and_train(change) for change in changes))
+
+
+@needs_libaio
+def test_probes_and_new_moments_are_the_same_with_nvme(tmp_path: Path) -> None:
+    run_ranks(check_probe_with_nvme, 2, str(tmp_path))
+
+
 # --- partial offload ---
 
 
@@ -262,3 +301,34 @@ def test_a_run_with_secondary_partitions_is_the_run_without(tmp_path: Path) -> N
         run_ranks(check_secondary_partitions, 4, str(tmp_path))
     finally:
         end_ranks(4)
+
+
+# --- quantized gradients ---
+
+
+def first_gradient(changes: dict[str, Any]) -> dict[str, Tensor]:
+    with engine_of(EvenNet, ds_config(**changes)) as engine:
+        optimizer = record(engine)
+        train_step(engine, 0, odd_batch)
+        return gather(engine, optimizer.recorded)
+
+
+def check_quantized_gradients() -> None:
+    exact = first_gradient({})
+    quantized = {"zero_optimization": {"zero_quantized_gradients": True}}
+    with two_nodes_of_two() as quantizer:
+        for name, gradient in first_gradient(quantized).items():
+            error = float((gradient - exact[name]).norm() / exact[name].norm())
+            # Vectors, and what does not divide, are not quantized. Of the others a code is wrong by at most half of a
+            # seventh of its group's maximum, twice.
+            divides = gradient.dim() > 1 and gradient.numel() % 8 == 0
+            assert (1e-3 < error < 0.2) if divides else error < 1e-5, f"{name}: {error}"
+        assert quantizer.calls == 4
+        for apply in ("reduction", "update"):
+            assert check_hold(apply, quantized, EvenNet) > 0
+            check_recorded(EvenNet, odd_batch, apply, quantized)
+        compare("reduction", quantized, EvenNet)
+
+
+def test_isolation_works_on_quantized_gradients() -> None:
+    run_ranks(check_quantized_gradients, 4)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.support.engines import (
     PARTIAL_OFFLOAD,
@@ -22,8 +24,8 @@ from tests.support.ranks import run_ranks
 pytestmark = pytest.mark.zero3
 
 
-def _run(config: dict[str, Any]) -> dict[str, Any]:
-    with engine_of(OddNet, config) as engine:
+def _run(model: Callable[[], nn.Module], config: dict[str, Any]) -> dict[str, Any]:
+    with engine_of(model, config) as engine:
         losses = [loss for step in range(5) for loss in train_step(engine, step, odd_batch)]
         return {
             "losses": torch.stack(losses),
@@ -39,10 +41,10 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def compare(apply: str, changes: dict[str, Any]) -> None:
+def compare(apply: str, changes: dict[str, Any], model: Callable[[], nn.Module] = OddNet) -> None:
     section = {"ratio": 0.0, "refresh_interval": 2, "apply": apply}
-    plain = _run(ds_config(accumulation=2, **changes))
-    isolated = _run(ds_config(accumulation=2, epi=section, **changes))
+    plain = _run(model, ds_config(accumulation=2, **changes))
+    isolated = _run(model, ds_config(accumulation=2, epi=section, **changes))
     assert torch.equal(plain["losses"], isolated["losses"])
     assert_same(plain["weights"], isolated["weights"])
     assert_same(plain["moments"], isolated["moments"])
