@@ -12,7 +12,7 @@ from epi_ds.config import MissingState
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.zero3.cpu_adam import replay_steps
 from epi_ds.zero3.handle import EPI
-from epi_ds.zero3.nvme import check_swapped_copies, finish_load, remove_swapped_copies
+from epi_ds.zero3.nvme import check_swapped_copies, finish_load, remove_swapped_copies, swapped_weights
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -75,7 +75,11 @@ class IsolationEngineMixin(DeepSpeedEngine):
             remove_swapped_copies(self, os.path.join(save_dir, tag))
         # `latest` must not name a tag without isolation state, so it is written after that.
         super().save_checkpoint(save_dir, tag, client_state, False, exclude_frozen_parameters)
-        extra = {"clipping": [average.to_dict() for average in self.optimizer.isolation.clipping]}
+        extra = {
+            "clipping": [average.to_dict() for average in self.optimizer.isolation.clipping],
+            # For the audit, which knows no DeepSpeed.
+            "swapped": swapped_weights(self.optimizer),
+        }
         self.state_store.save(os.path.join(save_dir, tag), self.epi.controller, extra=extra)
         if save_latest and dist.get_rank() == 0:
             with open(os.path.join(save_dir, "latest"), "w") as file:

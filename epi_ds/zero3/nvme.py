@@ -25,6 +25,13 @@ def _swapped_sub_groups(zero3: Any) -> list[int]:
     return [index for index in range(len(zero3.fp16_groups)) if zero3._swappable_optimizer_subgroup(index)]
 
 
+def swapped_weights(zero3: Any) -> dict[str, str]:
+    """Return the name of the file with the weights of every swapped sub-group, by its index; the same on every rank."""
+    return {
+        str(index): zero3.fp32_partitioned_groups_flat[index].ds_id + _SUFFIX for index in _swapped_sub_groups(zero3)
+    }
+
+
 def remove_swapped_copies(engine: Any, folder: str) -> None:
     """Remove this rank's swapped files from a tag that is being replaced: DeepSpeed fails where it finds any."""
     copies = _swapped_copies(engine, folder)
@@ -47,9 +54,8 @@ def check_swapped_copies(engine: Any, folder: str) -> None:
 
 def _missing_file(engine: Any, folder: str) -> str | None:
     """Return the first file that the tag should have of this rank, by the names of this process, and has not."""
-    for index in _swapped_sub_groups(engine.optimizer):
-        partition = engine.optimizer.fp32_partitioned_groups_flat[index]
-        path = os.path.join(_swapped_copies(engine, folder), partition.ds_id + _SUFFIX)
+    for name in swapped_weights(engine.optimizer).values():
+        path = os.path.join(_swapped_copies(engine, folder), name)
         if not os.path.isfile(path):
             return path
     return None
