@@ -300,7 +300,9 @@ def check_secondary_partitions(folder: str) -> None:
         config["zero_optimization"]["zero_hpz_partition_size"] = 2
         _assert_isolates(alone)
         _assert_same_run(alone, _train(OddNet, config, check=keeps_copies))
-    check_resume(folder, "reduction", False, STOP, RELEASED | {"zero_hpz_partition_size": 2})
+    grouped = RELEASED | {"zero_hpz_partition_size": 2}
+    compare("reduction", {"zero_optimization": grouped})
+    check_resume(folder, "reduction", False, STOP, grouped)
 
 
 def test_a_run_with_secondary_partitions_is_the_run_without(tmp_path: Path) -> None:
