@@ -18,6 +18,7 @@ import psutil
 from epi_ds.launch.environment import accelerator_name, prepare_environment
 
 # What ZeRO-3 with Adam uses, by accelerator. On a GPU the fused optimizer is all that is compiled.
+# NVMe offload needs AsyncIO too, which is built where its library is.
 _BUILDERS = {
     "cpu": ("ShareMemCommBuilder", "FusedAdamBuilder", "CPUAdamBuilder"),
     "cuda": ("FusedAdamBuilder", "CPUAdamBuilder"),
@@ -43,6 +44,21 @@ def stale_locks(folder: Path) -> list[Path]:
     return sorted(lock for lock in locks if str(lock.resolve()) not in held)
 
 
+def nvme_builders(report: Callable[[str], None]) -> tuple[str, ...]:
+    """Return the builder of what NVMe offload needs, where the headers of libaio are installed."""
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+    # DeepSpeed's own test: it compiles a call of the library.
+    if builder is None or not builder.is_compatible(verbose=False):
+        report(
+            "no libaio found, so DeepSpeed's AsyncIO, which NVMe offload needs, is not built (Debian, Ubuntu: apt-get "
+            "install libaio-dev)"
+        )
+        return ()
+    return ("AsyncIOBuilder",)
+
+
 def build_operators(report: Callable[[str], None]) -> None:
     """Build (or find built) the operators of this machine's accelerator. ``report`` is given a line per operator.
 
@@ -64,7 +80,7 @@ def build_operators(report: Callable[[str], None]) -> None:
         for lock in stale_locks(folder):
             report(f"removing {lock}, left by a build that was killed")
             lock.unlink()
-        for name in _BUILDERS.get(accelerator, ()):
+        for name in (*_BUILDERS.get(accelerator, ()), *nvme_builders(report)):
             started = time.perf_counter()
             try:
                 get_accelerator().create_op_builder(name).load()

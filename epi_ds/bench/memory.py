@@ -17,7 +17,6 @@ from epi_ds.bench.tensors import live_storages, peak_bytes
 from epi_ds.config import Apply, StateFormat
 from epi_ds.kernels import hold
 
-RATIOS = (0.01, 0.2, 0.5)
 _MIB = 1 << 20
 _SUB_GROUP_NUMEL = 700_000
 _STEPS = 2
@@ -52,7 +51,7 @@ class MemoryRow(NamedTuple):
     """1 byte per parameter of this rank or 64 MB, whichever is larger."""
 
 
-def cases(ratios: Sequence[float] = RATIOS) -> Iterator[Case]:
+def cases(ratios: Sequence[float]) -> Iterator[Case]:
     """Yield every combination that exists: ``adam`` goes with ``apply: update`` only."""
     for state in StateFormat:
         for apply in Apply:
@@ -60,7 +59,7 @@ def cases(ratios: Sequence[float] = RATIOS) -> Iterator[Case]:
                 yield from (Case(state, apply, ratio) for ratio in ratios)
 
 
-def measure_memory(world_sizes: Sequence[int], ratios: Sequence[float] = RATIOS) -> list[MemoryRow]:
+def measure_memory(world_sizes: Sequence[int], ratios: Sequence[float]) -> list[MemoryRow]:
     """Train a Llama of 1.4 million parameters for a few steps in every case, at every world size."""
     rows = []
     for world_size in world_sizes:

@@ -164,7 +164,7 @@ def _compare(first: Tag, second: Tag) -> Iterator[tuple[str, Tensor, Tensor, Ten
         before, after = _open(first, rank), _open(second, rank)
         if before.segments != after.segments:
             raise UserError(f"{before.path} and {after.path} are slices of different models or partitionings")
-        weights = _master_weights(first.path, rank), _master_weights(second.path, rank)
+        weights = _master_weights(first, rank), _master_weights(second, rank)
         for (segment, mask), (_, mask_after) in zip(before.masks(), after.masks(), strict=True):
             if not torch.equal(mask, mask_after):
                 raise UserError(
@@ -175,12 +175,19 @@ def _compare(first: Tag, second: Tag) -> Iterator[tuple[str, Tensor, Tensor, Ten
                 yield segment.name, mask, old, new
 
 
-def _master_weights(tag: Path, rank: int) -> list[Tensor]:
-    """Read the flat fp32 partitions of one rank from DeepSpeed's optimizer shard."""
-    for path in tag.iterdir():
+def _master_weights(tag: Tag, rank: int) -> list[Tensor]:
+    """Read the flat fp32 partitions of one rank: from DeepSpeed's optimizer shard, or the files of NVMe offload."""
+    for path in tag.path.iterdir():
         match = _OPTIMIZER_SHARD.search(path.name)
         if match and int(match.group(1)) == rank:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
             groups: list[Tensor] = state["optimizer_state_dict"]["fp32_flat_groups"]
-            return [group.detach().float() for group in groups]
-    raise UserError(f"{tag} has no optimizer shard of rank {rank} (zero_pp_rank_{rank}_mp_rank_00_optim_states.pt)")
+            weights = [group.detach().float() for group in groups]
+            for sub_group, name in tag.manifest.extra.get("swapped", {}).items():
+                file = tag.path / "offloaded_tensors" / f"rank{rank:0>2d}" / name
+                # What the shard has of them is whatever was in memory.
+                weights[int(sub_group)] = torch.from_file(str(file), size=file.stat().st_size // 4)
+            return weights
+    raise UserError(
+        f"{tag.path} has no optimizer shard of rank {rank} (zero_pp_rank_{rank}_mp_rank_00_optim_states.pt)"
+    )

@@ -16,6 +16,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 @app.command()
 def memory(
     world_sizes: Annotated[str, typer.Option(help="World sizes to start, separated by commas.")] = "1,2,3,4",
+    ratios: Annotated[str, typer.Option(help="Isolation ratios, separated by commas.")] = "0.01,0.2,0.5",
     json: Json = False,
 ) -> None:
     """Measure the bytes that isolation keeps on each rank, from the live tensors of real ZeRO-3 engines."""
@@ -25,7 +26,8 @@ def memory(
     from epi_ds.bench.memory import measure_memory
 
     sizes = [int(size) for size in world_sizes.split(",")]
-    _show([row._asdict() for row in measure_memory(sizes)], json=json)
+    rows = measure_memory(sizes, [float(ratio) for ratio in ratios.split(",")])
+    _show([row._asdict() for row in rows], json=json)
 
 
 @app.command()

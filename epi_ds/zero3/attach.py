@@ -80,6 +80,22 @@ def _transport_of(layout: Layout, config: EPIConfig, *, world_size: int) -> Tran
     return pick(compare(messages, selection=config.selection, world_size=world_size)).transport
 
 
+def _warn_if_mostly_frozen(engine: Any) -> None:
+    """Say that isolation is of little use where most of the model does not move anyway, as under an adapter."""
+    parameters = list(engine.module.parameters())
+    frozen = [p.ds_numel for p in parameters if not p.requires_grad]
+    trainable = [p.ds_numel for p in parameters if p.requires_grad]
+    if sum(frozen) > sum(trainable):
+        logger.warning(
+            "%d parameters with %d entries are frozen and keep their values anyway; isolation protects only the %d "
+            "trainable ones with %d entries, such as those of an adapter",
+            len(frozen),
+            sum(frozen),
+            len(trainable),
+            sum(trainable),
+        )
+
+
 def attach(engine: Any, config: EPIConfig, *, state_store: StateStore) -> EPI:
     """Make ``engine`` isolate parameters as ``config`` says; return its handle, which is also ``engine.epi``.
 
@@ -116,6 +132,7 @@ def attach(engine: Any, config: EPIConfig, *, state_store: StateStore) -> EPI:
     engine.epi = EPI(engine, controller)
     engine.state_store = state_store
     if dist.get_rank() == 0:
+        _warn_if_mostly_frozen(engine)
         logger.info(
             "isolation attached: policy %s, %d parameters with %d entries in %d layers, %s ranks",
             config.policy.value,

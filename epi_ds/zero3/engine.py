@@ -12,6 +12,7 @@ from epi_ds.config import MissingState
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.zero3.cpu_adam import replay_steps
 from epi_ds.zero3.handle import EPI
+from epi_ds.zero3.nvme import check_swapped_copies, finish_load, remove_swapped_copies, swapped_weights
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -62,11 +63,23 @@ class IsolationEngineMixin(DeepSpeedEngine):
                 tag,
                 ", ".join(stale),
             )
+        if self.optimizer.has_unsaved_moments and dist.get_rank() == 0:
+            logger.warning(
+                "%s: DeepSpeed saves no moments of the sub-groups that partial offload (offload_optimizer.ratio) keeps "
+                "on the accelerator, so a resume begins them anew and is not bit-exact",
+                tag,
+            )
         # A manifest of an earlier save under this tag must not vouch for files that are being replaced.
         self.state_store.discard(os.path.join(save_dir, tag))
+        if self.zero_nvme_offload_optimizer():
+            remove_swapped_copies(self, os.path.join(save_dir, tag))
         # `latest` must not name a tag without isolation state, so it is written after that.
         super().save_checkpoint(save_dir, tag, client_state, False, exclude_frozen_parameters)
-        extra = {"clipping": [average.to_dict() for average in self.optimizer.isolation.clipping]}
+        extra = {
+            "clipping": [average.to_dict() for average in self.optimizer.isolation.clipping],
+            # For the audit, which knows no DeepSpeed.
+            "swapped": swapped_weights(self.optimizer),
+        }
         self.state_store.save(os.path.join(save_dir, tag), self.epi.controller, extra=extra)
         if save_latest and dist.get_rank() == 0:
             with open(os.path.join(save_dir, "latest"), "w") as file:
@@ -87,11 +100,19 @@ class IsolationEngineMixin(DeepSpeedEngine):
         """Load DeepSpeed's checkpoint and the isolation state saved with it. Collective.
 
         The isolation state is checked before anything is loaded. It is left alone with ``load_module_only`` or
-        without ``load_optimizer_states``: such a load begins a new run.
+        without ``load_optimizer_states``: such a load begins a new run. NVMe offload refuses it.
         """
-        folder = self._tag_folder(load_dir, tag) if load_optimizer_states and not load_module_only else None
-        if folder is not None and not self._has_state(folder):
-            folder = None
+        resumes = load_optimizer_states and not load_module_only
+        folder = self._tag_folder(load_dir, tag) if resumes else None
+        is_swapped = self.zero_nvme_offload_optimizer()
+        if is_swapped and not resumes:
+            raise RuntimeError(
+                "with NVMe offload DeepSpeed loads no weights without optimizer states: it takes those of small "
+                "sub-groups from the model as it was made. Load the weights into the model before the engine is made"
+            )
+        has_state = folder is not None and self._has_state(folder)
+        if is_swapped and folder is not None:
+            check_swapped_copies(self, folder)
         loaded, client_state = super().load_checkpoint(
             load_dir,
             tag,
@@ -101,11 +122,15 @@ class IsolationEngineMixin(DeepSpeedEngine):
             load_module_only,
             custom_load_fn,
         )
-        if folder is not None and loaded is not None:
+        if folder is None or loaded is None:
+            return loaded, client_state
+        if is_swapped:
+            finish_load(self, folder)
+        if has_state:
             extra = self.state_store.load(folder, self.epi.controller)
             for average, saved in zip(self.optimizer.isolation.clipping, extra["clipping"], strict=True):
                 average.restore(saved)
-            replay_steps(self.optimizer.optimizer)
+        replay_steps(self.optimizer.optimizer)
         return loaded, client_state
 
     @staticmethod

@@ -110,16 +110,6 @@ def _optimizer_reasons(optimizer: Any, config: EPIConfig) -> Iterator[str]:
             f"master weights are {optimizer.master_weights_and_grads_dtype}, and holding the bits of rounded weights "
             "proves nothing; remove fp16/bf16_master_weights_and_gradients"
         )
-    if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
-        yield "NVMe offload is not covered yet; set offload_optimizer.device and offload_param.device to cpu or none"
-    if optimizer.offload_optimizer and optimizer.partial_offload != 1.0:
-        yield (
-            f"partial offload (ratio {optimizer.partial_offload}) is not covered yet; set offload_optimizer.ratio: 1.0"
-        )
-    if optimizer.zero_hpz_partition_size > 1:
-        yield "hierarchical partitioning is not covered yet; set zero_hpz_partition_size: 1"
-    if optimizer.all2all_process_group is not None:
-        yield "quantized gradients are not covered yet; set zero_quantized_gradients: false"
     if (
         optimizer.model_parallel_group is not None
         and torch.distributed.get_world_size(optimizer.model_parallel_group) > 1
@@ -131,6 +121,11 @@ def _optimizer_reasons(optimizer: Any, config: EPIConfig) -> Iterator[str]:
         yield from _reduction_reasons(base)
     if config.state is StateFormat.ADAM:
         yield from _adam_reasons(base)
+        if optimizer.swap_optimizer:
+            yield (
+                "state: adam reads second moments several times a refresh, and NVMe offload would fetch all of them "
+                "from the disk each time; set state: u8, or offload_optimizer.device: cpu"
+            )
 
 
 def _reduction_reasons(base: Any) -> Iterator[str]:

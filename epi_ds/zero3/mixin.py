@@ -3,6 +3,7 @@
 [Note: step] What happens in one optimizer step, and where this mixin stands in it:
 
     backward     partition_grads          records which parameters were reduced
+                 _offload_grad_...        with offload: the sum of squares of the entries that will move
     step         _get_norm_groups         the norm is over the entries that will move; whether to skip is plain ZeRO-3's
     sub-group    unscale_and_clip_grads   the commit point: importance observes the raw gradient
                  _optimizer_step          isolated weights keep their bits, and no momentum builds up behind them
@@ -27,8 +28,9 @@ from epi_ds.config import Apply
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.layout import Parameter, Span, build_layout, merge_spans
 from epi_ds.isolation.state import ReadPartition
-from epi_ds.kernels import hold, mask_, masked_sumsq, restore_
+from epi_ds.kernels import chunks, hold, mask_, masked_sumsq, restore_, unpack_bits
 from epi_ds.zero3.moments import ClippingAverage, clipping_factor, reset_moments, set_moments, state_age
+from epi_ds.zero3.optimizer_state import optimizer_state, stepping_optimizer
 from epi_ds.zero3.window import AccumulationWindow
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ class IsolationContext:
             self.clipping = [ClippingAverage(group["betas"][1]) for group in optimizer.optimizer.param_groups]
         self.backward_scale = 1.0
         """Loss scale of the gradients being applied; a dynamic scaler may raise its own before they are unscaled."""
+        self.offloaded_sumsq: dict[Any, Tensor] = {}
+        """With offload, by ZeRO-3's parameter id: what `plastic_sumsq` found when a gradient left the accelerator."""
         self.names: dict[Any, str] = dict(optimizer.param_names)
         # Of every trainable parameter: the controller's layout has the covered ones only.
         layout = build_layout(
@@ -66,6 +70,21 @@ class IsolationContext:
             for group, segments in zip(optimizer.fp16_groups, layout.by_sub_group, strict=True)
         ]
         """Real entries of every trainable parameter in the flat partitions; empty ones left out."""
+
+
+def plastic_sumsq(gradient: Tensor, bits: Tensor, start: int) -> Tensor:
+    """Return the sum of squares of the entries of one gradient that are not isolated. [] fp64, where the gradient is.
+
+    gradient  [numel]  any float dtype
+    bits      [bytes]  uint8, on any device: the mask of the flat partition in which ``gradient`` begins at ``start``
+    """
+    total = torch.zeros((), dtype=torch.float64, device=gradient.device)
+    for first, last in chunks(start, start + gradient.numel()):
+        # Moved as bits, an eighth of what the mask would be.
+        packed = bits[first // 8 : -(-last // 8)].to(gradient.device)
+        isolated = unpack_bits(packed, first % 8, first % 8 + last - first)
+        total += gradient[first - start : last - start].double().masked_fill_(isolated, 0.0).square_().sum()
+    return total
 
 
 class IsolationMixin(Zero3Optimizer):
@@ -84,6 +103,21 @@ class IsolationMixin(Zero3Optimizer):
             )
         return super().partition_grads(params_to_release, grad_partitions)
 
+    def _offload_grad_partition_at_boundary(
+        self,
+        param: Any,
+        grad_buffer: Tensor,
+        offload_fp32_gradients: dict[int, list[Tensor]],
+        offload_fp32_offsets: dict[int, list[int]],
+    ) -> None:
+        """Take the masked norm of a parameter where ZeRO-3 takes its norm: afterwards NVMe may have the gradient."""
+        super()._offload_grad_partition_at_boundary(param, grad_buffer, offload_fp32_gradients, offload_fp32_offsets)
+        context = self.isolation
+        if context.controller.is_active:
+            param_id = self.get_param_id(param)
+            sub_group, start, _ = self.grad_position[param_id]
+            context.offloaded_sumsq[param_id] = plastic_sumsq(grad_buffer, context.controller.bits(sub_group), start)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the open window along with its gradients."""
         self.isolation.window.discard()
@@ -101,6 +135,7 @@ class IsolationMixin(Zero3Optimizer):
         context.backward_scale = float(self.loss_scale)
         super().step(closure)
         context.window.forget()
+        context.offloaded_sumsq.clear()
         if self.overflow:
             return
         if context.clipping:
@@ -121,6 +156,10 @@ class IsolationMixin(Zero3Optimizer):
         squares = torch.stack([self._plastic_sumsq(sub_group) for sub_group in range(len(plain))])
         squares = squares.to(get_accelerator().current_device_name())
         dist.all_reduce(squares, group=self.dp_process_group)
+        whole = sum(float(norm) ** 2 for norm in plain)
+        if whole > 0:
+            # Two sums of the same squares, rounded differently: without isolated gradient the share is zero.
+            self.isolation.controller.note_held_energy(max(0.0, 1.0 - float(squares.sum()) / whole))
         return [norm.sqrt().to(reference) for norm, reference in zip(squares, plain, strict=True)]
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
@@ -143,7 +182,7 @@ class IsolationMixin(Zero3Optimizer):
         restore_(weights.data, bits, held)
         if context.masks_gradients:
             # What zero gradients would have left there; see [Note: release] in moments.py.
-            mask_(self.optimizer.state[weights]["exp_avg"], bits)
+            mask_(stepping_optimizer(self, sub_group_id).state[weights]["exp_avg"], bits)
 
     # --- what the overrides are made of ---
 
@@ -179,15 +218,21 @@ class IsolationMixin(Zero3Optimizer):
         )
 
     def _plastic_sumsq(self, sub_group_id: int) -> Tensor:
-        """Sum of squares, over this rank's plastic entries, of the gradients that plain ZeRO-3's norm is taken over."""
+        """Sum of squares, over this rank's plastic entries, of the gradients that plain ZeRO-3's norm is taken over.
+
+        [] fp64, on the accelerator.
+        """
         context = self.isolation
+        total = torch.zeros((), dtype=torch.float64, device=get_accelerator().current_device_name())
         spans = context.parameter_spans[sub_group_id]
         if self.offload_optimizer:
-            gradient = self.fp32_partitioned_groups_flat[sub_group_id].grad
-            spans = [(p, span) for p, span in spans if self._was_copied_out(p)]
-        else:
-            gradient = self._accumulated(sub_group_id, Span(0, self.fp16_partitioned_groups_flat_numel[sub_group_id]))
-        total = torch.zeros((), dtype=torch.float64, device=gradient.device)
+            for parameter, _ in spans:
+                if self._was_copied_out(parameter):
+                    param_id = self.get_param_id(parameter)
+                    # Without a mask at that time, a refresh out of turn put one in force since: all entries count.
+                    total += context.offloaded_sumsq.get(param_id, self.norm_for_param_grads[param_id] ** 2)
+            return total
+        gradient = self._accumulated(sub_group_id, Span(0, self.fp16_partitioned_groups_flat_numel[sub_group_id]))
         bits = context.controller.bits(sub_group_id)
         for start, stop in merge_spans(span for _, span in spans):
             total += masked_sumsq(gradient, bits, start=start, stop=stop)
@@ -197,20 +242,22 @@ class IsolationMixin(Zero3Optimizer):
 
     def mask_changes(self, sub_group: int, *, before: Tensor, now: Tensor, importance: ReadPartition) -> None:
         """Set the moments of what is isolated or released. See [Note: release] in moments.py."""
+        if torch.equal(before, now):
+            return
         context = self.isolation
-        state = self.optimizer.state.get(self.fp32_partitioned_groups_flat[sub_group], {})
         param_group = self.sub_group_to_group_id[sub_group]
         beta2 = self.optimizer.param_groups[param_group]["betas"][1]
-        optimizer_weight = 1.0 - beta2 ** state_age(state)
         weight = context.controller.counters.importance_weight
-        scale = context.clipping[param_group].corrected * optimizer_weight / weight if weight else 0.0
-        set_moments(
-            state,
-            before=before,
-            now=now,
-            importance=importance if weight else None,
-            importance_scale=scale,
-        )
+        with optimizer_state(self, sub_group) as state:
+            optimizer_weight = 1.0 - beta2 ** state_age(state)
+            scale = context.clipping[param_group].corrected * optimizer_weight / weight if weight else 0.0
+            set_moments(
+                state,
+                before=before,
+                now=now,
+                importance=importance if weight else None,
+                importance_scale=scale,
+            )
 
     def stale_parameters(self) -> list[str]:
         """Return the parameters of which a later step may apply an old gradient. See [Note: leftovers] in window.py."""
@@ -222,10 +269,17 @@ class IsolationMixin(Zero3Optimizer):
             if context.window.has_leftover(parameter)
         ]
 
+    @property
+    def has_unsaved_moments(self) -> bool:
+        """Whether moments live in the second optimizer of partial offload, which DeepSpeed's checkpoints leave out."""
+        sub_groups = range(len(self.fp16_groups))
+        return any(stepping_optimizer(self, sub_group) is not self.optimizer for sub_group in sub_groups)
+
     def reset_optimizer_state(self) -> None:
         """Return the optimizer to the state of one that has taken no step, for the next stage of a run."""
-        for state in self.optimizer.state.values():
-            reset_moments(state)
+        for sub_group in range(len(self.fp16_groups)):
+            with optimizer_state(self, sub_group) as state:
+                reset_moments(state)
         for average in self.isolation.clipping:
             average.reset()
 
@@ -246,9 +300,7 @@ class IsolationMixin(Zero3Optimizer):
             self._prepare_sub_group(sub_group_id, set())
             if finite:
                 self._observe(sub_group_id, ema_decay=ema_decay)
-            if self.offload_optimizer:
-                self.fp32_partitioned_groups_flat[sub_group_id].grad.zero_()
-            self._release_sub_group(sub_group_id, set())
+            self._drop_gradient(sub_group_id)
         # As before any backward: a parameter that the next window does not use must not step with a probe's gradient.
         self.grad_partitions_flat_buffer.zero_()
         self.zero_grad(set_to_none=True)
@@ -257,3 +309,15 @@ class IsolationMixin(Zero3Optimizer):
         if finite:
             self.isolation.controller.count_observation(ema_decay)
         return finite
+
+    def _drop_gradient(self, sub_group_id: int) -> None:
+        """Release a sub-group that was prepared, without the gradient that it was prepared with."""
+        gradient = self.fp32_partitioned_groups_flat[sub_group_id].grad
+        # On NVMe a sub-group none of whose parameters was ever reduced has no gradient.
+        if self.offload_optimizer and gradient is not None:
+            gradient.zero_()
+        if self._swappable_optimizer_subgroup(sub_group_id):
+            # The zeros go to the disk, the state there is as it was.
+            self._writeback_swap_state(sub_group_id, write_opt_state=False, write_gradients=True)
+        else:
+            self._release_sub_group(sub_group_id, set())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from epi_ds.isolation.layout import Segment
+from epi_ds.zero3.optimizer_state import stepping_optimizer
 
 
 class SecondMoments:
@@ -29,7 +30,7 @@ class SecondMoments:
     def read(self, segment: Segment, start: int, stop: int) -> Tensor:
         """See `epi_ds.isolation.state.Importance`."""
         partition = self._optimizer.fp32_partitioned_groups_flat[segment.sub_group]
-        state = self._optimizer.optimizer.state.get(partition, {})
+        state = stepping_optimizer(self._optimizer, segment.sub_group).state.get(partition, {})
         if "exp_avg_sq" not in state:
             return torch.zeros(stop - start, device=partition.device)
         moments: Tensor = state["exp_avg_sq"][segment.start + start : segment.start + stop]

@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
@@ -44,13 +45,30 @@ def ds_config(
 
 
 @contextmanager
+def two_devices(config: dict[str, Any]) -> Iterator[None]:
+    """Let partial offload tell the accelerator from the host while an engine is made.
+
+    The only stand-in: on the CPU both are called "cpu", and ZeRO-3 would step all sub-groups by one optimizer.
+    """
+    accelerator = get_accelerator()
+    name = accelerator._name
+    if config["zero_optimization"].get("offload_optimizer", {}).get("ratio", 1.0) < 1.0:
+        accelerator._name = "cpu:0"
+    try:
+        yield
+    finally:
+        accelerator._name = name
+
+
+@contextmanager
 def engine_of(model: Callable[[], nn.Module], config: dict[str, Any], **kwargs: Any) -> Iterator[Any]:
     """Yield an engine over a freshly seeded model: isolated when ``config`` has an ``epi`` section, else plain."""
     torch.manual_seed(0)
     module = model()
     kwargs = {key: value(module) if callable(value) else value for key, value in kwargs.items()}
     start = epi_ds.initialize if "epi" in config else deepspeed.initialize
-    engine, *_ = start(model=module, config=copy.deepcopy(config), **kwargs)
+    with two_devices(config):
+        engine, *_ = start(model=module, config=copy.deepcopy(config), **kwargs)
     try:
         yield engine
     finally:
@@ -75,17 +93,34 @@ def collected_logs() -> Iterator[list[str]]:
 
 
 def full_weights(engine: Any) -> dict[str, Tensor]:
-    """Gather the fp32 master weights. Collective."""
-    return {name: safe_get_full_fp32_param(p).clone() for name, p in engine.module.named_parameters()}
+    """Gather the fp32 master weights of the trainable parameters. Collective."""
+    trainable = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    return {name: safe_get_full_fp32_param(p).clone() for name, p in trainable.items()}
+
+
+PARTIAL_OFFLOAD: dict[str, Any] = {
+    "offload": True,
+    "zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}, "sub_group_size": 60},
+}
+"""Changes for `ds_config`: the first half of several sub-groups on the accelerator, the other on the host."""
 
 
 def full_moments(engine: Any) -> dict[str, Tensor]:
     """Gather Adam's moments, by ``name/moment``. Collective."""
-    return {
-        f"{name}/{key}": safe_get_full_optimizer_state(p, key).clone()
-        for name, p in engine.module.named_parameters()
-        for key in MOMENTS
-    }
+    # DeepSpeed looks for them in its first optimizer only; with partial offload there is a second one.
+    first, second = engine.optimizer.optimizer.state, getattr(engine.optimizer, "backup_optimizer", None)
+    added = {} if second is None else dict(second.state)
+    first.update(added)
+    try:
+        return {
+            f"{name}/{key}": safe_get_full_optimizer_state(p, key).clone()
+            for name, p in engine.module.named_parameters()
+            if p.requires_grad
+            for key in MOMENTS
+        }
+    finally:
+        for partition in added:
+            del first[partition]
 
 
 def full_masks(engine: Any) -> dict[str, Tensor]:

@@ -157,10 +157,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         raise
 
 
-def end_ranks() -> None:
-    """End every rank that `run_ranks` started."""
-    while _pools:
-        _pools.popitem()[1].end()
+def end_ranks(world_size: int | None = None) -> None:
+    """End the ranks that `run_ranks` started: all of them, or those of one world size."""
+    for size in [size for size in _pools if world_size in (None, size)]:
+        _pools.pop(size).end()
 
 
 if __name__ == "__main__":

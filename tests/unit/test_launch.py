@@ -8,7 +8,7 @@ import pytest
 import torch
 from epi_ds.launch.environment import check_not_a_task
 from epi_ds.launch.local import device_ids
-from epi_ds.launch.operators import stale_locks
+from epi_ds.launch.operators import nvme_builders, stale_locks
 
 
 @pytest.fixture
@@ -59,3 +59,14 @@ def test_a_lock_is_stale_when_no_process_keeps_it_open(tmp_path: Path) -> None:
     with building.open():
         assert stale_locks(tmp_path) == [killed]
     assert stale_locks(tmp_path) == [killed, building]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_operator_of_nvme_is_built_where_its_library_is(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    builder = type(get_accelerator().create_op_builder("AsyncIOBuilder"))
+    monkeypatch.setattr(builder, "has_function", lambda self, function, libraries: installed)
+    lines: list[str] = []
+    assert nvme_builders(lines.append) == (("AsyncIOBuilder",) if installed else ())
+    assert any("apt-get install libaio-dev" in line for line in lines) == (not installed)

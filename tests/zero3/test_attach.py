@@ -84,16 +84,6 @@ def attach_error(changes: dict[str, Any], section: dict[str, Any], optimizer: st
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "stage 0": ({"zero_optimization": {"stage": 0}}, "ZeRO stage is 0", "zero_optimization.stage: 3"),
     "stage 2": ({"zero_optimization": {"stage": 2}}, "ZeRO stage is 2", "zero_optimization.stage: 3"),
-    "partial offload": (
-        {"offload": True, "zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
-        "partial offload (ratio 0.5)",
-        "offload_optimizer.ratio: 1.0",
-    ),
-    "hpz": (
-        {"zero_optimization": {"zero_hpz_partition_size": 2}},
-        "hierarchical",
-        "zero_hpz_partition_size: 1",
-    ),
     "16-bit master weights": (
         {"offload": True, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
         "master weights are torch.bfloat16",
@@ -206,10 +196,6 @@ STARTED: dict[str, tuple[dict[str, Any], str]] = {
         {"optimizer": {"type": "Muon", "params": {"lr": 1e-2}}, "zero_optimization": {"reduce_scatter": False}},
         "use an Adam optimizer",
     ),
-    "quantized gradients": (
-        {"zero_optimization": {"zero_quantized_gradients": True}},
-        "zero_quantized_gradients: false",
-    ),
     "node-local checkpoints": (
         {"checkpoint": {"use_node_local_storage": True}},
         "checkpoint.use_node_local_storage: false",
@@ -299,8 +285,7 @@ def test_partitions_of_other_sizes_than_expected_are_an_error() -> None:
 def marked_error(attribute: str, value: Any) -> str:
     """Mark a real engine as one that cannot start here.
 
-    NVMe needs the async_io operator, minutes to build and libaio; quantized weights need CUDA operators; and
-    DeepSpeed's own expert parallelism stops at ZeRO-2.
+    Quantized weights need CUDA operators, and DeepSpeed's own expert parallelism stops at ZeRO-2.
     """
     with engine_of(OddNet, ds_config()) as engine:
         *path, attribute = attribute.split(".")
@@ -321,9 +306,7 @@ def marked_error(attribute: str, value: Any) -> str:
 @pytest.mark.parametrize(
     ("attribute", "value", "expected"),
     [
-        ("swap_optimizer", True, "NVMe offload is not covered yet"),
         ("has_moe_layers", True, "expert parallelism"),
-        ("params_in_nvme_and_cpu", True, "NVMe offload is not covered yet"),
         ("_config.zero_config.zero_quantized_weights", True, "quantized weights are not covered yet"),
         ("_config.zero_config.zero_quantized_nontrainable_weights", True, "quantized weights are not covered yet"),
     ],

@@ -18,6 +18,13 @@ from epi_ds.zero3.mixin import IsolationMixin
 
 OPTIMIZER_OVERRIDES = {
     "partition_grads": ["self", "params_to_release", "grad_partitions"],
+    "_offload_grad_partition_at_boundary": [
+        "self",
+        "param",
+        "grad_buffer",
+        "offload_fp32_gradients",
+        "offload_fp32_offsets",
+    ],
     "zero_grad": ["self", "set_to_none"],
     "step": ["self", "closure"],
     "_get_norm_groups": ["self"],
@@ -53,6 +60,14 @@ CALLED = {
     "get_param_id": ["self", "param"],
     "is_gradient_accumulation_boundary": ["self"],
     "_update_scale": ["self", "has_overflow"],
+    "_swappable_optimizer_subgroup": ["self", "sub_group_id"],
+    "_optimizer_states_and_gradient_swap_in": ["self", "sub_group_id", "timer_names"],
+    "_writeback_swap_state": ["self", "sub_group_id", "write_opt_state", "write_gradients"],
+    "reset_swap_buffers": ["self"],
+    "checkpoint_event_prologue": ["self"],
+    "checkpoint_event_epilogue": ["self"],
+    "_set_fp32_optimizer_param_groups": ["self"],
+    "_clear_fp32_optimizer_param_groups": ["self"],
 }
 
 

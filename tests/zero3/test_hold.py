@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.support.engines import (
+    PARTIAL_OFFLOAD,
     assert_same,
     ds_config,
     engine_of,
@@ -25,11 +27,11 @@ pytestmark = pytest.mark.zero3
 INTERVAL = 4
 
 
-def check_hold(apply: str, changes: dict[str, Any]) -> int:
+def check_hold(apply: str, changes: dict[str, Any], model: Callable[[], nn.Module] = OddNet) -> int:
     """Train four windows; return how many entries the masks of the last three isolated."""
     section = {"ratio": 0.2, "refresh_interval": INTERVAL, "ema_decay": 0.9, "apply": apply}
     total = 0
-    with engine_of(OddNet, ds_config(epi=section, accumulation=4, **changes)) as engine:
+    with engine_of(model, ds_config(epi=section, accumulation=4, **changes)) as engine:
         masks: dict[str, Tensor] | None = None
         for step in range(4 * INTERVAL):
             before = full_weights(engine)
@@ -67,6 +69,7 @@ PLACEMENTS = {
     "device": {},
     "offload": {"offload": True},
     "parameter-offload": {"offload": True, "zero_optimization": {"offload_param": {"device": "cpu"}}},
+    "partial-offload": PARTIAL_OFFLOAD,
     "sub-groups": {"zero_optimization": {"sub_group_size": 60}},
     "offload-sub-groups": {"offload": True, "zero_optimization": {"sub_group_size": 60}},
     "all-reduce": {"zero_optimization": {"reduce_scatter": False}},
@@ -110,29 +113,41 @@ def test_update_mode_changes_nothing_but_the_held_weights() -> None:
     run_ranks(check_update_only_undoes, 2)
 
 
-def check_masked_norm(offload: bool, apply: str) -> None:
+def check_masked_norm(apply: str, changes: dict[str, Any]) -> None:
     """The norm of a step under a mask is over the plastic entries of the gradient that plain ZeRO-3 would clip."""
     section = {"ratio": 0.3, "refresh_interval": 2, "ema_decay": 0.5, "apply": apply}
-    with engine_of(OddNet, ds_config(epi=section, offload=offload, accumulation=2)) as engine:
+    with engine_of(OddNet, ds_config(epi=section, accumulation=2, **changes)) as engine:
         for step in range(2):
             train_step(engine, step, odd_batch)
         masks = full_masks(engine)
         decay = 0.5
         importance = {name: engine.epi.importance(name).clone() for name in masks}
         train_step(engine, 2, odd_batch)
-        squares = 0.0
+        squares, whole = 0.0, 0.0
         for name, mask in masks.items():
             # The importance saw the raw gradient of this step: S' = d*S + (1-d)*g^2.
             squared = (engine.epi.importance(name).double() - decay * importance[name].double()) / (1 - decay)
             squares += float(squared[~mask].sum())
+            whole += float(squared.sum())
         # fp32 importance is recovered by a difference: a few parts in 1e6.
         assert float(engine.get_global_grad_norm()) == pytest.approx(squares**0.5, rel=1e-5)
+        counters = engine.epi.stats().counters
+        assert counters.held_steps == 1
+        assert counters.held_energy > 0.1
+        assert counters.held_energy == pytest.approx(1 - squares / whole, rel=1e-4)
+        train_step(engine, 3, odd_batch)
+        refresh = engine.epi.stats().last_refresh
+        assert refresh is not None
+        assert refresh.held_gradient_energy is not None
+        # The mean over both steps under the mask, so the second one's share is what is left.
+        assert 0 < 2 * refresh.held_gradient_energy - counters.held_energy < 1
+        assert engine.epi.stats().counters.held_steps == 0
 
 
-@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
+@pytest.mark.parametrize("placement", ["device", "offload", "partial-offload"])
 @pytest.mark.parametrize("apply", ["reduction", "update"])
-def test_norm_is_over_the_entries_that_will_move(offload: bool, apply: str) -> None:
-    run_ranks(check_masked_norm, 3, offload, apply)
+def test_norm_is_over_the_entries_that_will_move(placement: str, apply: str) -> None:
+    run_ranks(check_masked_norm, 3, apply, PLACEMENTS[placement])
 
 
 def check_param_groups() -> None:
@@ -175,8 +190,8 @@ def check_hold_unused(apply: str, changes: dict[str, Any]) -> int:
 @pytest.mark.parametrize("apply", ["reduction", "update"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"offload": True}, {"zero_optimization": {"sub_group_size": 1}}],
-    ids=["device", "offload", "one-parameter-sub-groups"],
+    [{}, {"offload": True}, PARTIAL_OFFLOAD, {"zero_optimization": {"sub_group_size": 1}}],
+    ids=["device", "offload", "partial-offload", "one-parameter-sub-groups"],
 )
 def test_isolated_entries_of_an_unused_parameter_do_not_move(apply: str, changes: dict[str, Any]) -> None:
     assert run_ranks(check_hold_unused, 2, apply, changes)[0] > 0

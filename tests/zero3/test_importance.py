@@ -13,6 +13,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor, nn
 
 from tests.support.engines import (
+    PARTIAL_OFFLOAD,
     assert_same,
     ds_config,
     engine_of,
@@ -102,8 +103,9 @@ def test_importance_is_the_average_of_what_the_commit_shows(world_size: int, off
         (OddNet, odd_batch, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
         (OddNet, odd_batch, {"zero_optimization": {"sub_group_size": 40}}),
         (OddNet, odd_batch, {"zero_optimization": {"reduce_scatter": False}}),
+        (OddNet, odd_batch, PARTIAL_OFFLOAD),
     ],
-    ids=["tied", "bf16", "bf16-fp32-accumulation", "sub-groups", "all-reduce"],
+    ids=["tied", "bf16", "bf16-fp32-accumulation", "sub-groups", "all-reduce", "partial-offload"],
 )
 def test_importance_in_other_settings(
     model: type[nn.Module], batch: Callable[..., Any], changes: dict[str, Any]
@@ -205,6 +207,7 @@ UNUSED = {
     "several-parameters": {},
     "one-parameter-sub-groups": {"zero_optimization": {"sub_group_size": 1}},
     "offload": {"offload": True},
+    "partial-offload": PARTIAL_OFFLOAD,
 }
 
 

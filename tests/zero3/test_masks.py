@@ -14,9 +14,18 @@ from torch import Tensor
 
 from epi_ds.config import Normalizer, Selection
 from epi_ds.errors import UserError
-from epi_ds.isolation.controller import Counters
-from epi_ds.isolation.layout import block_of
-from tests.support.engines import collected_logs, ds_config, engine_of, full_importance, full_masks, train_step
+from epi_ds.isolation.counters import Counters
+from epi_ds.isolation.layout import block_of, kind_of
+from epi_ds.isolation.refresh import Refresh
+from tests.support.engines import (
+    PARTIAL_OFFLOAD,
+    collected_logs,
+    ds_config,
+    engine_of,
+    full_importance,
+    full_masks,
+    train_step,
+)
 from tests.support.models import OddNet, odd_batch
 from tests.support.oracle import oracle_masks
 from tests.support.ranks import run_ranks
@@ -130,11 +139,35 @@ def test_masks_of_16_bit_states_do_not_depend_on_the_world_size(state: str) -> N
 
 @pytest.mark.parametrize(
     "changes",
-    [{"offload": True}, {"zero_optimization": {"sub_group_size": 30}}],
-    ids=["offload", "sub-groups"],
+    [{"offload": True}, PARTIAL_OFFLOAD, {"zero_optimization": {"sub_group_size": 30}}],
+    ids=["offload", "partial-offload", "sub-groups"],
 )
 def test_masks_do_not_depend_on_the_placement(changes: dict[str, Any]) -> None:
     _assert_equal(run_ranks(select_masks, 2, "auto", changes))
+
+
+def check_report(engine: Any, refresh: Refresh, selection: dict[str, Any], masks: dict[str, Tensor]) -> None:
+    """What the refresh says of layers and kinds is what the gathered tensors say."""
+    importance = full_importance(engine)
+    rows = {row.name: row.parameters for row in engine.epi.layers()}
+    assert [layer.name for layer in refresh.layers] == list(rows)
+    for layer, found in zip(refresh.layers, refresh.importance, strict=True):
+        values = {name: importance[name] for name in rows[layer.name]}
+        assert layer.numel == sum(value.numel() for value in values.values())
+        assert layer.isolated == sum(int(masks[name].sum()) for name in values)
+        assert found.largest == max(float(value.max()) for value in values.values())
+        assert found.smallest == min(float(value.min()) for value in values.values())
+        assert found.largest == float(values[found.largest_in].max())
+        assert found.threshold == engine.epi.thresholds()[layer.name]
+    for kind in refresh.kinds:
+        members = [name for name in masks if kind_of(name) == kind.name]
+        assert (kind.numel, kind.isolated) == tuple(
+            sum(count) for count in zip(*((masks[n].numel(), int(masks[n].sum())) for n in members), strict=True)
+        )
+    assert sum(kind.numel for kind in refresh.kinds) == refresh.covered
+    # The first refresh was after step 2, this is the one after step 4.
+    assert refresh.jaccard is not None
+    assert refresh.jaccard_first is None or 0 <= refresh.jaccard_first <= 1
 
 
 def check_trained_masks(state: str) -> None:
@@ -155,6 +188,7 @@ def check_trained_masks(state: str) -> None:
             # owners answer for their layers, two collectives a round.
             assert 4 <= refresh.collectives <= 7
             assert refresh.isolated <= refresh.budget < refresh.isolated + refresh.tied_mass
+            check_report(engine, refresh, selection, expected)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -1,0 +1,53 @@
+"""``epi-ds bench`` as users run it: one JSON object with the promised rows, and figures that are exact."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.end_to_end
+
+BYTES = {"fp32": 4.2, "bf16": 2.2, "u16": 2.2, "u8": 1.2, "adam": 0.2}
+
+
+def bench(*arguments: str) -> list[dict[str, Any]]:
+    done = subprocess.run(["epi-ds", "bench", *arguments, "--json"], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    result = json.loads(done.stdout)
+    assert set(result) == {"machine", "versions", "rows"}
+    assert result["versions"]["torch"]
+    rows: list[dict[str, Any]] = result["rows"]
+    return rows
+
+
+def test_memory_rows_keep_the_bounds() -> None:
+    rows = bench("memory", "--world-sizes", "2", "--ratios", "0.2")
+    cases = {(row["state"], row["apply"]) for row in rows}
+    assert len(cases) == len(rows) == 9
+    assert ("adam", "reduction") not in cases
+    for row in rows:
+        assert (row["world_size"], row["ratio"]) == (2, 0.2)
+        assert 0.125 <= row["bytes_per_param_times_world"] <= BYTES[row["state"]]
+        assert row["hold_bytes"] <= row["hold_bytes_bound"]
+        assert row["refresh_peak_bytes"] <= row["refresh_peak_bytes_bound"]
+
+
+def test_sketch_rows_are_exact() -> None:
+    rows = bench("sketch", "--steps", "3")
+    assert len(rows) == 4 * 5 * 5
+    assert len({(row["selection"], row["state"], row["ratio"]) for row in rows}) == len(rows)
+    for row in rows:
+        assert row["numel"] > 1e6
+        assert row["achieved_ratio"] <= row["ratio"]
+        # Ties are not broken, so what is missing is less than one more step of the threshold would isolate.
+        assert 0 <= row["rank_error"] < row["code_mass"]
+        assert row["bytes_per_rank"] <= (20e6 if row["selection"] == "per_layer" else 0.1e6)
+        assert row["ns_per_element"] > 0
+        assert 3 <= row["passes"] <= 6
+        if row["state"] == "fp32":
+            assert row["jaccard"] == 1.0
+            assert row["ratio"] - row["achieved_ratio"] <= 2e-5
