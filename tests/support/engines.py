@@ -52,7 +52,7 @@ def two_devices(config: dict[str, Any]) -> Iterator[None]:
     """
     accelerator = get_accelerator()
     name = accelerator._name
-    if config["zero_optimization"].get("offload_optimizer", {}).get("ratio", 1.0) < 1.0:
+    if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("ratio", 1.0) < 1.0:
         accelerator._name = "cpu:0"
     try:
         yield

@@ -150,11 +150,10 @@ def test_norm_is_over_the_entries_that_will_move(placement: str, apply: str) -> 
     run_ranks(check_masked_norm, 3, apply, PLACEMENTS[placement])
 
 
-def check_param_groups() -> None:
+def check_param_groups(changes: dict[str, Any]) -> None:
     """Two parameter groups with their own learning rate and weight decay, in several sub-groups."""
     section = {"ratio": 0.2, "refresh_interval": 3, "ema_decay": 0.9}
-    config = ds_config(epi=section, zero_optimization={"sub_group_size": 50})
-    with engine_of(OddNet, config, model_parameters=decay_groups) as engine:
+    with engine_of(OddNet, ds_config(epi=section, **changes), model_parameters=decay_groups) as engine:
         assert len(engine.optimizer.param_groups) == 2
         for step in range(3):
             train_step(engine, step, odd_batch)
@@ -165,8 +164,9 @@ def check_param_groups() -> None:
             _check_step(before, full_weights(engine), masks)
 
 
-def test_several_param_groups_hold() -> None:
-    run_ranks(check_param_groups, 2)
+@pytest.mark.parametrize("placement", ["sub-groups", "partial-offload"])
+def test_several_param_groups_hold(placement: str) -> None:
+    run_ranks(check_param_groups, 2, PLACEMENTS[placement])
 
 
 def check_hold_unused(apply: str, changes: dict[str, Any]) -> int:

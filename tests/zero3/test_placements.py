@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import Init
 from torch import Tensor, nn
 
 from epi_ds.checkpoint.audit import audit
@@ -142,6 +143,8 @@ def _state(engine: Any) -> dict[str, Any]:
 def save_nvme(folder: str, options: dict[str, Any]) -> None:
     """Save after 4 and again, also under the same tag, after 5 of 7 steps; keep the state at the end in a file."""
     config = ds_config(epi=_section("reduction", 0.2), accumulation=2, **nvme(f"{folder}/first", **options))
+    # Swapped files are named by a count of the process's parameters: as in a new process, which resumes.
+    Init.param_id = 0
     with engine_of(WideNet, config) as engine:
         for step in range(7):
             train_step(engine, step, odd_batch)
@@ -175,9 +178,7 @@ def resume_nvme(folder: str, options: dict[str, Any]) -> None:
 @needs_libaio
 def test_resume_with_nvme_is_bit_exact(tmp_path: Path) -> None:
     """Plain DeepSpeed's is not: it restores no moments, and gives small sub-groups the weights of the fresh model."""
-    # Swapped files are named by a count of the process's parameters: both runs are the first of new processes.
     options = {"parameters": "nvme", "pipeline": True}
-    end_ranks(2)
     run_ranks(save_nvme, 2, str(tmp_path), options)
     report = audit([tmp_path])
     assert report.isolated + report.plastic == sum(parameter.numel() for parameter in WideNet().parameters())
@@ -275,6 +276,37 @@ def test_partial_offload_resets_both_optimizers_and_resumes_isolation(tmp_path: 
     assert "DeepSpeed saves no moments" not in second
 
 
+# --- quantized gradients ---
+
+
+def first_gradient(changes: dict[str, Any]) -> dict[str, Tensor]:
+    with engine_of(EvenNet, ds_config(**changes)) as engine:
+        optimizer = record(engine)
+        train_step(engine, 0, odd_batch)
+        return gather(engine, optimizer.recorded)
+
+
+def check_quantized_gradients() -> None:
+    exact = first_gradient({})
+    quantized = {"zero_optimization": {"zero_quantized_gradients": True}}
+    with two_nodes_of_two() as quantizer:
+        for name, gradient in first_gradient(quantized).items():
+            error = float((gradient - exact[name]).norm() / exact[name].norm())
+            # Vectors, and what does not divide, are not quantized. Of the others a code is wrong by at most half of a
+            # seventh of its group's maximum, twice.
+            divides = gradient.dim() > 1 and gradient.numel() % 8 == 0
+            assert (1e-3 < error < 0.2) if divides else error < 1e-5, f"{name}: {error}"
+        assert quantizer.calls == 4
+        for apply in ("reduction", "update"):
+            assert check_hold(apply, quantized, EvenNet) > 0
+            check_recorded(EvenNet, odd_batch, apply, quantized)
+        compare("reduction", quantized, EvenNet)
+
+
+def test_isolation_works_on_quantized_gradients() -> None:
+    run_ranks(check_quantized_gradients, 4)
+
+
 # --- hierarchical partitioning ---
 
 # Weights are let go of after the forward of their layer, so that the backward has to gather them again.
@@ -310,34 +342,3 @@ def test_a_run_with_secondary_partitions_is_the_run_without(tmp_path: Path) -> N
         run_ranks(check_secondary_partitions, 4, str(tmp_path))
     finally:
         end_ranks(4)
-
-
-# --- quantized gradients ---
-
-
-def first_gradient(changes: dict[str, Any]) -> dict[str, Tensor]:
-    with engine_of(EvenNet, ds_config(**changes)) as engine:
-        optimizer = record(engine)
-        train_step(engine, 0, odd_batch)
-        return gather(engine, optimizer.recorded)
-
-
-def check_quantized_gradients() -> None:
-    exact = first_gradient({})
-    quantized = {"zero_optimization": {"zero_quantized_gradients": True}}
-    with two_nodes_of_two() as quantizer:
-        for name, gradient in first_gradient(quantized).items():
-            error = float((gradient - exact[name]).norm() / exact[name].norm())
-            # Vectors, and what does not divide, are not quantized. Of the others a code is wrong by at most half of a
-            # seventh of its group's maximum, twice.
-            divides = gradient.dim() > 1 and gradient.numel() % 8 == 0
-            assert (1e-3 < error < 0.2) if divides else error < 1e-5, f"{name}: {error}"
-        assert quantizer.calls == 4
-        for apply in ("reduction", "update"):
-            assert check_hold(apply, quantized, EvenNet) > 0
-            check_recorded(EvenNet, odd_batch, apply, quantized)
-        compare("reduction", quantized, EvenNet)
-
-
-def test_isolation_works_on_quantized_gradients() -> None:
-    run_ranks(check_quantized_gradients, 4)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from tests.support.engines import (
+    PARTIAL_OFFLOAD,
     assert_same,
     ds_config,
     engine_of,
@@ -19,6 +23,7 @@ from tests.support.engines import (
     train_step,
 )
 from tests.support.models import OddNet, odd_batch
+from tests.support.nvme import WideNet, needs_libaio, nvme
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.zero3
@@ -46,13 +51,15 @@ def _assert_same_state(left: dict[str, Any], right: dict[str, Any]) -> None:
         assert left[key] == right[key]
 
 
-def check_skip(apply: str, offload: bool, value: float, isolated_only: bool) -> None:
+def check_skip(
+    apply: str, value: float, isolated_only: bool, changes: dict[str, Any], model: Callable[[], nn.Module] = OddNet
+) -> None:
     """Poison one entry of one rank's gradient in one micro-batch, then train on; compare with a run without it."""
     section = {"ratio": 0.2, "refresh_interval": INTERVAL, "ema_decay": 0.9, "apply": apply}
-    config = ds_config(epi=section, accumulation=2, offload=offload)
+    config = ds_config(epi=section, accumulation=2, **changes)
     finals = []
     for poisoned in (True, False):
-        with engine_of(OddNet, config) as engine:
+        with engine_of(model, config) as engine:
             for step in range(INTERVAL + 1):
                 train_step(engine, step, odd_batch)
             if poisoned:
@@ -90,11 +97,20 @@ def _poisoned_step(engine: Any, index: tuple[int, ...], value: float) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("isolated_only", [False, True], ids=["plastic-entry", "isolated-entry"])
 def test_a_nan_leaves_no_trace(world_size: int, isolated_only: bool) -> None:
-    run_ranks(check_skip, world_size, "reduction", False, float("nan"), isolated_only)
+    run_ranks(check_skip, world_size, "reduction", float("nan"), isolated_only, {})
 
 
 @pytest.mark.parametrize("apply", ["reduction", "update"])
 @pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_non_finite_isolated_entry_leaves_no_trace(apply: str, offload: bool, value: float) -> None:
-    run_ranks(check_skip, 2, apply, offload, value, True)
+    run_ranks(check_skip, 2, apply, value, True, {"offload": offload})
+
+
+def test_a_non_finite_isolated_entry_leaves_no_trace_with_partial_offload() -> None:
+    run_ranks(check_skip, 2, "reduction", float("inf"), True, PARTIAL_OFFLOAD)
+
+
+@needs_libaio
+def test_a_non_finite_isolated_entry_leaves_no_trace_with_nvme(tmp_path: Path) -> None:
+    run_ranks(check_skip, 2, "reduction", float("nan"), True, nvme(str(tmp_path)), WideNet)
