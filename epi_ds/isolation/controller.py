@@ -214,7 +214,7 @@ class IsolationController:
     def observe(
         self,
         sub_group: int,
-        gradient: Tensor,
+        gradient: Tensor | None,
         *,
         inverse_scale: float,
         exceptions: Mapping[str, Tensor | None],
@@ -222,17 +222,19 @@ class IsolationController:
     ) -> None:
         """Let one sub-group's gradient enter the importance of the step about to be applied.
 
-        gradient    [numel] the flat partition: averaged, accumulated, unclipped, unmasked; untouched
+        gradient    [numel] the flat partition: averaged, accumulated, unclipped, unmasked; untouched. None where
+                    nothing of the sub-group was ever reduced
         exceptions  parameters whose part of ``gradient`` is not theirs in this window, by name: None for a gradient
                     of zero, or the gradient ([real_numel] or longer)
         """
         if self._stored is None:
             return
         for segment in self.layout.by_sub_group[sub_group]:
-            own: Tensor | None = gradient[segment.start : segment.stop]
             if segment.name in exceptions:
                 other = exceptions[segment.name]
-                own = None if other is None else other[: segment.real_numel].to(gradient.device)
+                own = None if other is None else other[: segment.real_numel].to(self._devices[sub_group])
+            else:
+                own = None if gradient is None else gradient[segment.start : segment.stop]
             self._stored.observe(
                 segment,
                 own,

@@ -64,7 +64,7 @@ def check_reads_in_place(optimizer: str) -> list[str]:
             assert sum(int(mask.sum()) for mask in masks.values()) > 0
             moments = {n.removesuffix("/exp_avg_sq"): v for n, v in full_moments(engine).items() if "_sq" in n}
             assert_same(full_importance(engine), moments)
-            assert set(engine.epi.memory_report().state_bytes) == {"masks"}
+            assert set(engine.epi.memory_report().state_bytes) == {"masks", "first_mask"}
             with pytest.raises(UserError, match="would forget it"):
                 engine.epi.reset_optimizer_state()
             with pytest.raises(UserError, match="for a probe to measure"):

@@ -431,11 +431,16 @@ def test_a_save_warns_by_name_where_a_resume_is_not_bit_exact(
 def test_the_manifest_is_readable_by_people(saved: Path) -> None:
     manifest = json.loads((saved / "global_step6" / "epi" / "manifest.json").read_text())
     assert manifest["world_size"] == 2
-    assert manifest["counters"] == {
+    counters = manifest["counters"]
+    assert 0 < counters.pop("held_energy") < 2
+    assert counters == {
         "applied_steps": 6,
+        "observations": 6,
         "importance_weight": pytest.approx(1 - 0.9**6),
         "active_steps": 2,
         "refreshes": 1,
+        "finished_stages": 0,
+        "held_steps": 2,
     }
     assert manifest["config"]["ratio"] == 0.2
     assert set(manifest["files"]) == {"rank_00000.safetensors", "rank_00001.safetensors"}
