@@ -14,6 +14,9 @@ from epi_ds.errors import UserError, problems_of, summarize
 # Top-level key of a DeepSpeed configuration that holds these settings.
 SECTION = "epi"
 
+# Value of settings that the run decides by itself.
+ADAPTIVE = "adaptive"
+
 
 class PolicyName(str, Enum):
     """Who decides which entries are isolated, and when."""
@@ -119,11 +122,26 @@ class EPIConfig(BaseModel):
     """``evolving`` selects a new mask every ``refresh_interval`` steps; ``static`` isolates one mask for the
     whole run; ``none`` isolates nothing and measures nothing."""
 
-    ratio: float | RatioSchedule = 0.01
-    """Requested share of the covered parameters to isolate (the paper's p), in [0, 1), or a schedule of it."""
+    ratio: float | RatioSchedule | Literal["adaptive"] = 0.01
+    """Requested share of the covered parameters to isolate (the paper's p), in [0, 1); a schedule of it; or
+    ``adaptive``: as many as hold ``coverage`` of the importance."""
 
-    refresh_interval: int = Field(500, ge=1)
-    """Applied optimizer steps from one refresh to the next (the paper's H)."""
+    coverage: float = Field(0.5, gt=0, lt=1)
+    """``ratio: adaptive`` only: share of the importance, as selection compares it, that isolated entries shall hold."""
+
+    max_ratio: float = Field(0.2, gt=0, lt=1)
+    """``ratio: adaptive`` only: most that it isolates."""
+
+    refresh_interval: int | Literal["adaptive"] = 500
+    """Applied optimizer steps from one refresh to the next (the paper's H); or ``adaptive``: a mask is looked at every
+    ``check_interval`` steps, and refreshed once it has drifted."""
+
+    check_interval: int = Field(50, ge=1)
+    """``refresh_interval: adaptive`` only: applied steps from one look at the mask to the next."""
+
+    max_drift: float = Field(0.1, ge=0, le=1)
+    """``refresh_interval: adaptive`` only: share of the isolated entries that may lie below the threshold of now; above
+    it, the mask is refreshed."""
 
     warmup_steps: int = Field(0, ge=0)
     """Applied steps before which no mask is selected; importance is measured from the first step on."""
@@ -188,10 +206,22 @@ class EPIConfig(BaseModel):
     missing_state: MissingState = MissingState.ERROR
     """Loading a checkpoint without isolation state is an error, or starts with empty importance."""
 
+    @property
+    def selection_interval(self) -> int:
+        """Applied steps from one step after which a mask may be selected to the next."""
+        return self.check_interval if isinstance(self.refresh_interval, str) else self.refresh_interval
+
+    @field_validator("refresh_interval", mode="before")
+    @classmethod
+    def _check_interval(cls, value: Any) -> Any:
+        if value == ADAPTIVE or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise UserError(f"must be a whole number of steps greater than or equal to 1, or adaptive; got {value!r}")
+
     @field_validator("ratio", mode="before")
     @classmethod
     def _check_ratio(cls, value: Any) -> Any:
-        if isinstance(value, RatioSchedule):
+        if isinstance(value, RatioSchedule) or value == ADAPTIVE:
             return value
         if isinstance(value, Mapping):
             try:
@@ -200,7 +230,7 @@ class EPIConfig(BaseModel):
                 raise UserError("; ".join(problems_of(error, RatioSchedule))) from None
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
             raise UserError(
-                f"must be a number in [0, 1), or a schedule such as "
+                f"must be a number in [0, 1), adaptive, or a schedule such as "
                 f"{{schedule: linear, start: 0.2, end: 0.05, steps: 1000}}, got {value!r}"
             )
         return float(value)
@@ -252,6 +282,27 @@ class EPIConfig(BaseModel):
             raise UserError(
                 "probe_steps measures importance before the first step, when state: adam has none; set another state"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_adaptive(self) -> EPIConfig:
+        for name, fields in (
+            ("ratio", ("coverage", "max_ratio")),
+            ("refresh_interval", ("check_interval", "max_drift")),
+        ):
+            adaptive = getattr(self, name) == ADAPTIVE
+            ignored = [field for field in fields if field in self.model_fields_set]
+            if ignored and not adaptive:
+                raise UserError(f"{ignored[0]} belongs to {name}: adaptive, and would be ignored without it; remove it")
+            if adaptive and self.selection is Selection.PER_LAYER:
+                raise UserError(
+                    f"{name}: adaptive judges by one distribution over all layers, which selection: per_layer does not "
+                    "exchange; set selection: normalized_global or raw_global"
+                )
+            if adaptive and self.policy is not PolicyName.EVOLVING:
+                raise UserError(
+                    f"{name}: adaptive selects masks during the run, and policy: {self.policy.value} does not"
+                )
         return self
 
     @model_validator(mode="after")

@@ -146,6 +146,7 @@ class FileStateStore:
             threshold_codes=(
                 None if codes is None else dict(zip(controller.layout.layer_names, codes.tolist(), strict=True))
             ),
+            last_tau_code=controller.last_tau_code,
             extra=extra,
             files={shard_name(r): record for r, record in enumerate(records) if record is not None},
         )
@@ -206,6 +207,7 @@ class FileStateStore:
             masks=state.masks,
             states=state.states,
             first_mask=state.first_mask,
+            last_tau_code=state.manifest.last_tau_code,
         )
         return state.manifest.extra
 

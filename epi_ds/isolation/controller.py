@@ -10,13 +10,12 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from epi_ds.config import EPIConfig, Memory, PolicyName, Protects, StateFormat
+from epi_ds.config import ADAPTIVE, EPIConfig, Memory, PolicyName, Protects, StateFormat
 from epi_ds.isolation.bracket import count_dtype
 from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.counters import Counters
@@ -24,19 +23,16 @@ from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.mask import empty_bits, select_bits, set_segment
 from epi_ds.isolation.policy import Policy
 from epi_ds.isolation.refresh import FirstMask, GroupCounts, Refresh, layer_importance
-from epi_ds.isolation.schedule import largest_ratio, ratio_at
-from epi_ds.isolation.sketch import PartitionSketch, Piece
+from epi_ds.isolation.schedule import largest_ratio
+from epi_ds.isolation.selector import Decision, Selector
+from epi_ds.isolation.sketch import PartitionSketch
 from epi_ds.isolation.state import (
-    CODE_SHIFTS,
-    Favoured,
     Importance,
-    Larger,
     ReadPartition,
     StoredImportance,
-    code_chunks,
     partition_reader,
 )
-from epi_ds.isolation.threshold import Thresholds, find_thresholds
+from epi_ds.isolation.threshold import Thresholds
 from epi_ds.kernels import Stored, count_bits, unpack_bits
 
 logger = logging.getLogger(__name__)
@@ -84,6 +80,8 @@ class IsolationController:
         self.last_refresh: Refresh | None = None
         self.threshold_codes: Tensor | None = None
         self.first_mask = FirstMask()
+        self.last_decision: Decision | None = None
+        self._selector = Selector(layout, config)
         self.isolated = 0
         self._policy = policy
         self._listener = listener
@@ -130,9 +128,7 @@ class IsolationController:
     def awaits_probe(self) -> bool:
         """Whether the mask of a static policy is still to come from a probe; the same on every rank."""
         config = self.config
-        wants_one = (
-            config.policy is PolicyName.STATIC and config.probe_steps is not None and largest_ratio(config.ratio) > 0
-        )
+        wants_one = config.policy is PolicyName.STATIC and config.probe_steps is not None and largest_ratio(config) > 0
         return wants_one and self.counters.refreshes == 0 and not self.is_active
 
     @property
@@ -168,6 +164,11 @@ class IsolationController:
         """
         return self._importance().read(segment, 0, segment.real_numel)
 
+    @property
+    def last_tau_code(self) -> int | None:
+        """See `Selector.last_tau_code`."""
+        return self._selector.last_tau_code
+
     def state_bytes(self) -> dict[str, int]:
         """Return the bytes on this rank of each of `states`, of the masks and of the sample of the first one."""
         sizes = {name: state.num_bytes for name, state in self.states.items()}
@@ -182,17 +183,20 @@ class IsolationController:
         masks: Mapping[str, Tensor],
         states: Mapping[str, Mapping[str, Stored]],
         first_mask: Sequence[Tensor] = (),
+        last_tau_code: int | None = None,
     ) -> None:
         """Replace the whole state by slices of this rank's segments, by parameter name. Collective.
 
         masks       [real_numel] bool by name; every segment
         first_mask  see `FirstMask.sample`
+        last_tau_code  see `Selector`
         states      for each of ours by its name in `states`, every segment by name
         """
         for name, state in self.states.items():
             for segment in self.layout.segments:
                 state.load(segment, states[name][segment.name], step=counters.observations)
         self.first_mask.restore(first_mask, self._devices)
+        self._selector.last_tau_code = last_tau_code
         self.counters = counters
         self.threshold_codes = threshold_codes
         self.set_masks(masks)
@@ -264,7 +268,7 @@ class IsolationController:
             applied_steps=step,
             active_steps=self.counters.active_steps + self.is_active,
         )
-        return self.refresh() if self._policy.refreshes(step) else None
+        return self._select(may_stay=True) if self._policy.refreshes(step) else None
 
     def finish_stage(self) -> Refresh | None:
         """Remember the importance of the stage that ends, and select the mask that the next one begins with.
@@ -286,27 +290,24 @@ class IsolationController:
 
         Raises RuntimeError where nothing is measured.
         """
-        importance = self._importance()
-        config, step = self.config, self.counters.applied_steps
-        ratio = ratio_at(config.ratio, step, warmup_steps=config.warmup_steps)
-        compared = self._compared(importance)
+        refresh = self._select(may_stay=False)
+        if refresh is None:
+            raise RuntimeError("a selection that must not keep the mask kept it")
+        return refresh
+
+    def _select(self, *, may_stay: bool) -> Refresh | None:
+        importance, step = self._importance(), self.counters.applied_steps
         started, traffic = time.perf_counter(), self.exchange.traffic
-        sketch = PartitionSketch(
-            [
-                Piece(segment.layer, index, partial(code_chunks, compared, segment))
-                for index, segment in enumerate(self.layout.segments)
-            ],
-            num_layers=len(self.layout.layer_names),
+        compared = self._selector.compared(importance, remembered=self._remembered, masks=self._bits)
+        decision = self._selector.decide(
+            compared, self.exchange, masks=self._bits, isolated=self.isolated, step=step, may_stay=may_stay
         )
-        thresholds = find_thresholds(
-            sketch,
-            self.exchange,
-            ratio=ratio,
-            layer_numel=self.layout.layer_numel,
-            selection=config.selection,
-            normalizer=config.normalizer,
-            code_shift=CODE_SHIFTS[config.state],
-        )
+        self.last_decision = decision
+        self._log(decision)
+        thresholds, ratio = decision.thresholds, decision.ratio
+        if thresholds is None:
+            return None
+        sketch = self._selector.sketch(compared)
         found = self._change_masks(importance, compared, thresholds.codes)
         before, self._group_isolated = self._group_isolated, found.isolated
         spent, num_layers = self.exchange.traffic, len(self.layout.layer_names)
@@ -340,13 +341,22 @@ class IsolationController:
         self._warn_if_blocked(sketch, thresholds, ratio)
         return self.last_refresh
 
-    def _compared(self, importance: Importance) -> Importance:
-        """Return what selection compares. Release reads the importance itself."""
-        if self._remembered is not None:
-            past_only = self.config.protects is Protects.PAST
-            importance = self._remembered if past_only else Larger(importance, self._remembered)
-        hysteresis = self.config.hysteresis
-        return importance if hysteresis == 1.0 else Favoured(importance, self._bits, hysteresis)
+    def _log(self, decision: Decision) -> None:
+        """Say what an adaptive run decided, and why."""
+        config = self.config
+        if self.exchange.rank != 0 or (decision.drift is None and config.ratio != ADAPTIVE):
+            return
+        reasons = []
+        if decision.drift is not None:
+            low, high = decision.drift
+            verdict = "stays" if decision.thresholds is None else "is refreshed"
+            reasons.append(
+                f"{low:.1%} to {high:.1%} of the isolated entries lie below the threshold of now (max_drift "
+                f"{config.max_drift:.1%}): the mask {verdict}"
+            )
+        if config.ratio == ADAPTIVE:
+            reasons.append(f"ratio {decision.ratio:.4%} holds {config.coverage:.0%} of the importance")
+        logger.info("after step %d: %s", self.counters.applied_steps, "; ".join(reasons))
 
     def _change_masks(self, importance: Importance, compared: Importance, threshold_codes: Tensor) -> _Changed:
         """Select, announce and install the masks of all sub-groups; return the counts over all ranks."""

@@ -55,5 +55,5 @@ class Static:
 def make_policy(config: EPIConfig) -> Policy:
     """Return the policy that ``config`` names. ``none`` is static with no mask."""
     if config.policy is PolicyName.EVOLVING:
-        return Evolving(config.refresh_interval, config.warmup_steps)
+        return Evolving(config.selection_interval, config.warmup_steps)
     return Static()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 
-from epi_ds.config import Curve, RatioSchedule
+from epi_ds.config import Curve, EPIConfig, RatioSchedule
 from epi_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -38,9 +38,12 @@ def ratio_at(ratio: float | RatioSchedule, step: int, *, warmup_steps: int = 0) 
     return round(ratio.start + (ratio.end - ratio.start) * progress, 9)
 
 
-def largest_ratio(ratio: float | RatioSchedule) -> float:
-    """Return the largest ratio that a run comes to."""
-    return max(ratio.start, ratio.end) if isinstance(ratio, RatioSchedule) else ratio
+def largest_ratio(config: EPIConfig) -> float:
+    """Return the largest ratio that a run may come to."""
+    ratio = config.ratio
+    if isinstance(ratio, RatioSchedule):
+        return max(ratio.start, ratio.end)
+    return config.max_ratio if isinstance(ratio, str) else ratio
 
 
 def check_planned_steps(planned_steps: int, interval: int, *, warmup_steps: int = 0, allow_inactive: bool) -> None:

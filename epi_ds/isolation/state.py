@@ -49,6 +49,13 @@ def code_chunks(importance: Importance, segment: Segment) -> Iterator[Tensor]:
         yield codes_of(importance.read(segment, start, stop))
 
 
+def isolated_code_chunks(importance: Importance, segment: Segment, bits: Tensor) -> Iterator[Tensor]:
+    """Yield the codes of a segment's isolated entries; ``bits`` are the mask of its sub-group's partition."""
+    for start, stop in chunks(0, segment.real_numel):
+        mask = unpack_bits(bits, segment.start + start, segment.start + stop)
+        yield codes_of(importance.read(segment, start, stop))[mask]
+
+
 def partition_reader(importance: Importance, segments: Sequence[Segment], device: torch.device) -> ReadPartition:
     """Return a reader of the flat partition that ``segments`` are the covered parts of."""
 

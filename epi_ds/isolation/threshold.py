@@ -24,7 +24,6 @@ Ties are not broken: a threshold never isolates more than its budget, and the ne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple, Protocol
 
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor
 
 from epi_ds.config import Normalizer, Selection
-from epi_ds.isolation.bracket import Answers, Brackets, count_dtype, round_widths
+from epi_ds.isolation.bracket import Answers, Brackets, choose, count_dtype, round_widths
 from epi_ds.isolation.importance import TOP_CODE, ceil_code, decode
 from epi_ds.isolation.sketch import FRACTION_BITS, LOW_BITS, Extremes, PartitionSketch, read_extremes
 
@@ -40,6 +39,10 @@ CODE_BITS = 31
 # See [Note: rounds].
 GLOBAL_ROUND_BITS = 9
 LAYER_ROUND_BITS = 11
+
+# Distances between the edges of a preview, in codes: half a binade, and 2^-9 of one.
+_COARSE_BITS = 22
+_FINE_BITS = 14
 
 
 class Exchange(Protocol):
@@ -72,6 +75,8 @@ class Thresholds(NamedTuple):
     The budget left unused is below it. Where there is no smaller threshold, because zeros are never isolated, all
     other entries count: a large part of them are zeros then."""
     extremes: Extremes
+    row_codes: Tensor
+    """What was searched: [num_layers] int64 for ``per_layer``, else [1], the code of tau."""
 
 
 def budget_of(ratio: float, numel: int) -> int:
@@ -102,6 +107,112 @@ def search_widths(selection: Selection, *, code_shift: int) -> tuple[int, ...]:
     return round_widths(CODE_BITS - lattice_shift, most_bits=GLOBAL_ROUND_BITS)
 
 
+class Preview(NamedTuple):
+    """Counts of all ranks at the edges of one grid, before a search has a budget. Global selections only."""
+
+    edges: Tensor
+    """[num_edges] int64: codes of tau, never falling"""
+    entries: Tensor
+    """[num_edges] int64: entries at or above every edge"""
+    isolated: Tensor
+    """[num_edges] int64: of those, entries isolated now"""
+
+
+class ThresholdSearch:
+    """One search for thresholds over merged sketches. Collective: every rank must take the same steps."""
+
+    def __init__(
+        self,
+        sketch: PartitionSketch,
+        exchange: Exchange,
+        *,
+        layer_numel: tuple[int, ...],
+        selection: Selection,
+        normalizer: Normalizer,
+        code_shift: int = 0,
+    ) -> None:
+        """Exchange the extremes of the layers, and their sums for the mean.
+
+        code_shift  the state's codes are multiples of ``1 << code_shift``: 0 for fp32, 16 for bf16
+        """
+        self._sketch, self._exchange, self._layer_numel = sketch, exchange, layer_numel
+        # Only the normalisers compute with them; the report of a refresh wants them for every selection.
+        self.extremes = read_extremes(exchange.maximum(sketch.extremes()))
+        self._mapping: _Mapping | None = None
+        if selection is Selection.RAW_GLOBAL:
+            self._mapping = _raw_mapping(len(layer_numel))
+        elif selection is Selection.NORMALIZED_GLOBAL:
+            self._mapping = _normalizing_mapping(
+                sketch, exchange, self.extremes, normalizer=normalizer, layer_numel=layer_numel
+            )
+        totals = torch.tensor(layer_numel, dtype=torch.int64)
+        self._totals = totals if self._mapping is None else totals.sum(dim=0, keepdim=True)
+        # tau of `normalized_global` is no entry's code.
+        self._unit = 1 if selection is Selection.NORMALIZED_GLOBAL else 1 << code_shift
+        self._widths = search_widths(selection, code_shift=code_shift)
+        self._brackets = Brackets.whole(self._totals, top=TOP_CODE)
+        self._preview: Preview | None = None
+
+    def budgets(self, ratio: float) -> Tensor:
+        """Return what a ratio allows: [num_layers] int64 for ``per_layer``, else [1]."""
+        return torch.tensor([budget_of(ratio, numel) for numel in self._totals.tolist()], dtype=torch.int64)
+
+    def preview(self, isolated: PartitionSketch, *, near: int | None) -> Preview:
+        """Count at the edges of a first grid of any budget, all entries and the isolated ones apart.
+
+        isolated  the sketch of the entries isolated now
+        near      code of tau around which the grid is fine, as that of the last search; None without one
+
+        Raises ValueError for ``per_layer``, whose grid would be one of every layer.
+        """
+        if self._mapping is None:
+            raise ValueError("a preview is of a global selection")
+        edges = preview_edges(near, unit=self._unit)
+        counts = torch.cat([self._count(edges.unsqueeze(0), sketch) for sketch in (self._sketch, isolated)])
+        entries, held = self._exchange.total(counts).long()
+        self._preview = Preview(edges, entries, held)
+        return self._preview
+
+    def finish(self, budgets: Tensor) -> Thresholds:
+        """Narrow the brackets to neighbours, from a preview where there was one: nothing is exchanged twice.
+
+        Raises RuntimeError when the importance holds inf or nan.
+        """
+        brackets, widths = self._brackets, self._widths
+        if self._preview is not None:
+            edges = self._preview.edges.int().unsqueeze(0)
+            brackets = brackets.narrow(edges, choose(self._preview.entries.unsqueeze(0), budgets))
+            bits = (int(brackets.above - brackets.below) // self._unit - 1).bit_length()
+            widths = round_widths(bits, most_bits=GLOBAL_ROUND_BITS) if bits else ()
+        for width in widths:
+            edges = brackets.edges(width, unit=self._unit)
+            answers = self._exchange.answers(self._count(edges, self._sketch), budgets)
+            brackets = brackets.narrow(edges, answers)
+        codes = brackets.above if self._mapping is None else self._mapping.edges(brackets.above)[:, 0]
+        tied_mass = int((brackets.count_below - brackets.count_above).sum())
+        return Thresholds(codes, int(budgets.sum()), tied_mass, self.extremes, brackets.above)
+
+    def _count(self, edges: Tensor, sketch: PartitionSketch) -> Tensor:
+        """Return this rank's entries at or above edges: [rows, edges] -> the same shape, of `count_dtype`."""
+        if self._mapping is None:
+            return sketch.counts(edges, dtype=count_dtype(max(self._layer_numel)))
+        counts = sketch.counts(self._mapping.edges(edges[0].long()))
+        return counts.sum(dim=0, keepdim=True, dtype=count_dtype(sum(self._layer_numel)))
+
+
+def preview_edges(near: int | None, *, unit: int = 1) -> Tensor:
+    """Return the grid of a preview: two edges in every binade, and 512 that are 2^-9 binades apart around ``near``.
+
+    [num_edges] int64, never falling, multiples of ``unit``, the last one `TOP_CODE`.
+    """
+    coarse = torch.arange(1, 513, dtype=torch.int64) * (1 << _COARSE_BITS)
+    if near is None:
+        return coarse.clamp(max=TOP_CODE)
+    step = max(1 << _FINE_BITS, unit)
+    fine = near + torch.arange(-256, 256, dtype=torch.int64) * step
+    return torch.cat([coarse, fine.clamp(min=unit)]).clamp(max=TOP_CODE).sort().values
+
+
 def find_thresholds(
     sketch: PartitionSketch,
     exchange: Exchange,
@@ -117,70 +228,12 @@ def find_thresholds(
     Exchanges: 5 (min-max), 6 (mean), 5 (raw_global) and 4 (per_layer), whatever the number of layers; 3 for raw_global
     and per_layer from ``code_shift`` 13 and 9 on. One is two collectives where owners answer.
 
-    code_shift  the state's codes are multiples of ``1 << code_shift``: 0 for fp32, 16 for bf16
-
     Raises RuntimeError when the importance holds inf or nan.
     """
-    # Only the normalisers compute with them; the report of a refresh wants them for every selection.
-    extremes = read_extremes(exchange.maximum(sketch.extremes()))
-    totals = torch.tensor(layer_numel, dtype=torch.int64)
-    widths = search_widths(selection, code_shift=code_shift)
-    unit = 1 << code_shift
-    if selection is Selection.PER_LAYER:
-        budgets = torch.tensor([budget_of(ratio, numel) for numel in layer_numel], dtype=torch.int64)
-        layer_dtype = count_dtype(max(layer_numel))
-        found = _search(
-            lambda edges: sketch.counts(edges, dtype=layer_dtype),
-            exchange,
-            totals=totals,
-            budgets=budgets,
-            widths=widths,
-            unit=unit,
-        )
-        return Thresholds(found.above, int(budgets.sum()), _tied_mass(found), extremes)
-    if selection is Selection.RAW_GLOBAL:
-        mapping = _raw_mapping(len(layer_numel))
-    else:
-        unit = 1
-        mapping = _normalizing_mapping(sketch, exchange, extremes, normalizer=normalizer, layer_numel=layer_numel)
-    budget = budget_of(ratio, sum(layer_numel))
-    sum_dtype = count_dtype(sum(layer_numel))
-    found = _search(
-        lambda taus: sketch.counts(mapping.edges(taus[0].long())).sum(dim=0, keepdim=True, dtype=sum_dtype),
-        exchange,
-        totals=totals.sum(dim=0, keepdim=True),
-        budgets=torch.tensor([budget]),
-        widths=widths,
-        unit=unit,
+    search = ThresholdSearch(
+        sketch, exchange, layer_numel=layer_numel, selection=selection, normalizer=normalizer, code_shift=code_shift
     )
-    return Thresholds(mapping.edges(found.above)[:, 0], budget, _tied_mass(found), extremes)
-
-
-def _search(
-    count: Callable[[Tensor], Tensor],
-    exchange: Exchange,
-    *,
-    totals: Tensor,
-    budgets: Tensor,
-    widths: Sequence[int],
-    unit: int,
-) -> Brackets:
-    """Narrow the brackets of all rows to neighbours. See [Note: brackets].
-
-    count    this rank's entries at or above edges: [rows, edges] int32 -> the same shape, of `count_dtype`
-    totals   [rows] int64: entries of every row over all ranks
-    budgets  [rows] int64
-    """
-    brackets = Brackets.whole(totals, top=TOP_CODE)
-    for width in widths:
-        edges = brackets.edges(width, unit=unit)
-        found = exchange.answers(count(edges), budgets)
-        brackets = brackets.narrow(edges, found)
-    return brackets
-
-
-def _tied_mass(found: Brackets) -> int:
-    return int((found.count_below - found.count_above).sum())
+    return search.finish(search.budgets(ratio))
 
 
 def _raw_mapping(num_layers: int) -> _Mapping:

@@ -51,7 +51,7 @@ def _summary(metrics: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) 
         "resumes": str(sum(line["resumed"] for line in runs)),
         "policy": config["policy"],
         "requested ratio": _ratio(config["ratio"]),
-        "refresh interval": f"{config['refresh_interval']} steps",
+        "refresh interval": _interval(config),
         "covered parameters": f"{run['covered']:,}",
         "mask active in": f"{active / max(1, len(steps)):.0%} of steps",
     }
@@ -61,8 +61,16 @@ def _summary(metrics: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) 
     return "<dl>" + "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items()) + "</dl>"
 
 
-def _ratio(ratio: float | dict[str, Any]) -> str:
+def _interval(config: dict[str, Any]) -> str:
+    """Say how often masks are refreshed, or looked at."""
+    interval = config["refresh_interval"]
+    return f"looked at every {config['check_interval']} steps" if isinstance(interval, str) else f"{interval} steps"
+
+
+def _ratio(ratio: float | str | dict[str, Any]) -> str:
     """Say the ratio, or from where to where a schedule takes it."""
+    if isinstance(ratio, str):
+        return ratio
     return f"{ratio['start']:.2%} to {ratio['end']:.2%}" if isinstance(ratio, dict) else f"{ratio:.2%}"
 
 

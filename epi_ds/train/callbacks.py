@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from epi_ds.config import PolicyName
 from epi_ds.hf import EPICallback
 from epi_ds.isolation.refresh import Refresh
+from epi_ds.isolation.selector import Decision
 from epi_ds.train.accelerate_setup import check_trainer
 from epi_ds.train.evaluation import Evaluator
 from epi_ds.train.metrics import MetricsWriter
@@ -59,6 +60,7 @@ class RunCallback(TrainerCallback):
         self._seconds = 0.0
         self._isolated_in_force = 0
         self._last_refresh: Refresh | None = None
+        self._last_decision: Decision | None = None
 
     @property
     def _epi(self) -> EPI:
@@ -107,6 +109,10 @@ class RunCallback(TrainerCallback):
         self._seconds = time.perf_counter() - self._started
         step = state.global_step
         stage = stage_at(self._spans, step - 1)
+        decision = self._epi.stats().last_decision
+        if decision is not None and decision is not self._last_decision:
+            self._last_decision = decision
+            self._report_drift(step, stage.name, decision)
         refresh = self._epi.stats().last_refresh
         if refresh is not None and refresh is not self._last_refresh:
             self._last_refresh = refresh
@@ -206,6 +212,11 @@ class RunCallback(TrainerCallback):
         )
         shown = "  ".join(f"{name} {score.value:.3f}" for name, score in scores.items())
         self._progress.note(f"{'before training' if after == BEFORE else 'after ' + after}: {shown}")
+
+    def _report_drift(self, step: int, stage: str, decision: Decision) -> None:
+        if decision.drift is not None:
+            refreshed = decision.thresholds is not None
+            self._write("drift", step, stage, **decision.drift._asdict(), ratio=decision.ratio, refreshed=refreshed)
 
     def _report_refresh(self, step: int, stage: str, refresh: Refresh) -> None:
         layers = refresh.layers

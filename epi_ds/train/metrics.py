@@ -1,7 +1,7 @@
 """``metrics.jsonl``: one JSON object per line, appended as things happen, cut back on resume.
 
 Every line has ``event``, ``step`` (optimizer steps finished) and ``stage``. Events: ``run`` (a start or a resume),
-``step``, ``refresh``, ``evaluation``, ``summary``.
+``step``, ``drift`` (a look at the mask under ``refresh_interval: adaptive``), ``refresh``, ``evaluation``, ``summary``.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def _check_partitioning(layout: Layout, optimizer: Any) -> None:
 
 def _check_budget(layout: Layout, config: EPIConfig) -> None:
     # A mask that is loaded has the size it was saved with.
-    ratio = largest_ratio(config.ratio)
+    ratio = largest_ratio(config)
     if ratio == 0 or config.policy is PolicyName.NONE or config.mask_from is not None:
         return
     per_layer = config.selection is Selection.PER_LAYER

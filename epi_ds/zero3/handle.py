@@ -16,6 +16,7 @@ from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.layout import Segment
 from epi_ds.isolation.refresh import Refresh, values_of
 from epi_ds.isolation.schedule import check_planned_steps, largest_ratio
+from epi_ds.isolation.selector import Decision
 
 
 class IsolationStats(NamedTuple):
@@ -26,6 +27,8 @@ class IsolationStats(NamedTuple):
     """Entries that can be isolated."""
     isolated: int
     last_refresh: Refresh | None
+    last_decision: Decision | None
+    """Of the last step after which a mask could be selected; with ``refresh_interval: adaptive`` it may have stayed."""
 
     @property
     def achieved_ratio(self) -> float:
@@ -123,7 +126,11 @@ class EPI:
         """Return counters and the last refresh. The same on every rank, without communication."""
         controller = self._controller
         return IsolationStats(
-            controller.counters, controller.layout.covered_numel, controller.isolated, controller.last_refresh
+            controller.counters,
+            controller.layout.covered_numel,
+            controller.isolated,
+            controller.last_refresh,
+            controller.last_decision,
         )
 
     def memory_report(self) -> MemoryReport:
@@ -148,10 +155,10 @@ class EPI:
     def check_planned_steps(self, planned_steps: int) -> None:
         """Warn or raise ValueError when a run of this many applied steps would never use a mask."""
         config = self.config
-        if config.policy is PolicyName.EVOLVING and largest_ratio(config.ratio) > 0:
+        if config.policy is PolicyName.EVOLVING and largest_ratio(config) > 0:
             check_planned_steps(
                 planned_steps,
-                config.refresh_interval,
+                config.selection_interval,
                 warmup_steps=config.warmup_steps,
                 allow_inactive=config.allow_inactive,
             )

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from epi_ds.config import Curve, RatioSchedule
+from epi_ds.config import Curve, EPIConfig, RatioSchedule
 from epi_ds.isolation.policy import Evolving, Static
 from epi_ds.isolation.schedule import check_planned_steps, first_active_step, largest_ratio, ratio_at
 
@@ -61,5 +61,6 @@ def test_a_scheduled_ratio_goes_from_start_to_end(curve: Curve) -> None:
     assert ratios[100] == 0.125
     # A quarter of the way: a straight line has gone a quarter, half a cosine wave less.
     assert ratios[75] == pytest.approx(0.1625 if curve is Curve.LINEAR else 0.2 - 0.15 * (1 - 0.5**0.5) / 2)
-    assert largest_ratio(schedule) == 0.2
-    assert ratio_at(0.3, 7) == largest_ratio(0.3) == 0.3
+    assert largest_ratio(EPIConfig(ratio=schedule)) == 0.2
+    assert ratio_at(0.3, 7) == largest_ratio(EPIConfig(ratio=0.3)) == 0.3
+    assert largest_ratio(EPIConfig(ratio="adaptive", max_ratio=0.1)) == 0.1

@@ -17,6 +17,7 @@ from tests.support.engines import (
     full_importance,
     full_masks,
     full_state,
+    full_weights,
     train_step,
 )
 from tests.support.models import OddNet, odd_batch
@@ -76,6 +77,79 @@ def test_hysteresis_changes_who_is_isolated_and_not_how_many(world_size: int) ->
     plain, with_hysteresis = (run_ranks(check_hysteresis, world_size, factor)[0] for factor in (1.0, 0.125))
     assert with_hysteresis[0] > plain[0] > 0
     assert with_hysteresis[1] == pytest.approx(plain[1], abs=1)
+
+
+def check_adaptive_refresh(folder: str, max_drift: float) -> list[tuple[int, bool]]:
+    """Return after which looks the mask was refreshed; a run resumed in between decides as the whole one."""
+    section = {
+        "ratio": 0.2,
+        "refresh_interval": "adaptive",
+        "check_interval": 2,
+        "max_drift": max_drift,
+        "ema_decay": 0.5,
+        **SELECTION,
+    }
+
+    def train(engine: Any, first: int) -> list[tuple[int, bool]]:
+        seen = []
+        for step in range(first, 10):
+            isolated, before = engine.epi.stats().isolated, full_masks(engine)
+            train_step(engine, step, odd_batch)
+            if (step + 1) % 2:
+                continue
+            decision, after, importance = engine.epi.stats().last_decision, full_masks(engine), full_importance(engine)
+            refreshed = decision.thresholds is not None
+            seen.append((step + 1, refreshed))
+            assert decision.ratio == 0.2
+            assert (decision.drift is None) == (isolated == 0)
+            wanted = expected_masks(importance, section)
+            for name in after:
+                assert torch.equal(after[name], wanted[name] if refreshed else before[name]), name
+            if decision.drift is not None:
+                kept = sum(int((before[name] & wanted[name]).sum()) for name in before)
+                assert decision.drift.at_least <= 1 - kept / isolated <= decision.drift.at_most
+                assert refreshed == (decision.drift.at_most > max_drift)
+        return seen
+
+    config = ds_config(epi=section)
+    with engine_of(OddNet, config) as engine:
+        for step in range(4):
+            train_step(engine, step, odd_batch)
+        engine.save_checkpoint(folder, "tag")
+        seen, weights = train(engine, 4), full_weights(engine)
+    with engine_of(OddNet, config) as engine:
+        engine.load_checkpoint(folder, "tag")
+        assert train(engine, 4) == seen
+        assert_same(full_weights(engine), weights)
+    return seen
+
+
+@pytest.mark.parametrize(("max_drift", "refreshes"), [(0.0, {3}), (0.3, {1, 2}), (1.0, {0})])
+def test_an_adaptive_run_refreshes_masks_that_have_drifted(
+    tmp_path: Path, max_drift: float, refreshes: set[int]
+) -> None:
+    seen = run_ranks(check_adaptive_refresh, 2, str(tmp_path), max_drift)[0]
+    assert sum(refreshed for _, refreshed in seen) in refreshes
+
+
+def check_adaptive_ratio() -> None:
+    section = {"ratio": "adaptive", "coverage": 0.6, "max_ratio": 0.5, "refresh_interval": 2, "ema_decay": 0.9}
+    with engine_of(OddNet, ds_config(epi=section | SELECTION)) as engine:
+        for step in range(4):
+            train_step(engine, step, odd_batch)
+        refresh = engine.epi.stats().last_refresh
+        assert refresh is not None
+        assert 0 < refresh.ratio <= 0.5
+        importance, masks = full_importance(engine), full_masks(engine)
+        held = sum(float(importance[name][masks[name]].sum()) for name in masks)
+        whole = sum(float(values.sum()) for values in importance.values())
+        # Entries count as the mean of a bin half a binade wide; there are few of them.
+        assert held / whole == pytest.approx(0.6, abs=0.06)
+        assert refresh.collectives <= 8
+
+
+def test_an_adaptive_ratio_holds_the_importance_asked_for() -> None:
+    run_ranks(check_adaptive_ratio, 2)
 
 
 def remembered(engine: Any) -> dict[str, Tensor]:

@@ -1,0 +1,130 @@
+"""Drift and coverage read off a preview, against what sorting says; and searches that go on from one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from epi_ds.config import Normalizer, Selection
+from epi_ds.isolation.adaptive import covering_ratio, drift_of
+from epi_ds.isolation.importance import TOP_CODE, codes_of
+from epi_ds.isolation.threshold import ThresholdSearch, find_thresholds, preview_edges
+from tests.support.worlds import CountingExchange, World, cut
+
+CASES = [
+    (Selection.NORMALIZED_GLOBAL, Normalizer.MINMAX),
+    (Selection.NORMALIZED_GLOBAL, Normalizer.MEAN),
+    (Selection.RAW_GLOBAL, Normalizer.MINMAX),
+]
+
+
+def layers_of(seed: int, shift: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    layers = [np.exp(rng.normal(0, 1.5, int(rng.integers(100, 4000)))).astype(np.float32) for _ in range(12)]
+    for values in layers[::3]:
+        values[rng.random(len(values)) < 0.3] = 0.0
+    return [(values.view(np.int32) & ~((1 << shift) - 1)).view(np.float32) for values in layers]
+
+
+def world_of(layers: list[np.ndarray], num_ranks: int) -> World:
+    return cut(layers, num_ranks, np.random.default_rng(num_ranks))
+
+
+def search_of(layers: list[np.ndarray], case: tuple[Selection, Normalizer], exchange: CountingExchange, shift: int = 0):
+    return ThresholdSearch(
+        world_of(layers, 3),  # type: ignore[arg-type]
+        exchange,
+        layer_numel=tuple(len(values) for values in layers),
+        selection=case[0],
+        normalizer=case[1],
+        code_shift=shift,
+    )
+
+
+@pytest.mark.parametrize("unit", [1, 1 << 15, 1 << 16])
+@pytest.mark.parametrize("near", [None, 1 << 16, 0x3F800000, 0x3F810000, TOP_CODE - (1 << 16)])
+def test_the_grid_of_a_preview_covers_every_code(near: int | None, unit: int) -> None:
+    edges = preview_edges(near, unit=unit)
+    assert edges[-1] == TOP_CODE
+    assert (edges.diff() >= 0).all()
+    assert (edges > 0).all()
+    assert (edges % unit == 0).all()
+    assert len(edges) <= 1024
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("shift", [0, 15])
+@pytest.mark.parametrize("near", [None, "last", 1 << 20])
+def test_a_search_goes_on_from_a_preview(case: tuple[Selection, Normalizer], shift: int, near: object) -> None:
+    layers = layers_of(1, shift)
+    settings = {"layer_numel": tuple(len(v) for v in layers), "selection": case[0], "normalizer": case[1]}
+    exchange = CountingExchange()
+    whole = find_thresholds(
+        world_of(layers, 1),  # type: ignore[arg-type]
+        CountingExchange(),
+        ratio=0.05,
+        code_shift=shift,
+        **settings,  # type: ignore[arg-type]
+    )
+    search = search_of(layers, case, exchange, shift)
+    none = cut([values[:0] for values in layers], 3, np.random.default_rng(0))
+    search.preview(none, near=int(whole.row_codes) if near == "last" else near)  # type: ignore[arg-type]
+    found = search.finish(search.budgets(0.05))
+    assert torch.equal(found.codes, whole.codes)
+    assert (found.budget, found.tied_mass, int(found.row_codes)) == (
+        whole.budget,
+        whole.tied_mass,
+        int(whole.row_codes),
+    )
+    # Extremes, the mean's sums, the preview, and what is left of the search; the counts of the report come on top.
+    assert len(exchange.lengths) + 1 <= 8
+    assert max(exchange.lengths) <= 2 * 1024
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("change", [0.0, 0.02, 0.3])
+def test_drift_lies_within_its_bounds(case: tuple[Selection, Normalizer], change: float) -> None:
+    """Importance changes after a mask was selected; the true drift comes from selecting again."""
+    before = layers_of(2)
+    numel = tuple(len(values) for values in before)
+    settings = {"ratio": 0.1, "layer_numel": numel, "selection": case[0], "normalizer": case[1]}
+    first = find_thresholds(world_of(before, 1), CountingExchange(), **settings)  # type: ignore[arg-type]
+    masks = [values.view(np.int32) >= int(code) for values, code in zip(before, first.codes, strict=True)]
+    rng = np.random.default_rng(3)
+    now = [(values * np.exp(rng.normal(0, change, len(values)))).astype(np.float32) for values in before]
+    second = find_thresholds(world_of(now, 1), CountingExchange(), **settings)  # type: ignore[arg-type]
+    isolated = sum(int(mask.sum()) for mask in masks)
+    kept = sum(
+        int((mask & (values.view(np.int32) >= int(code))).sum())
+        for mask, values, code in zip(masks, now, second.codes, strict=True)
+    )
+    search = search_of(now, case, CountingExchange())
+    held = cut([values[mask] for values, mask in zip(now, masks, strict=True)], 3, np.random.default_rng(4))
+    preview = search.preview(held, near=int(first.row_codes))  # type: ignore[arg-type]
+    assert int(preview.isolated[0]) == isolated
+    drift = drift_of(preview, budget=first.budget, isolated=isolated)
+    assert drift.at_least <= 1 - kept / isolated <= drift.at_most
+    # Edges around the last threshold are 0.14 to 0.2 % apart, and few entries lie between two of them.
+    assert drift.at_most - drift.at_least < 0.02
+
+
+@pytest.mark.parametrize("coverage", [0.1, 0.5, 0.9])
+def test_the_covering_ratio_holds_the_share_asked_for(coverage: float) -> None:
+    layers = layers_of(5)
+    values = np.sort(np.concatenate(layers).astype(np.float64))[::-1]
+    search = search_of(layers, CASES[2], CountingExchange())
+    preview = search.preview(cut([v[:0] for v in layers], 3, np.random.default_rng(0)), near=None)  # type: ignore[arg-type]
+    ratio = covering_ratio(preview, coverage=coverage, numel=len(values), largest=1.0)
+    held = values[: int(ratio * len(values))].sum() / values.sum()
+    # Entries count as the mean of edges that are half a binade apart.
+    assert held == pytest.approx(coverage, abs=0.02)
+    assert covering_ratio(preview, coverage=coverage, numel=len(values), largest=0.001) == 0.001
+
+
+def test_importance_of_nothing_covers_nothing() -> None:
+    layers = [np.zeros(100, dtype=np.float32)]
+    search = search_of(layers, CASES[2], CountingExchange())
+    preview = search.preview(cut([v[:0] for v in layers], 3, np.random.default_rng(0)), near=None)  # type: ignore[arg-type]
+    assert covering_ratio(preview, coverage=0.5, numel=100, largest=0.2) == 0.0
+    assert codes_of(torch.zeros(1)).item() == 0
