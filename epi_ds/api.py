@@ -6,14 +6,15 @@ import base64
 import inspect
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import hjson
 
 from epi_ds.checkpoint.store import FileStateStore, load_masks
+from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, EPIConfig, parse_config
-from epi_ds.errors import UserError
+from epi_ds.errors import UserError, summarize
 from epi_ds.zero3.attach import attach as attach_to_engine
 from epi_ds.zero3.attach import detach
 from epi_ds.zero3.guard import check_is_engine
@@ -26,8 +27,30 @@ _SIGNATURE = inspect.signature(deepspeed.initialize)
 def read_section(ds_config: Any) -> EPIConfig:
     """Return the validated ``epi`` section of a ds_config in any form that DeepSpeed reads: mapping, path or base64.
 
-    Raises ValueError when there is none, or listing everything that is wrong with it.
+    Raises ValueError when there is none, when it goes with nothing that the rest of the ds_config says, or listing
+    everything that is wrong with it.
     """
+    given = _load(ds_config)
+    if SECTION not in given.values:
+        raise UserError(
+            f'{given.place} is missing; add a top-level "{SECTION}" key (not inside "zero_optimization"), for example '
+            f'{{"{SECTION}": {{"ratio": 0.01, "refresh_interval": 500}}}}'
+        )
+    config = parse_config(given.values[SECTION], place=given.place)
+    problems = combination_problems(given.values, config)
+    if problems:
+        raise UserError(summarize(problems, place=f"{given.place}, with the rest of it"))
+    return config
+
+
+class _Given(NamedTuple):
+    """A DeepSpeed configuration, and what to call its section in messages."""
+
+    values: Mapping[str, Any]
+    place: str
+
+
+def _load(ds_config: Any) -> _Given:
     place = f'the "{SECTION}" section of ds_config'
     if isinstance(ds_config, (str, os.PathLike)):
         text = os.fspath(ds_config)
@@ -41,12 +64,7 @@ def read_section(ds_config: Any) -> EPIConfig:
                 ds_config = hjson.loads(base64.urlsafe_b64decode(text).decode())
             except ValueError:
                 raise UserError(f"ds_config {text!r} is neither a file nor a configuration in base64") from None
-    if not isinstance(ds_config, Mapping) or SECTION not in ds_config:
-        raise UserError(
-            f'{place} is missing; add a top-level "{SECTION}" key (not inside "zero_optimization"), for example '
-            f'{{"{SECTION}": {{"ratio": 0.01, "refresh_interval": 500}}}}'
-        )
-    return parse_config(ds_config[SECTION], place=place)
+    return _Given(ds_config if isinstance(ds_config, Mapping) else {}, place)
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:

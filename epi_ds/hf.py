@@ -12,8 +12,9 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from epi_ds.api import attach
+from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, EPIConfig, parse_config
-from epi_ds.errors import UserError
+from epi_ds.errors import UserError, summarize
 from epi_ds.zero3.guard import has_optimizer
 from epi_ds.zero3.handle import EPI
 
@@ -65,6 +66,9 @@ class EPICallback(TrainerCallback):
                     f'EPICallback was given a configuration, and the "{SECTION}" section of the DeepSpeed '
                     "configuration says something else; keep one of them"
                 )
+        problems = combination_problems(plugin.deepspeed_config, self._config) if self._config is not None else []
+        if problems:
+            raise UserError(summarize(problems, place="the DeepSpeed configuration with EPICallback's"))
         self._model = weakref.ref(kwargs["model"])
         _wait_for_engine(self)
 

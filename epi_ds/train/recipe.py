@@ -15,12 +15,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from epi_ds.combinations import combination_problems
 from epi_ds.config import EPIConfig, StateFormat
 from epi_ds.data.skills import SKILLS
 from epi_ds.data.sources import is_file_path
 from epi_ds.errors import UserError, nearest, problems_of, summarize
 from epi_ds.launch import recipes as shipped
-from epi_ds.train.arguments import argument_problems, schedule_problems
+from epi_ds.train.arguments import argument_problems, deepspeed_config, schedule_problems
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
@@ -277,6 +278,9 @@ def parse_recipe(values: Mapping[str, Any], *, place: str) -> Recipe:
     train, stages = values.get("train"), values.get("stages")
     if isinstance(train, Mapping):
         problems += argument_problems(train)
+    if recipe is not None and not problems:
+        found = combination_problems(deepspeed_config(recipe.train), recipe.method.epi)
+        problems += [f"train.deepspeed with method.epi: {problem}" for problem in found]
     for index, stage in enumerate(stages if isinstance(stages, list) else ()):
         if isinstance(stage, Mapping) and isinstance(name := stage.get("lr_scheduler_type"), str):
             problems += [f"stages.{index}.lr_scheduler_type: {problem}" for problem in schedule_problems(name)]

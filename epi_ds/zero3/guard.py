@@ -13,8 +13,9 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from epi_ds.combinations import stage_problem
 from epi_ds.config import Apply, EPIConfig, StateFormat
-from epi_ds.errors import UserError, nearest
+from epi_ds.errors import UserError
 
 SUPPORTED_DEEPSPEED = SpecifierSet(">=0.19.8,<0.20", prereleases=True)
 
@@ -61,7 +62,7 @@ def _engine_reasons(engine: Any) -> Iterator[str]:
         )
     stage = engine.zero_optimization_stage()
     if stage != 3:
-        yield _stage_reason(stage, engine._config._param_dict)
+        yield stage_problem(stage, engine._config._param_dict)
     elif not has_optimizer(engine):
         yield "the engine has no optimizer, so there is nothing to hold; give one to deepspeed.initialize"
     elif type(engine.optimizer) is not DeepSpeedZeroOptimizer_Stage3:
@@ -86,15 +87,6 @@ def _engine_reasons(engine: Any) -> Iterator[str]:
         )
     if not engine.managed_gradient_accumulation():
         yield "unmanaged gradient accumulation is not covered yet; set managed_gradient_accumulation: true"
-
-
-def _stage_reason(stage: int, ds_config: dict[str, Any]) -> str:
-    unknown = next((key for key in ds_config if key.startswith("zero") and key != "zero_optimization"), None)
-    hint = f" (ds_config has {unknown!r}{nearest(unknown, ['zero_optimization'])})" if unknown else ""
-    return (
-        f"ZeRO stage is {stage}{hint}, but importance is sharded beside stage 3 partitions; set "
-        "zero_optimization.stage: 3"
-    )
 
 
 def _optimizer_reasons(optimizer: Any, config: EPIConfig) -> Iterator[str]:

@@ -28,6 +28,7 @@ FLOORS = {
     "epi_ds.isolation.collectives": 2,
     "epi_ds.isolation": 1,
     "epi_ds.config": 0,
+    "epi_ds.combinations": 0,
     "epi_ds.errors": 0,
     "epi_ds.kernels": 0,
     # Beside the house: they import only its ground floor.

@@ -1,0 +1,67 @@
+"""Settings that cannot go together, found from the configurations alone: before a model is loaded or a rank waits.
+
+What only an engine can tell is checked when isolation is attached to it (`epi_ds.zero3.guard`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from epi_ds.config import Apply, EPIConfig, StateFormat
+from epi_ds.errors import nearest
+
+# Names under which a DeepSpeed configuration gives an Adam whose moments are known.
+_ADAMS = ("adam", "adamw")
+
+
+def combination_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> list[str]:
+    """Return one sentence per impossible combination of a DeepSpeed configuration and the ``epi`` settings.
+
+    Values that are missing, ``auto`` or no mapping where DeepSpeed wants one are left to DeepSpeed.
+    """
+    return [*_zero_problems(ds_config, config), *_optimizer_problems(ds_config, config)]
+
+
+def stage_problem(stage: int, ds_config: Mapping[str, Any]) -> str:
+    """Return what to say of a ZeRO stage other than 3, and of a misspelt section that may be the reason."""
+    # DeepSpeed takes unknown keys for none of its business, and stage 0.
+    unknown = next((key for key in ds_config if key.startswith("zero") and key != "zero_optimization"), None)
+    hint = f" (ds_config has {unknown!r}{nearest(unknown, ['zero_optimization'])})" if unknown else ""
+    return (
+        f"ZeRO stage is {stage}{hint}, but importance is sharded beside stage 3 partitions; set "
+        "zero_optimization.stage: 3"
+    )
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _zero_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> Iterator[str]:
+    zero = _section(ds_config, "zero_optimization")
+    stage = zero.get("stage", 0)
+    if isinstance(stage, int) and stage != 3:
+        yield stage_problem(stage, ds_config)
+    device = _section(zero, "offload_optimizer").get("device")
+    if device == "nvme" and config.state is StateFormat.ADAM:
+        yield (
+            "offload_optimizer.device: nvme keeps the second moments on the disk, and state: adam reads them several "
+            "times a refresh; set state: u8, or offload_optimizer.device: cpu"
+        )
+
+
+def _optimizer_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> Iterator[str]:
+    optimizer = _section(ds_config, "optimizer")
+    name = optimizer.get("type")
+    if not isinstance(name, str) or name == "auto":
+        return
+    if name.lower() not in _ADAMS:
+        if config.apply is Apply.REDUCTION:
+            yield (
+                f"apply: reduction sets the moments of Adam at release, and optimizer.type is {name}; use AdamW, or "
+                "apply: update"
+            )
+        if config.state is StateFormat.ADAM:
+            yield f"state: adam reads the second moments of Adam, and optimizer.type is {name}; use AdamW, or state: u8"
