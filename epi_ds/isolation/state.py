@@ -120,7 +120,9 @@ class StoredImportance:
         self._keys = {segment.name: dither_key(f"{seed}/{purpose}/{segment.name}") for segment in layout.segments}
         for segments, device in zip(layout.by_sub_group, devices, strict=True):
             blocks = [num_blocks(s.global_start, s.real_numel) if dtype is torch.uint8 else 0 for s in segments]
-            codes = torch.zeros(sum(s.real_numel for s in segments), dtype=dtype, device=device)
+            # Zero bytes are code zero in every format; not every backend can fill a tensor of uint16.
+            num_bytes = sum(s.real_numel for s in segments) * dtype.itemsize
+            codes = torch.zeros(num_bytes, dtype=torch.uint8, device=device).view(dtype)
             scales = torch.zeros(sum(blocks), device=device)
             self._flat += [codes, scales]
             own_codes = torch.split(codes, [s.real_numel for s in segments])
