@@ -44,7 +44,13 @@ def _zero_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> Iterator[
     stage = zero.get("stage", 0)
     if isinstance(stage, int) and stage != 3:
         yield stage_problem(stage, ds_config)
-    device = _section(zero, "offload_optimizer").get("device")
+    offload = _section(zero, "offload_optimizer")
+    device, share = offload.get("device"), offload.get("ratio", 1.0)
+    if device == "cpu" and config.state is StateFormat.ADAM and isinstance(share, (int, float)) and share != 1.0:
+        yield (
+            f"offload_optimizer.ratio is {share}, and DeepSpeed saves no moments of the part that stays on the "
+            "accelerator, which are the importance under state: adam; set state: u8, or offload_optimizer.ratio: 1.0"
+        )
     if device == "nvme" and config.state is StateFormat.ADAM:
         yield (
             "offload_optimizer.device: nvme keeps the second moments on the disk, and state: adam reads them several "

@@ -238,9 +238,9 @@ class EPIConfig(BaseModel):
     @field_validator("hysteresis")
     @classmethod
     def _is_power_of_two(cls, value: float) -> float:
-        if not 0 < value <= 1 or math.frexp(value)[0] != 0.5:
+        if not 2.0**-20 <= value <= 1 or math.frexp(value)[0] != 0.5:
             raise UserError(
-                f"must be a power of two in (0, 1] (1, 0.5, 0.25, ...), so that dividing by it is exact; got {value}"
+                f"must be a power of two in (0, 1], at least 2^-20, so that dividing by it is exact; got {value}"
             )
         return value
 
@@ -332,6 +332,18 @@ class EPIConfig(BaseModel):
                 "policy: static needs exactly one source of its mask, mask_from or probe_steps; got "
                 + (" and ".join(sources) or "none")
             )
+        if self.policy is not PolicyName.EVOLVING:
+            if isinstance(self.ratio, RatioSchedule):
+                raise UserError(
+                    "a schedule of ratio needs masks that are selected during the run, and policy: "
+                    f"{self.policy.value} selects none; give a number"
+                )
+            ignored = [name for name in ("warmup_steps", "hysteresis") if name in self.model_fields_set]
+            if ignored:
+                raise UserError(
+                    f"{ignored[0]} is about masks that are selected during the run, and would be ignored by policy: "
+                    f"{self.policy.value}; remove it"
+                )
         if self.policy is not PolicyName.STATIC and sources:
             raise UserError(f"{sources[0]} belongs to policy: static, but policy is {self.policy.value}")
         return self

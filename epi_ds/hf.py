@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +14,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from epi_ds.api import attach
 from epi_ds.combinations import combination_problems
-from epi_ds.config import SECTION, EPIConfig, parse_config
+from epi_ds.config import SECTION, EPIConfig, Memory, parse_config
 from epi_ds.errors import UserError, summarize
 from epi_ds.zero3.guard import has_optimizer
 from epi_ds.zero3.handle import EPI
+
+logger = logging.getLogger(__name__)
 
 
 class EPICallback(TrainerCallback):
@@ -90,6 +93,18 @@ class EPICallback(TrainerCallback):
         if self._engine is None or trained is not self._engine.optimizer:
             raise RuntimeError(f"isolation is not attached to what trains: {self._why_not(kwargs['model'])}")
         self.epi.check_planned_steps(state.max_steps)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say so where memory was asked for and no stage ever ended: nothing was remembered."""
+        epi = self.epi
+        if epi.config.memory is not Memory.NONE and not epi.stats().counters.finished_stages and dist.get_rank() == 0:
+            logger.warning(
+                "memory: %s remembered nothing, because no stage was ended; call engine.epi.finish_stage() between two "
+                "stages, or train stages with epi-ds train",
+                epi.config.memory.value,
+            )
 
     def _why_not(self, model: Any) -> str:
         if self._engine is not None:

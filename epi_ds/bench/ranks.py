@@ -33,8 +33,9 @@ def _result_path(folder: str, rank: int) -> Path:
 
 
 def _run(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    # Never listened on, since the rendezvous is a file; DeepSpeed only wants the names to be set.
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    # Never listened on, since the rendezvous is a file; DeepSpeed names shared memory by it, which two runs on one
+    # machine must not share.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(os.getppid()))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
     # Standard output is for the one result.
     os.dup2(2, 1)

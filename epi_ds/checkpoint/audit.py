@@ -185,6 +185,10 @@ def _master_weights(tag: Tag, rank: int) -> list[Tensor]:
             weights = [group.detach().float() for group in groups]
             for sub_group, name in tag.manifest.extra.get("swapped", {}).items():
                 file = tag.path / "offloaded_tensors" / f"rank{rank:0>2d}" / name
+                if not file.is_file():
+                    raise UserError(
+                        f"{tag.path} lacks {file.name} of rank {rank}, which NVMe offload wrote; copy the whole tag"
+                    )
                 # What the shard has of them is whatever was in memory.
                 weights[int(sub_group)] = torch.from_file(str(file), size=file.stat().st_size // 4)
             return weights

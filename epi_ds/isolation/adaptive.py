@@ -16,14 +16,19 @@ from epi_ds.isolation.threshold import Preview
 
 
 class Drift(NamedTuple):
-    """Share of the isolated entries that a mask selected now would release, between two bounds."""
+    """How a mask selected now would differ from the one in force."""
 
     at_least: float
+    """Share of the isolated entries that it would release: at least this,"""
     at_most: float
+    """and at most this."""
+    growth: float
+    """Share of the entries of the new mask, at least, that are more than there are now; 0 where it has no more. A mask
+    whose budget grows releases nothing, and yet is no longer the one asked for."""
 
 
 def drift_of(preview: Preview, *, budget: int, isolated: int) -> Drift:
-    """Return the share of isolated entries below the would-be threshold, which lies between two edges of the preview.
+    """Compare the mask in force with the would-be threshold, which lies between two edges of the preview.
 
     isolated  entries isolated now, over all ranks; not 0
     """
@@ -31,11 +36,13 @@ def drift_of(preview: Preview, *, budget: int, isolated: int) -> Drift:
     first = min(int(answers.first), len(preview.edges) - 1)
     kept_at_least = int(preview.isolated[first])
     kept_at_most = int(preview.isolated[first - 1]) if first else isolated
-    return Drift(1.0 - kept_at_most / isolated, 1.0 - kept_at_least / isolated)
+    entries = int(preview.entries[first])
+    growth = max(0.0, 1.0 - isolated / entries) if entries else 0.0
+    return Drift(1.0 - kept_at_most / isolated, 1.0 - kept_at_least / isolated, growth)
 
 
-def covering_ratio(preview: Preview, *, coverage: float, numel: int, largest: float) -> float:
-    """Return the share of entries that hold ``coverage`` of the importance, at most ``largest``.
+def covering_budget(preview: Preview, *, coverage: float, numel: int) -> int:
+    """Return how many entries hold ``coverage`` of the importance.
 
     Importance is the normalised one that selection compares. Entries between two edges count as their mean; within the
     bin where the share is reached, as many as are needed.
@@ -60,5 +67,4 @@ def covering_ratio(preview: Preview, *, coverage: float, numel: int, largest: fl
             entries += math.ceil((needed - taken) / mean) if mean else 0
             break
         taken, entries = taken + count * mean, entries + count
-    # Decimal, as a ratio that a user wrote.
-    return min(largest, round(entries / numel, 9))
+    return entries

@@ -281,7 +281,7 @@ class IsolationController:
         for segment in self.layout.segments:
             self._remembered.raise_to(segment, importance, step=self.counters.finished_stages)
         self.counters = replace(self.counters, finished_stages=self.counters.finished_stages + 1)
-        return self.refresh()
+        return self.refresh() if self.counters.applied_steps >= self.config.warmup_steps else None
 
     # --- a refresh ---
 
@@ -298,16 +298,23 @@ class IsolationController:
     def _select(self, *, may_stay: bool) -> Refresh | None:
         importance, step = self._importance(), self.counters.applied_steps
         started, traffic = time.perf_counter(), self.exchange.traffic
-        compared = self._selector.compared(importance, remembered=self._remembered, masks=self._bits)
+        unfavoured = self._selector.unfavoured(importance, remembered=self._remembered)
+        compared = self._selector.compared(unfavoured, masks=self._bits)
         decision = self._selector.decide(
-            compared, self.exchange, masks=self._bits, isolated=self.isolated, step=step, may_stay=may_stay
+            compared,
+            self.exchange,
+            unfavoured=unfavoured,
+            masks=self._bits,
+            isolated=self.isolated,
+            step=step,
+            may_stay=may_stay,
         )
         self.last_decision = decision
         self._log(decision)
         thresholds, ratio = decision.thresholds, decision.ratio
         if thresholds is None:
             return None
-        sketch = self._selector.sketch(compared)
+        sketch = self._selector.sketch(unfavoured)
         found = self._change_masks(importance, compared, thresholds.codes)
         before, self._group_isolated = self._group_isolated, found.isolated
         spent, num_layers = self.exchange.traffic, len(self.layout.layer_names)
@@ -348,11 +355,11 @@ class IsolationController:
             return
         reasons = []
         if decision.drift is not None:
-            low, high = decision.drift
+            low, high, growth = decision.drift
             verdict = "stays" if decision.thresholds is None else "is refreshed"
             reasons.append(
-                f"{low:.1%} to {high:.1%} of the isolated entries lie below the threshold of now (max_drift "
-                f"{config.max_drift:.1%}): the mask {verdict}"
+                f"{low:.1%} to {high:.1%} of the isolated entries lie below the threshold of now, and a new mask would "
+                f"be larger by {growth:.1%} of it (max_drift {config.max_drift:.1%}): the mask {verdict}"
             )
         if config.ratio == ADAPTIVE:
             reasons.append(f"ratio {decision.ratio:.4%} holds {config.coverage:.0%} of the importance")

@@ -46,17 +46,25 @@ def largest_ratio(config: EPIConfig) -> float:
     return config.max_ratio if isinstance(ratio, str) else ratio
 
 
-def check_planned_steps(planned_steps: int, interval: int, *, warmup_steps: int = 0, allow_inactive: bool) -> None:
+def check_planned_steps(
+    planned_steps: int,
+    interval: int,
+    *,
+    setting: str = "refresh_interval",
+    warmup_steps: int = 0,
+    allow_inactive: bool,
+) -> None:
     """Refuse a run in which no mask would ever be active; warn when it would be for less than half of it.
 
     planned_steps  applied steps the whole run is going to take
+    setting        name of the setting that ``interval`` is the value of
     Raises ValueError unless ``allow_inactive``.
     """
     first = first_active_step(interval, warmup_steps=warmup_steps)
     if planned_steps >= 2 * (first - 1):
         return
     proposal = max(1, planned_steps // 10)
-    remedy = f"refresh_interval: {proposal}" + (f", warmup_steps: {proposal}" if warmup_steps > proposal else "")
+    remedy = f"{setting}: {proposal}" + (f", warmup_steps: {proposal}" if warmup_steps > proposal else "")
     if planned_steps >= first:
         logger.warning(
             "the run has %d planned steps and its first mask acts from step %d: a mask is active in less than half of "
@@ -67,7 +75,7 @@ def check_planned_steps(planned_steps: int, interval: int, *, warmup_steps: int 
         )
         return
     message = (
-        f"the run has {planned_steps} planned steps, but the first mask acts from step {first} (refresh_interval "
+        f"the run has {planned_steps} planned steps, but the first mask acts from step {first} ({setting} "
         f"{interval}, warmup_steps {warmup_steps}): nothing would ever be isolated. Set {remedy}"
     )
     if not allow_inactive:

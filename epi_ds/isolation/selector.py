@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from epi_ds.config import ADAPTIVE, EPIConfig, Protects
-from epi_ds.isolation.adaptive import Drift, covering_ratio, drift_of
+from epi_ds.isolation.adaptive import Drift, covering_budget, drift_of
 from epi_ds.isolation.layout import Layout
 from epi_ds.isolation.schedule import ratio_at
 from epi_ds.isolation.sketch import PartitionSketch, Piece
@@ -43,16 +43,17 @@ class Selector:
         self.last_tau_code: int | None = None
         """Code of the last tau of a global selection, around which a preview is fine; saved with a checkpoint."""
 
-    def compared(self, importance: Importance, *, remembered: Importance | None, masks: Sequence[Tensor]) -> Importance:
-        """Return what selection compares. Release reads the importance itself.
+    def unfavoured(self, importance: Importance, *, remembered: Importance | None) -> Importance:
+        """Return what selection compares but for hysteresis. Release reads the importance itself."""
+        if remembered is None:
+            return importance
+        return remembered if self._config.protects is Protects.PAST else Larger(importance, remembered)
 
-        masks  bits in force, by sub-group
-        """
-        if remembered is not None:
-            past_only = self._config.protects is Protects.PAST
-            importance = remembered if past_only else Larger(importance, remembered)
+    def compared(self, unfavoured: Importance, *, masks: Sequence[Tensor]) -> Importance:
+        """Return what selection compares. ``masks`` are the bits in force, by sub-group."""
         hysteresis = self._config.hysteresis
-        return importance if hysteresis == 1.0 else Favoured(importance, masks, hysteresis)
+        # A copy of the list: its entries are replaced while the new masks are selected.
+        return unfavoured if hysteresis == 1.0 else Favoured(unfavoured, tuple(masks), hysteresis)
 
     def sketch(self, compared: Importance) -> PartitionSketch:
         """Return the sketch of this rank's covered entries."""
@@ -63,6 +64,7 @@ class Selector:
         compared: Importance,
         exchange: Exchange,
         *,
+        unfavoured: Importance,
         masks: Sequence[Tensor],
         isolated: int,
         step: int,
@@ -70,6 +72,7 @@ class Selector:
     ) -> Decision:
         """Search the thresholds of a new mask, unless it may stay and has not drifted. Collective.
 
+        unfavoured  what `compared` is without hysteresis: normalisers must not scale the advantage away
         masks     bits in force, by sub-group, with ``isolated`` entries over all ranks
         step      applied steps so far
         may_stay  whether ``refresh_interval: adaptive`` may leave the mask as it is
@@ -78,6 +81,7 @@ class Selector:
         search = ThresholdSearch(
             self.sketch(compared),
             exchange,
+            normalized_by=self.sketch(unfavoured),
             layer_numel=layout.layer_numel,
             selection=config.selection,
             normalizer=config.normalizer,
@@ -91,26 +95,28 @@ class Selector:
                 for segment in layout.segments
             ]
             preview = search.preview(self._sketch(pieces), near=self.last_tau_code)
-        ratio = self._ratio(preview, step=step)
-        budgets = search.budgets(ratio)
+        ratio, budgets = self._budgets(search, preview, step=step)
         drift = None
         if preview is not None and looks_at_drift:
             drift = drift_of(preview, budget=int(budgets), isolated=isolated)
-            if drift.at_most <= config.max_drift:
+            if max(drift.at_most, drift.growth) <= config.max_drift:
                 return Decision(ratio, drift, None)
         thresholds = search.finish(budgets)
         if len(thresholds.row_codes) == 1:
             self.last_tau_code = int(thresholds.row_codes)
         return Decision(ratio, drift, thresholds)
 
-    def _ratio(self, preview: Preview | None, *, step: int) -> float:
-        config = self._config
+    def _budgets(self, search: ThresholdSearch, preview: Preview | None, *, step: int) -> tuple[float, Tensor]:
+        """Return the ratio and what it allows, by the rows of the search."""
+        config, numel = self._config, self._layout.covered_numel
         if not isinstance(config.ratio, str):
-            return ratio_at(config.ratio, step, warmup_steps=config.warmup_steps)
+            ratio = ratio_at(config.ratio, step, warmup_steps=config.warmup_steps)
+            return ratio, search.budgets(ratio)
         if preview is None:
             raise RuntimeError("ratio: adaptive without a preview")
-        numel = self._layout.covered_numel
-        return covering_ratio(preview, coverage=config.coverage, numel=numel, largest=config.max_ratio)
+        covering = covering_budget(preview, coverage=config.coverage, numel=numel)
+        budgets = search.budgets(config.max_ratio).clamp(max=covering)
+        return int(budgets) / numel, budgets
 
     def _sketch(self, codes: Sequence[Callable[[], Iterable[Tensor]]]) -> PartitionSketch:
         """Return the sketch of one reader of codes per segment."""

@@ -130,20 +130,23 @@ class ThresholdSearch:
         selection: Selection,
         normalizer: Normalizer,
         code_shift: int = 0,
+        normalized_by: PartitionSketch | None = None,
     ) -> None:
         """Exchange the extremes of the layers, and their sums for the mean.
 
+        normalized_by  whose extremes and sums normalise, where they are not those of ``sketch``
         code_shift  the state's codes are multiples of ``1 << code_shift``: 0 for fp32, 16 for bf16
         """
         self._sketch, self._exchange, self._layer_numel = sketch, exchange, layer_numel
         # Only the normalisers compute with them; the report of a refresh wants them for every selection.
-        self.extremes = read_extremes(exchange.maximum(sketch.extremes()))
+        normalized_by = normalized_by or sketch
+        self.extremes = read_extremes(exchange.maximum(normalized_by.extremes()))
         self._mapping: _Mapping | None = None
         if selection is Selection.RAW_GLOBAL:
             self._mapping = _raw_mapping(len(layer_numel))
         elif selection is Selection.NORMALIZED_GLOBAL:
             self._mapping = _normalizing_mapping(
-                sketch, exchange, self.extremes, normalizer=normalizer, layer_numel=layer_numel
+                normalized_by, exchange, self.extremes, normalizer=normalizer, layer_numel=layer_numel
             )
         totals = torch.tensor(layer_numel, dtype=torch.int64)
         self._totals = totals if self._mapping is None else totals.sum(dim=0, keepdim=True)
@@ -209,7 +212,8 @@ def preview_edges(near: int | None, *, unit: int = 1) -> Tensor:
     if near is None:
         return coarse.clamp(max=TOP_CODE)
     step = max(1 << _FINE_BITS, unit)
-    fine = near + torch.arange(-256, 256, dtype=torch.int64) * step
+    # Another selection may have left a code off this one's lattice.
+    fine = near // unit * unit + torch.arange(-256, 256, dtype=torch.int64) * step
     return torch.cat([coarse, fine.clamp(min=unit)]).clamp(max=TOP_CODE).sort().values
 
 

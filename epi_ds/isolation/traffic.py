@@ -104,15 +104,16 @@ def refresh_messages(
     selection: Selection,
     normalizer: Normalizer,
     code_shift: int = 0,
-    num_kinds: int = TYPICAL_KINDS,
+    kind_numel: Sequence[int] = (0,) * TYPICAL_KINDS,
 ) -> tuple[Message, ...]:
     """Return the exchanges of one refresh, in order: the search for thresholds and the counts of its report.
 
     layer_numel  entries of every layer over all ranks
     code_shift   see `find_thresholds`
-    num_kinds    kinds of matrices, see `Layout.kind_names`
+    kind_numel   entries of every kind of matrix, see `Layout.kind_names`
     """
     num_layers, layer_item = len(layer_numel), count_dtype(max(layer_numel)).itemsize
+    group_item = count_dtype(max(*layer_numel, *kind_numel)).itemsize
     per_layer = selection is Selection.PER_LAYER
     messages = [Message("extremes", 2, num_layers, 8)]
     if selection is Selection.NORMALIZED_GLOBAL and normalizer is Normalizer.MEAN:
@@ -124,7 +125,7 @@ def refresh_messages(
         rows, item = (num_layers, layer_item) if per_layer else (1, count_dtype(sum(layer_numel)).itemsize)
         messages.append(Message(f"round {index + 1}", rows, width, item, host_bytes, has_answers=True))
     # Isolated now, and before and now, by layer and by kind of matrix; the comparison with the first mask.
-    messages.append(Message("mask counts", 1, 2 * (num_layers + num_kinds) + 2, layer_item))
+    messages.append(Message("mask counts", 1, 2 * (num_layers + len(kind_numel)) + 2, group_item))
     return tuple(messages)
 
 
@@ -182,7 +183,7 @@ def estimate(
 ) -> dict[str, Any]:
     """Return what one refresh costs by every transport, as plain numbers for JSON: see `Cost`.
 
-    ``parameters`` are dealt evenly to ``num_layers`` layers.
+    ``parameters`` are dealt evenly to ``num_layers`` layers, and to a dozen kinds of matrices.
 
     Raises UserError for a normaliser that the selection ignores, or fewer parameters than layers.
     """
@@ -197,6 +198,7 @@ def estimate(
         selection=selection,
         normalizer=normalizer,
         code_shift=CODE_SHIFTS[state],
+        kind_numel=[-(-parameters // TYPICAL_KINDS)] * TYPICAL_KINDS,
     )
     costs = compare(messages, selection=selection, world_size=world_size)
     return {

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from epi_ds.combinations import combination_problems
-from epi_ds.config import EPIConfig, StateFormat
+from epi_ds.config import EPIConfig, Protects, StateFormat
 from epi_ds.data.skills import SKILLS
 from epi_ds.data.sources import is_file_path
 from epi_ds.errors import UserError, nearest, problems_of, summarize
@@ -206,6 +206,15 @@ class Recipe(BaseModel):
         repeated = {name for name in names if names.count(name) > 1}
         if repeated:
             raise UserError(f"stage names must differ, repeated: {', '.join(sorted(repeated))}")
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_a_past_to_protect(self) -> Recipe:
+        if self.method.epi.protects is Protects.PAST and len(self.stages) < 2:
+            raise UserError(
+                "method.epi.protects: past isolates nothing before a stage has finished, and there is one stage only; "
+                "add a stage, or set protects: past_and_present"
+            )
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from epi_ds.config import Apply, EPIConfig, PolicyName, Selection, StateFormat, Transport
+from epi_ds.config import Apply, EPIConfig, PolicyName, Protects, Selection, StateFormat, Transport
 from epi_ds.errors import UserError
 from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.controller import IsolationController
@@ -76,6 +76,7 @@ def _transport_of(layout: Layout, config: EPIConfig, *, world_size: int) -> Tran
         selection=config.selection,
         normalizer=config.normalizer,
         code_shift=CODE_SHIFTS[config.state],
+        kind_numel=layout.group_numel[len(layout.layer_numel) :],
     )
     return pick(compare(messages, selection=config.selection, world_size=world_size)).transport
 
@@ -141,6 +142,8 @@ def attach(engine: Any, config: EPIConfig, *, state_store: StateStore) -> EPI:
             len(layout.layer_names),
             controller.exchange.world_size,
         )
+        if config.protects is Protects.PAST:
+            logger.info("protects: past isolates nothing until engine.epi.finish_stage() has ended a stage")
         if moments is not None:
             logger.info(
                 "importance is Adam's exp_avg_sq, so its effective ema_decay is beta2: %s",

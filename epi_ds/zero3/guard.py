@@ -113,6 +113,11 @@ def _optimizer_reasons(optimizer: Any, config: EPIConfig) -> Iterator[str]:
         yield from _reduction_reasons(base)
     if config.state is StateFormat.ADAM:
         yield from _adam_reasons(base)
+        if optimizer.offload_optimizer and optimizer.partial_offload != 1.0:
+            yield (
+                "state: adam with partial offload would lose the importance of the sub-groups on the accelerator at a "
+                "resume, because DeepSpeed saves none of their moments; set state: u8, or offload_optimizer.ratio: 1.0"
+            )
         if optimizer.swap_optimizer:
             yield (
                 "state: adam reads second moments several times a refresh, and NVMe offload would fetch all of them "

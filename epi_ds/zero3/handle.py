@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from epi_ds.config import EPIConfig, PolicyName, StateFormat
+from epi_ds.config import ADAPTIVE, EPIConfig, PolicyName, StateFormat
 from epi_ds.errors import UserError, nearest
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.counters import Counters
@@ -53,7 +53,8 @@ class MemoryReport(NamedTuple):
     """Bytes of isolation's state on this rank that outlive a step, measured from its tensors."""
 
     state_bytes: dict[str, int]
-    """``importance`` where it is ours, ``remembered`` under ``memory: stage_max``, and ``masks``."""
+    """``importance`` where it is ours, ``remembered`` under ``memory: stage_max``, ``masks``, and the sample of the
+    ``first_mask``."""
     covered_numel: int
     """Over all ranks."""
     world_size: int
@@ -142,7 +143,12 @@ class EPI:
         )
 
     def refresh_now(self) -> Refresh:
-        """Select a new mask from the importance as it is, between two steps. Collective."""
+        """Select a new mask from the importance as it is, between two steps. Collective.
+
+        Raises UserError under ``policy: none``, and RuntimeError where nothing is measured.
+        """
+        if self.config.policy is PolicyName.NONE:
+            raise UserError("policy: none isolates nothing, but a refresh selects a mask; set policy: evolving")
         return self._controller.refresh()
 
     def finish_stage(self) -> Refresh | None:
@@ -159,6 +165,7 @@ class EPI:
             check_planned_steps(
                 planned_steps,
                 config.selection_interval,
+                setting="check_interval" if config.refresh_interval == ADAPTIVE else "refresh_interval",
                 warmup_steps=config.warmup_steps,
                 allow_inactive=config.allow_inactive,
             )
@@ -202,6 +209,8 @@ class EPI:
                 observed += engine.optimizer.observe_probe(ema_decay=observed / (observed + 1))
         finally:
             engine.set_gradient_accumulation_boundary(None)
+            if not observed and not controller.observes:
+                controller.stop_measuring()
         if not observed:
             raise RuntimeError(
                 "the probe saw no finite gradient, so there is no importance to select a mask from; give it more "

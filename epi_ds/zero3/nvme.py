@@ -41,15 +41,20 @@ def remove_swapped_copies(engine: Any, folder: str) -> None:
 
 def check_swapped_copies(engine: Any, folder: str) -> None:
     """Raise RuntimeError on all ranks where one finds a swapped file missing in a tag. Collective."""
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, _missing_file(engine, folder))
-    missing = [problem for problem in problems if problem is not None]
+    missing = _of_all_ranks(_missing_file(engine, folder))
     if missing:
         raise RuntimeError(
             f"{', '.join(missing)} missing. DeepSpeed names swapped files by a count of all parameters that a process "
             "made, and reads nothing where the names differ: resume in a process that makes its engine as the first "
             "one did, with the same partitioning"
         )
+
+
+def _of_all_ranks(problem: str | None) -> list[str]:
+    """Return the problems of all ranks, so that they raise together: else one raises, and the others wait for it."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return [found for found in problems if found is not None]
 
 
 def _missing_file(engine: Any, folder: str) -> str | None:
@@ -64,11 +69,19 @@ def _missing_file(engine: Any, folder: str) -> str | None:
 def finish_load(engine: Any, folder: str) -> None:
     """Load what DeepSpeed's own load of a tag leaves out. Collective. See [Note: NVMe load].
 
-    Mutates the optimizer's states and weights. Raises OSError where the shard of this rank cannot be read.
+    Mutates the optimizer's states and weights. Raises RuntimeError on all ranks where one cannot read its shard.
     """
     zero3 = engine.optimizer
-    shard = torch.load(engine._get_zero_ckpt_name(*os.path.split(folder)), map_location="cpu", weights_only=False)
-    saved = shard["optimizer_state_dict"]
+    path = engine._get_zero_ckpt_name(*os.path.split(folder))
+    saved: dict[str, Any] = {}
+    problem = None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"]
+    except Exception as error:  # torn files raise whatever they happen to look like
+        problem = f"{path}: {type(error).__name__}: {error}"
+    problems = _of_all_ranks(problem)
+    if problems:
+        raise RuntimeError("shards that cannot be read: " + "; ".join(problems) + "; load another tag")
     zero3.loss_scaler, zero3.dynamic_loss_scale = saved["loss_scaler"], saved["dynamic_loss_scale"]
     zero3._set_fp32_optimizer_param_groups()
     zero3.optimizer.load_state_dict(saved["optimizer_state_dict"])

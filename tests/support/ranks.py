@@ -31,14 +31,19 @@ class RankError(AssertionError):
     """A rank raised; the message is its traceback."""
 
 
+def _port(session: int, world_size: int) -> str:
+    return f"{session}{world_size}"
+
+
 def _serve(rank: int, world_size: int, folder: str, connection: Connection) -> None:
     log = open(f"{folder}/rank_{rank}.log", "w", buffering=1)  # noqa: SIM115 - stdout and stderr for good
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
-    # Never listened on: the rendezvous below is a file. DeepSpeed only wants the names to be set.
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    # Never listened on: the rendezvous below is a file. But DeepSpeed names shared memory by it, and two pools, or two
+    # sessions on one machine, would write into each other's.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=_port(os.getppid(), world_size))
     import torch
     import torch.distributed as dist
 
@@ -125,6 +130,10 @@ class RankPool:
             process.join()
         for connection in self._connections:
             connection.close()
+        # Ranks that are killed leave DeepSpeed's buffers behind, 69 MB each.
+        port = _port(os.getpid(), self.world_size)
+        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_127.0.0.1_{port}_*"):
+            left.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self._folder.cleanup()
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from epi_ds.config import Normalizer, Selection
-from epi_ds.isolation.adaptive import covering_ratio, drift_of
-from epi_ds.isolation.importance import TOP_CODE, codes_of
+from epi_ds.isolation.adaptive import covering_budget, drift_of
+from epi_ds.isolation.importance import TOP_CODE
 from epi_ds.isolation.threshold import ThresholdSearch, find_thresholds, preview_edges
 from tests.support.worlds import CountingExchange, World, cut
 
@@ -105,26 +105,29 @@ def test_drift_lies_within_its_bounds(case: tuple[Selection, Normalizer], change
     assert int(preview.isolated[0]) == isolated
     drift = drift_of(preview, budget=first.budget, isolated=isolated)
     assert drift.at_least <= 1 - kept / isolated <= drift.at_most
+    assert drift.growth == 0.0
+    # A budget that grows releases nothing, and still the mask is not the one asked for.
+    grown = drift_of(preview, budget=3 * first.budget, isolated=isolated)
+    assert grown.at_most < 0.05
+    assert grown.growth == pytest.approx(2 / 3, abs=0.15)
     # Edges around the last threshold are 0.14 to 0.2 % apart, and few entries lie between two of them.
     assert drift.at_most - drift.at_least < 0.02
 
 
 @pytest.mark.parametrize("coverage", [0.1, 0.5, 0.9])
-def test_the_covering_ratio_holds_the_share_asked_for(coverage: float) -> None:
+def test_the_covering_budget_holds_the_share_asked_for(coverage: float) -> None:
     layers = layers_of(5)
     values = np.sort(np.concatenate(layers).astype(np.float64))[::-1]
     search = search_of(layers, CASES[2], CountingExchange())
     preview = search.preview(cut([v[:0] for v in layers], 3, np.random.default_rng(0)), near=None)  # type: ignore[arg-type]
-    ratio = covering_ratio(preview, coverage=coverage, numel=len(values), largest=1.0)
-    held = values[: int(ratio * len(values))].sum() / values.sum()
+    budget = covering_budget(preview, coverage=coverage, numel=len(values))
+    held = values[:budget].sum() / values.sum()
     # Entries count as the mean of edges that are half a binade apart.
     assert held == pytest.approx(coverage, abs=0.02)
-    assert covering_ratio(preview, coverage=coverage, numel=len(values), largest=0.001) == 0.001
 
 
 def test_importance_of_nothing_covers_nothing() -> None:
     layers = [np.zeros(100, dtype=np.float32)]
     search = search_of(layers, CASES[2], CountingExchange())
     preview = search.preview(cut([v[:0] for v in layers], 3, np.random.default_rng(0)), near=None)  # type: ignore[arg-type]
-    assert covering_ratio(preview, coverage=0.5, numel=100, largest=0.2) == 0.0
-    assert codes_of(torch.zeros(1)).item() == 0
+    assert covering_budget(preview, coverage=0.5, numel=100) == 0

@@ -30,6 +30,11 @@ ADAM = {"state": "adam", "apply": "update"}
             ADAM,
             ["offload_optimizer.device: nvme", "state: u8"],
         ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            ADAM,
+            ["offload_optimizer.ratio is 0.5", "offload_optimizer.ratio: 1.0"],
+        ),
     ],
 )
 def test_impossible_combinations_are_named(

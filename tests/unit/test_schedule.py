@@ -25,6 +25,11 @@ def test_a_run_that_never_isolates_is_an_error() -> None:
         check_planned_steps(500, 500, allow_inactive=False)
 
 
+def test_the_setting_that_decides_is_named() -> None:
+    with pytest.raises(ValueError, match=r"from step 51 \(check_interval 50.*Set check_interval: 3"):
+        check_planned_steps(30, 50, setting="check_interval", allow_inactive=False)
+
+
 def test_a_run_that_rarely_isolates_warns(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         check_planned_steps(999, 500, allow_inactive=False)

@@ -439,7 +439,7 @@ def check_handle() -> None:
         report = epi.memory_report()
         # fp32 importance and one bit a parameter; padding makes up the rest in a model this small.
         # fp32 and a bit; padding has a bit only, so the last rank may have less.
-        assert 4.0 < report.bytes_per_parameter_share < 4.3
+        assert 3.5 < report.bytes_per_parameter_share < 4.3
         with pytest.raises(ValueError, match=r"did you mean 'head.weight'"):
             epi.mask("head.weihgt")
         with pytest.raises(ValueError, match="nothing would ever be isolated"):
@@ -561,7 +561,7 @@ def check_none() -> None:
             train_step(engine, step, odd_batch)
         assert engine.epi.stats().isolated == 0
         assert engine.epi.memory_report().state_bytes.get("importance", 0) == 0
-        with pytest.raises(RuntimeError, match="policy none does not measure it"):
+        with pytest.raises(UserError, match="policy: none isolates nothing"):
             engine.epi.refresh_now()
         dist.barrier()
 

@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from epi_ds.kernels import Stored, pack_bits
 from torch import Tensor
 
+from epi_ds.config import EPIConfig, StateFormat
+from epi_ds.isolation.layout import Parameter, build_layout
+from epi_ds.isolation.selector import Selector
+from epi_ds.isolation.state import StoredImportance
 from tests.support.engines import (
     assert_same,
     collected_logs,
@@ -22,6 +27,7 @@ from tests.support.engines import (
 )
 from tests.support.models import OddNet, odd_batch
 from tests.support.ranks import run_ranks
+from tests.support.worlds import CountingExchange
 from tests.zero3.test_masks import expected_masks
 
 pytestmark = pytest.mark.zero3
@@ -79,6 +85,37 @@ def test_hysteresis_changes_who_is_isolated_and_not_how_many(world_size: int) ->
     assert with_hysteresis[1] == pytest.approx(plain[1], abs=1)
 
 
+def test_hysteresis_acts_across_layers_under_every_normalizer() -> None:
+    """Entries 1.2 times larger in another layer do not evict isolated ones at a factor of 2."""
+    layout = build_layout([[Parameter("0.w", (6,)), Parameter("1.w", (6,))]], rank=0, world_size=1, layer="block")
+    importance = StoredImportance(layout, StateFormat.FP32, devices=[torch.device("cpu")], seed=0, purpose="importance")
+    values = {"0.w": [1.0, 0.97, 0.95, 0.9, 0.01, 0.0], "1.w": [1.0, 0.8, 0.75, 0.7, 0.01, 0.0]}
+    for segment in layout.segments:
+        importance.load(segment, Stored(torch.tensor(values[segment.name]), torch.zeros(0), 0), step=0)
+    bits = torch.empty(2, dtype=torch.uint8)
+    pack_bits(torch.tensor([False] * 6 + [True] * 4 + [False] * 2), bits)
+    for changes in ({"normalizer": "minmax"}, {"normalizer": "mean"}, SELECTION):
+        kept = []
+        for hysteresis in (1.0, 0.5):
+            config = EPIConfig.model_validate({"ratio": 0.34, "hysteresis": hysteresis, **changes})
+            selector = Selector(layout, config)
+            compared = selector.compared(importance, masks=[bits])
+            decision = selector.decide(
+                compared,
+                CountingExchange(),
+                unfavoured=importance,
+                masks=[bits],
+                isolated=4,
+                step=1,
+                may_stay=False,
+            )
+            assert decision.thresholds is not None
+            segment = layout.by_name["1.w"]
+            codes = compared.read(segment, 0, 6).view(torch.int32)
+            kept.append(int((codes[:4] >= decision.thresholds.codes[1]).sum()))
+        assert kept[0] < kept[1] == 4, changes
+
+
 def check_adaptive_refresh(folder: str, max_drift: float) -> list[tuple[int, bool]]:
     """Return after which looks the mask was refreshed; a run resumed in between decides as the whole one."""
     section = {
@@ -108,7 +145,7 @@ def check_adaptive_refresh(folder: str, max_drift: float) -> list[tuple[int, boo
             if decision.drift is not None:
                 kept = sum(int((before[name] & wanted[name]).sum()) for name in before)
                 assert decision.drift.at_least <= 1 - kept / isolated <= decision.drift.at_most
-                assert refreshed == (decision.drift.at_most > max_drift)
+                assert refreshed == (max(decision.drift.at_most, decision.drift.growth) > max_drift)
         return seen
 
     config = ds_config(epi=section)
@@ -130,6 +167,28 @@ def test_an_adaptive_run_refreshes_masks_that_have_drifted(
 ) -> None:
     seen = run_ranks(check_adaptive_refresh, 2, str(tmp_path), max_drift)[0]
     assert sum(refreshed for _, refreshed in seen) in refreshes
+
+
+def check_growing_ratio() -> None:
+    """A ratio that grows releases nothing, and the mask still follows it."""
+    section = {
+        "ratio": {"schedule": "linear", "start": 0.05, "end": 0.4, "steps": 10},
+        "refresh_interval": "adaptive",
+        "check_interval": 2,
+        "max_drift": 0.3,
+        "ema_decay": 0.999,
+        **SELECTION,
+    }
+    with engine_of(OddNet, ds_config(epi=section)) as engine:
+        for step in range(12):
+            train_step(engine, step, odd_batch)
+        stats = engine.epi.stats()
+        assert stats.isolated > 0.28 * stats.covered
+        assert stats.counters.refreshes < 6
+
+
+def test_an_adaptive_run_follows_a_growing_ratio() -> None:
+    run_ranks(check_growing_ratio, 2)
 
 
 def check_adaptive_ratio() -> None:
