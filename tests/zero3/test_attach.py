@@ -15,6 +15,7 @@ from deepspeed.runtime.superoffload.superoffload_stage3 import SuperOffloadOptim
 from torch import Tensor, nn
 
 import epi_ds
+from epi_ds.errors import UserError
 from tests.support.engines import assert_same, ds_config, engine_of, full_masks, full_weights, train_step
 from tests.support.models import OddNet, TwoHeads, odd_batch
 from tests.support.ranks import end_ranks, run_ranks
