@@ -39,7 +39,9 @@ logger = logging.getLogger(__name__)
 
 
 class MaskListener(Protocol):
-    """Told about every partition whose mask changes, before the new mask is in force."""
+    """Told about every partition whose mask a refresh changes, before the new mask is in force. Masks that are loaded
+    come with the moments that belong to them.
+    """
 
     def mask_changes(self, sub_group: int, *, before: Tensor, now: Tensor, importance: ReadPartition) -> None:
         """``before`` and ``now`` are uint8 bits of the sub-group's flat partition, which ``importance`` reads."""
