@@ -72,6 +72,7 @@ class Memory(str, Enum):
 
     NONE = "none"
     STAGE_MAX = "stage_max"
+    PER_TASK = "per_task"
 
 
 class Protects(str, Enum):
@@ -181,11 +182,12 @@ class EPIConfig(BaseModel):
     memory: Memory = Memory.NONE
     """``stage_max``: when a stage ends, its importance is kept as an element-wise maximum over the finished stages, in
     the format of ``state``, so that later masks protect what earlier tasks needed. An average alone has forgotten a
-    finished task within a few hundred steps."""
+    finished task within a few hundred steps. ``per_task``: every finished stage's importance is kept by itself, and the
+    tasks share the budget: the mask holds about equally many entries for each, and those that several need but once."""
 
     protects: Protects = Protects.PAST_AND_PRESENT
-    """``memory: stage_max`` only: select by the larger of remembered and present importance, or by what finished stages
-    needed alone (``past``), so that nothing is isolated in the first stage."""
+    """With ``memory``: protect what finished stages needed and the present one needs, or the finished ones alone
+    (``past``), so that nothing is isolated in the first stage."""
 
     seed: int = Field(0, ge=0)
     """Where the stochastic rounding of ``bf16``, ``u16`` and ``u8`` begins."""
@@ -276,7 +278,7 @@ class EPIConfig(BaseModel):
             )
         if self.memory is not Memory.NONE:
             raise UserError(
-                "memory keeps a copy of importance in the format of state, and state: adam has none; set state: u8"
+                "memory keeps copies of importance in the format of state, and state: adam has none; set state: u8"
             )
         if self.probe_steps is not None:
             raise UserError(
@@ -294,11 +296,6 @@ class EPIConfig(BaseModel):
             ignored = [field for field in fields if field in self.model_fields_set]
             if ignored and not adaptive:
                 raise UserError(f"{ignored[0]} belongs to {name}: adaptive, and would be ignored without it; remove it")
-            if adaptive and self.selection is Selection.PER_LAYER:
-                raise UserError(
-                    f"{name}: adaptive judges by one distribution over all layers, which selection: per_layer does not "
-                    "exchange; set selection: normalized_global or raw_global"
-                )
             if adaptive and self.policy is not PolicyName.EVOLVING:
                 raise UserError(
                     f"{name}: adaptive selects masks during the run, and policy: {self.policy.value} does not"
@@ -308,7 +305,7 @@ class EPIConfig(BaseModel):
     @model_validator(mode="after")
     def _check_memory(self) -> EPIConfig:
         if self.memory is Memory.NONE and "protects" in self.model_fields_set:
-            raise UserError("protects belongs to memory: stage_max, and would be ignored without it; remove it")
+            raise UserError("protects belongs to memory, and would be ignored without it; remove it, or set memory")
         if self.memory is not Memory.NONE and self.policy is not PolicyName.EVOLVING:
             raise UserError(
                 f"memory changes what later masks isolate, and policy: {self.policy.value} selects none; remove it"
@@ -321,6 +318,11 @@ class EPIConfig(BaseModel):
             raise UserError(
                 f"exchange: reduce_scatter deals layers to ranks, but selection: {self.selection.value} exchanges one "
                 "small vector for all layers, so there is nothing to scatter; set exchange: all_reduce, or auto"
+            )
+        if self.exchange is Transport.REDUCE_SCATTER and self.memory is Memory.PER_TASK:
+            raise UserError(
+                "exchange: reduce_scatter takes two collectives a round, and memory: per_task has two rounds more: "
+                "12 in a refresh, of at most 8; set exchange: all_reduce, or auto"
             )
         return self
 

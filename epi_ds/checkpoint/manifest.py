@@ -37,8 +37,8 @@ class Manifest(BaseModel):
     config: dict[str, Any]
     threshold_codes: dict[str, int] | None
     """Threshold code of each layer; None before the first refresh."""
-    last_tau_code: int | None
-    """Where the last search of a global selection ended; what an adaptive run decides next depends on it."""
+    last_row_codes: list[int] | None
+    """Where the last search ended (`Thresholds.row_codes`); what an adaptive run decides next depends on it."""
     extra: dict[str, Any]
     files: dict[str, FileRecord]
     """The shards, by file name inside the ``epi`` folder."""

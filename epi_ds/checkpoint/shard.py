@@ -20,7 +20,7 @@ from torch import Tensor
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.kernels import Stored, pack_bits, unpack_bits
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def shard_name(rank: int) -> str:
@@ -54,7 +54,7 @@ def write_shard(
             # Copies: safetensors refuses views that share a storage.
             tensors[f"{state}/{segment.name}"] = stored.codes.cpu().clone()
             if stored.scales.numel():
-                tensors[f"{state}.scales/{segment.name}"] = stored.scales.cpu().clone()
+                tensors[f"scales/{state}/{segment.name}"] = stored.scales.cpu().clone()
     tensors |= {f"first_mask/{sub_group}": sample.cpu().clone() for sub_group, sample in enumerate(first_mask)}
     header = {
         "format_version": FORMAT_VERSION,
@@ -118,7 +118,7 @@ class Shard:
                 segment.name: Stored(
                     file.get_tensor(f"{state}/{segment.name}"),
                     file.get_tensor(scales)
-                    if (scales := f"{state}.scales/{segment.name}") in names
+                    if (scales := f"scales/{state}/{segment.name}") in names
                     else torch.zeros(0),
                     segment.global_start,
                 )

@@ -121,7 +121,7 @@ class FileStateStore:
                 controller.layout,
                 rank=rank,
                 world_size=world_size,
-                mask_of=controller.segment_mask,
+                mask_of=controller.masks.segment,
                 states={name: state.stored for name, state in controller.states.items()},
                 first_mask=controller.first_mask.sample,
             )
@@ -146,7 +146,7 @@ class FileStateStore:
             threshold_codes=(
                 None if codes is None else dict(zip(controller.layout.layer_names, codes.tolist(), strict=True))
             ),
-            last_tau_code=controller.last_tau_code,
+            last_row_codes=None if controller.last_row_codes is None else controller.last_row_codes.tolist(),
             extra=extra,
             files={shard_name(r): record for r, record in enumerate(records) if record is not None},
         )
@@ -201,13 +201,14 @@ class FileStateStore:
         codes = None
         if state.manifest.threshold_codes is not None:
             codes = torch.tensor([state.manifest.threshold_codes[name] for name in controller.layout.layer_names])
+        rows = state.manifest.last_row_codes
         controller.restore(
             counters=Counters.from_dict(state.manifest.counters),
             threshold_codes=codes,
             masks=state.masks,
             states=state.states,
             first_mask=state.first_mask,
-            last_tau_code=state.manifest.last_tau_code,
+            last_row_codes=None if rows is None else torch.tensor(rows),
         )
         return state.manifest.extra
 

@@ -6,9 +6,11 @@ Both read counts that are the same integers on all ranks, and compute from them 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from epi_ds.isolation.bracket import choose
 from epi_ds.isolation.importance import decode
@@ -27,44 +29,42 @@ class Drift(NamedTuple):
     whose budget grows releases nothing, and yet is no longer the one asked for."""
 
 
-def drift_of(preview: Preview, *, budget: int, isolated: int) -> Drift:
-    """Compare the mask in force with the would-be threshold, which lies between two edges of the preview.
+def drift_of(preview: Preview, *, budgets: Tensor, isolated: int) -> Drift:
+    """Compare the mask in force with the would-be thresholds, each of which lies between two edges of the preview.
 
+    budgets   [rows] int64
     isolated  entries isolated now, over all ranks; not 0
     """
-    answers = choose(preview.entries.unsqueeze(0), torch.tensor([budget]))
-    first = min(int(answers.first), len(preview.edges) - 1)
-    kept_at_least = int(preview.isolated[first])
-    kept_at_most = int(preview.isolated[first - 1]) if first else isolated
-    entries = int(preview.entries[first])
+    rows = torch.arange(len(budgets))
+    first = choose(preview.entries, budgets).first.clamp(max=preview.edges.shape[1] - 1)
+    # The first edge is the smallest positive code, and zeros are never kept.
+    kept = preview.isolated[rows, (first - 1).clamp(min=0)], preview.isolated[rows, first]
+    kept_at_most, kept_at_least = (int(counts.sum()) for counts in kept)
+    entries = int(preview.entries[rows, first].sum())
     growth = max(0.0, 1.0 - isolated / entries) if entries else 0.0
     return Drift(1.0 - kept_at_most / isolated, 1.0 - kept_at_least / isolated, growth)
 
 
-def covering_budget(preview: Preview, *, coverage: float, numel: int) -> int:
-    """Return how many entries hold ``coverage`` of the importance.
+def covering_budgets(preview: Preview, *, coverage: float) -> Tensor:
+    """Return how many entries of each row hold ``coverage`` of its importance. [rows] int64.
 
-    Importance is the normalised one that selection compares. Entries between two edges count as their mean; within the
-    bin where the share is reached, as many as are needed.
-
-    numel  covered entries over all ranks
+    Importance is the one that selection compares, so normalised where that is. Entries between two edges count as their
+    mean; within the bin where the share is reached, as many as are needed.
     """
-    values = decode(preview.edges).tolist()
-    bounds = list(zip([0.0, *values[:-1]], values, strict=True))
-    above = preview.entries.tolist()
-    # Entries in each bin [lower edge, upper edge), from the smallest: the last edge is beyond every entry.
-    counts = [before - now for before, now in zip([numel, *above[:-1]], above, strict=True)]
-    # The first bin is zeros, and what is smaller than all normal numbers: it holds nothing.
-    means = [
-        0.0,
-        *((low + high) / 2 if count else 0.0 for (low, high), count in zip(bounds[1:], counts[1:], strict=True)),
-    ]
+    rows = zip(decode(preview.edges).tolist(), preview.entries.tolist(), strict=True)
+    return torch.tensor([_covering_budget(edges, above, coverage=coverage) for edges, above in rows], dtype=torch.int64)
+
+
+def _covering_budget(edges: list[float], above: list[int], *, coverage: float) -> int:
+    """Return the budget of one row, of which ``above`` entries lie at or above the values ``edges``."""
+    # By bins [lower edge, upper edge), from the smallest. Below the first are zeros, above the last is nothing.
+    counts = [more - fewer for more, fewer in pairwise(above)]
+    means = [(low + high) / 2 if count else 0.0 for (low, high), count in zip(pairwise(edges), counts, strict=True)]
     # fsum rounds once, so that all machines agree.
     needed = coverage * math.fsum(count * mean for count, mean in zip(counts, means, strict=True))
     taken, entries = 0.0, 0
     for count, mean in zip(reversed(counts), reversed(means), strict=True):
         if taken + count * mean >= needed:
-            entries += math.ceil((needed - taken) / mean) if mean else 0
-            break
+            return entries + (math.ceil((needed - taken) / mean) if mean else 0)
         taken, entries = taken + count * mean, entries + count
     return entries

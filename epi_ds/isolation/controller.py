@@ -20,20 +20,21 @@ from epi_ds.isolation.bracket import count_dtype
 from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.layout import Layout, Segment
-from epi_ds.isolation.mask import empty_bits, select_bits, set_segment
+from epi_ds.isolation.mask import Masks, select_bits
 from epi_ds.isolation.policy import Policy
 from epi_ds.isolation.refresh import FirstMask, GroupCounts, Refresh, layer_importance
+from epi_ds.isolation.remembered import Remembered
 from epi_ds.isolation.schedule import largest_ratio
-from epi_ds.isolation.selector import Decision, Selector
-from epi_ds.isolation.sketch import PartitionSketch
+from epi_ds.isolation.selector import Candidates, Decision, Selector
 from epi_ds.isolation.state import (
     Importance,
     ReadPartition,
     StoredImportance,
     partition_reader,
 )
+from epi_ds.isolation.tasks import task_shares
 from epi_ds.isolation.threshold import Thresholds
-from epi_ds.kernels import Stored, count_bits, unpack_bits
+from epi_ds.kernels import Stored
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ class _Changed(NamedTuple):
     both_first: int
     """Sampled entries isolated now and in the first mask of the run."""
     either_first: int
+    overlaps: Tensor
+    """[tasks, tasks] int64, see `TaskScores.overlaps`; empty where no tasks share the budget."""
 
 
 class IsolationController:
@@ -83,16 +86,15 @@ class IsolationController:
         self.threshold_codes: Tensor | None = None
         self.first_mask = FirstMask()
         self.last_decision: Decision | None = None
-        self._selector = Selector(layout, config)
+        self._selector = Selector(layout, config, devices=devices)
         self.isolated = 0
         self._policy = policy
         self._listener = listener
         self._devices = list(devices)
         self._moments = moments
         self._stored: StoredImportance | None = None
-        self._remembered = None if config.memory is Memory.NONE else self._new_state("remembered")
-        self._bits = [empty_bits(numel, device) for numel, device in zip(layout.sub_group_numel, devices, strict=True)]
-        self._local_isolated = [0] * len(self._bits)
+        self._remembered = Remembered(layout, config, devices=devices)
+        self.masks = Masks(layout, devices=devices)
         self._group_isolated = torch.zeros(len(layout.group_numel), dtype=torch.int64)
         if policy.observes(1):
             self.start_measuring()
@@ -103,11 +105,9 @@ class IsolationController:
         """Allocate zero importance, if there is none yet and it is ours to keep."""
         config = self.config
         if self._stored is None and config.state is not StateFormat.ADAM:
-            self._stored = self._new_state("importance")
-
-    def _new_state(self, purpose: str) -> StoredImportance:
-        config = self.config
-        return StoredImportance(self.layout, config.state, devices=self._devices, seed=config.seed, purpose=purpose)
+            self._stored = StoredImportance(
+                self.layout, config.state, devices=self._devices, seed=config.seed, purpose="importance"
+            )
 
     def stop_measuring(self) -> None:
         """Free the importance."""
@@ -116,10 +116,10 @@ class IsolationController:
     @property
     def states(self) -> dict[str, StoredImportance]:
         """Everything per entry that is ours beside the masks: ``importance`` where it is measured and not the
-        optimizer's, and what is ``remembered`` of finished stages.
+        optimizer's, and what is remembered of finished stages (see `Remembered.states`).
         """
-        states = {"importance": self._stored, "remembered": self._remembered}
-        return {name: state for name, state in states.items() if state is not None}
+        own = {} if self._stored is None else {"importance": self._stored}
+        return own | self._remembered.states
 
     @property
     def observes(self) -> bool:
@@ -140,18 +140,7 @@ class IsolationController:
 
     def is_active_here(self, sub_group: int) -> bool:
         """Whether this rank's partition of the sub-group has an isolated entry."""
-        return self._local_isolated[sub_group] > 0
-
-    def bits(self, sub_group: int) -> Tensor:
-        """Return the mask in force: uint8 bits of the sub-group's flat partition. Not a copy."""
-        return self._bits[sub_group]
-
-    def segment_mask(self, segment: Segment) -> Tensor:
-        """Return this rank's slice of a parameter's mask. [real_numel] bool, on the CPU."""
-        first_byte = segment.start // 8
-        # Moved as bits: on the device, a nearly full one, the slice would take eight times the room.
-        packed = self._bits[segment.sub_group][first_byte : -(-segment.stop // 8)].cpu()
-        return unpack_bits(packed, segment.start - first_byte * 8, segment.stop - first_byte * 8)
+        return self.masks.isolated_here[sub_group] > 0
 
     def _importance(self) -> Importance:
         importance = self._stored if self._stored is not None else self._moments
@@ -167,15 +156,15 @@ class IsolationController:
         return self._importance().read(segment, 0, segment.real_numel)
 
     @property
-    def last_tau_code(self) -> int | None:
-        """See `Selector.last_tau_code`."""
-        return self._selector.last_tau_code
+    def last_row_codes(self) -> Tensor | None:
+        """See `Selector.last_row_codes`."""
+        return self._selector.last_row_codes
 
     def state_bytes(self) -> dict[str, int]:
         """Return the bytes on this rank of each of `states`, of the masks and of the sample of the first one."""
         sizes = {name: state.num_bytes for name, state in self.states.items()}
         sample = sum(bits.numel() for bits in self.first_mask.sample)
-        return {**sizes, "masks": sum(bits.numel() for bits in self._bits), "first_mask": sample}
+        return {**sizes, "masks": self.masks.num_bytes, "first_mask": sample}
 
     def restore(
         self,
@@ -185,34 +174,28 @@ class IsolationController:
         masks: Mapping[str, Tensor],
         states: Mapping[str, Mapping[str, Stored]],
         first_mask: Sequence[Tensor] = (),
-        last_tau_code: int | None = None,
+        last_row_codes: Tensor | None = None,
     ) -> None:
         """Replace the whole state by slices of this rank's segments, by parameter name. Collective.
 
-        masks       [real_numel] bool by name; every segment
-        first_mask  see `FirstMask.sample`
-        last_tau_code  see `Selector`
-        states      for each of ours by its name in `states`, every segment by name
+        masks           [real_numel] bool by name; every segment
+        first_mask      see `FirstMask.sample`
+        last_row_codes  see `Selector`
+        states          for each of ours by its name in `states`, every segment by name
         """
+        self._remembered.restart(name for name in states if name != "importance")
         for name, state in self.states.items():
             for segment in self.layout.segments:
                 state.load(segment, states[name][segment.name], step=counters.observations)
         self.first_mask.restore(first_mask, self._devices)
-        self._selector.last_tau_code = last_tau_code
+        self._selector.last_row_codes = last_row_codes
         self.counters = counters
         self.threshold_codes = threshold_codes
         self.set_masks(masks)
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Put given masks in force: [real_numel] bool for every segment, by parameter name. Collective."""
-        for segment in self.layout.segments:
-            set_segment(self._bits[segment.sub_group], segment, masks[segment.name])
-        self._local_isolated = [count_bits(bits) for bits in self._bits]
-        local = torch.zeros_like(self._group_isolated)
-        for name, groups in self.layout.groups_of.items():
-            for group in groups:
-                local[group] += int(masks[name].sum())
-        self._group_isolated = self.exchange.total(local)
+        self._group_isolated = self.exchange.total(self.masks.load(masks))
         self.isolated = int(self._group_isolated[: len(self.layout.layer_names)].sum())
 
     # --- a step ---
@@ -272,16 +255,16 @@ class IsolationController:
         )
         return self._select(may_stay=True) if self._policy.refreshes(step) else None
 
-    def finish_stage(self) -> Refresh | None:
+    def finish_stage(self, name: str | None) -> Refresh | None:
         """Remember the importance of the stage that ends, and select the mask that the next one begins with.
 
-        Collective. Does nothing under ``memory: none``.
+        Collective. Does nothing under ``memory: none``. See `Remembered.keep`.
         """
-        if self._remembered is None:
+        if self.config.memory is Memory.NONE:
             return None
-        importance = self._importance()
-        for segment in self.layout.segments:
-            self._remembered.raise_to(segment, importance, step=self.counters.finished_stages)
+        self._remembered.keep(name, self._importance(), step=self.counters.finished_stages)
+        # What is compared changes.
+        self._selector.last_row_codes = None
         self.counters = replace(self.counters, finished_stages=self.counters.finished_stages + 1)
         return self.refresh() if self.counters.applied_steps >= self.config.warmup_steps else None
 
@@ -300,13 +283,14 @@ class IsolationController:
     def _select(self, *, may_stay: bool) -> Refresh | None:
         importance, step = self._importance(), self.counters.applied_steps
         started, traffic = time.perf_counter(), self.exchange.traffic
-        unfavoured = self._selector.unfavoured(importance, remembered=self._remembered)
-        compared = self._selector.compared(unfavoured, masks=self._bits)
+        masks = self.masks.bits
+        candidates = self._selector.candidates(
+            importance, self.exchange, remembered=self._remembered, masks=masks, step=step
+        )
         decision = self._selector.decide(
-            compared,
+            candidates,
             self.exchange,
-            unfavoured=unfavoured,
-            masks=self._bits,
+            masks=masks,
             isolated=self.isolated,
             step=step,
             may_stay=may_stay,
@@ -316,8 +300,7 @@ class IsolationController:
         thresholds, ratio = decision.thresholds, decision.ratio
         if thresholds is None:
             return None
-        sketch = self._selector.sketch(unfavoured)
-        found = self._change_masks(importance, compared, thresholds.codes)
+        found = self._change_masks(importance, candidates, thresholds.codes)
         before, self._group_isolated = self._group_isolated, found.isolated
         spent, num_layers = self.exchange.traffic, len(self.layout.layer_names)
         columns = self.layout.group_numel, found.isolated.tolist(), found.kept.tolist(), before.tolist()
@@ -325,7 +308,7 @@ class IsolationController:
         groups = tuple(GroupCounts(*row) for row in zip(names, *columns, strict=True))
         self.isolated = sum(group.isolated for group in groups[:num_layers])
         if self.isolated:
-            self.first_mask.keep(self._bits)
+            self.first_mask.keep(masks)
         self.threshold_codes = thresholds.codes
         counters = self.counters
         self.last_refresh = Refresh(
@@ -340,6 +323,7 @@ class IsolationController:
             importance=layer_importance(
                 thresholds.codes, thresholds.extremes, tuple(segment.name for segment in self.layout.segments)
             ),
+            tasks=() if candidates.tasks is None else task_shares(candidates.tasks.names, found.overlaps),
             jaccard_first=found.both_first / found.either_first if found.either_first else None,
             held_gradient_energy=counters.held_energy / counters.held_steps if counters.held_steps else None,
             seconds=time.perf_counter() - started,
@@ -347,7 +331,7 @@ class IsolationController:
             sent_bytes=spent.sent_bytes - traffic.sent_bytes,
         )
         self.counters = replace(counters, refreshes=counters.refreshes + 1, held_energy=0.0, held_steps=0)
-        self._warn_if_blocked(sketch, thresholds, ratio)
+        self._warn_if_blocked(candidates, thresholds, ratio)
         return self.last_refresh
 
     def _log(self, decision: Decision) -> None:
@@ -367,14 +351,17 @@ class IsolationController:
             reasons.append(f"ratio {decision.ratio:.4%} holds {config.coverage:.0%} of the importance")
         logger.info("after step %d: %s", self.counters.applied_steps, "; ".join(reasons))
 
-    def _change_masks(self, importance: Importance, compared: Importance, threshold_codes: Tensor) -> _Changed:
+    def _change_masks(self, importance: Importance, candidates: Candidates, threshold_codes: Tensor) -> _Changed:
         """Select, announce and install the masks of all sub-groups; return the counts over all ranks."""
         num_groups = len(self.layout.group_numel)
         counts = torch.zeros((2, num_groups), dtype=torch.int64)
+        tasks = candidates.tasks
+        overlaps = torch.zeros((0, 0), dtype=torch.int64) if tasks is None else tasks.overlaps(threshold_codes)
         for sub_group, segments in enumerate(self.layout.by_sub_group):
+            before = self.masks.bits[sub_group]
             selected = select_bits(
-                compared,
-                self._bits[sub_group],
+                candidates.compared,
+                before,
                 segments=segments,
                 numel=self.layout.sub_group_numel[sub_group],
                 threshold_codes=threshold_codes,
@@ -384,18 +371,19 @@ class IsolationController:
             if self._listener is not None:
                 self._listener.mask_changes(
                     sub_group,
-                    before=self._bits[sub_group],
+                    before=before,
                     now=selected.bits,
                     importance=partition_reader(importance, segments, self._devices[sub_group]),
                 )
-            self._bits[sub_group] = selected.bits
-            self._local_isolated[sub_group] = count_bits(selected.bits)
+            self.masks.replace(sub_group, selected.bits)
             counts += selected.counts
-        sent = torch.cat([counts.flatten(), self.first_mask.compare(self._bits)])
-        merged = self.exchange.total(sent.to(count_dtype(max(self.layout.group_numel)))).long()
-        return _Changed(merged[:num_groups], merged[num_groups:-2], int(merged[-2]), int(merged[-1]))
+        parts = counts.flatten(), self.first_mask.compare(self.masks.bits), overlaps.flatten()
+        largest = self.layout.covered_numel if len(overlaps) else max(self.layout.group_numel)
+        merged = self.exchange.total(torch.cat(parts).to(count_dtype(largest))).long()
+        groups, first, pairs = torch.split(merged, [part.numel() for part in parts])
+        return _Changed(groups[:num_groups], groups[num_groups:], int(first[0]), int(first[1]), pairs.view_as(overlaps))
 
-    def _warn_if_blocked(self, sketch: PartitionSketch, thresholds: Thresholds, ratio: float) -> None:
+    def _warn_if_blocked(self, candidates: Candidates, thresholds: Thresholds, ratio: float) -> None:
         """Warn when ties keep most of the budget unused, and name the layer to look at. Collective where it warns."""
         if thresholds.budget == 0 or self.isolated >= thresholds.budget / 2:
             return
@@ -403,7 +391,7 @@ class IsolationController:
             # There is no past yet: as configured.
             return
         largest = thresholds.extremes.max_codes.clamp(min=1).unsqueeze(1)
-        at_maximum = self.exchange.total(sketch.counts(largest)[:, 0])
+        at_maximum = self.exchange.total(self._selector.sketch(candidates.importance).counts(largest)[:, 0])
         layer = int(at_maximum.argmax())
         if self.exchange.rank == 0:
             logger.warning(

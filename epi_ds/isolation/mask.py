@@ -9,9 +9,52 @@ import torch
 from torch import Tensor
 
 from epi_ds.isolation.importance import codes_of
-from epi_ds.isolation.layout import Segment, pieces_of
+from epi_ds.isolation.layout import Layout, Segment, pieces_of
 from epi_ds.isolation.state import Importance
-from epi_ds.kernels import chunks, pack_bits, unpack_bits
+from epi_ds.kernels import chunks, count_bits, pack_bits, unpack_bits
+
+
+class Masks:
+    """The masks in force on one rank's partitions."""
+
+    def __init__(self, layout: Layout, *, devices: Sequence[torch.device]) -> None:
+        """No entry is isolated. ``devices`` are the homes of the sub-groups' fp32 partitions."""
+        self._layout = layout
+        self.bits = [empty_bits(numel, device) for numel, device in zip(layout.sub_group_numel, devices, strict=True)]
+        """uint8 bits of every sub-group's flat partition."""
+        self.isolated_here = [0] * len(self.bits)
+        """Isolated entries of every sub-group's partition."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on this rank."""
+        return sum(bits.numel() for bits in self.bits)
+
+    def segment(self, segment: Segment) -> Tensor:
+        """Return a slice of a parameter's mask. [real_numel] bool, on the CPU."""
+        first_byte = segment.start // 8
+        # Moved as bits: on the device, a nearly full one, the slice would take eight times the room.
+        packed = self.bits[segment.sub_group][first_byte : -(-segment.stop // 8)].cpu()
+        return unpack_bits(packed, segment.start - first_byte * 8, segment.stop - first_byte * 8)
+
+    def replace(self, sub_group: int, bits: Tensor) -> None:
+        """Put the bits of one partition in force."""
+        self.bits[sub_group] = bits
+        self.isolated_here[sub_group] = count_bits(bits)
+
+    def load(self, masks: Mapping[str, Tensor]) -> Tensor:
+        """Put given masks in force; return this rank's isolated entries by layer and by kind ([num_groups] int64).
+
+        masks  [real_numel] bool for every segment, by parameter name
+        """
+        counts = torch.zeros(len(self._layout.group_numel), dtype=torch.int64)
+        for segment in self._layout.segments:
+            mask = masks[segment.name]
+            set_segment(self.bits[segment.sub_group], segment, mask)
+            for group in self._layout.groups_of[segment.name]:
+                counts[group] += int(mask.sum())
+        self.isolated_here = [count_bits(bits) for bits in self.bits]
+        return counts
 
 
 class Selected(NamedTuple):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from epi_ds.isolation.importance import decode
 from epi_ds.isolation.sketch import Extremes
+from epi_ds.isolation.tasks import TaskShare
 
 
 class GroupCounts(NamedTuple):
@@ -67,6 +68,8 @@ class Refresh(NamedTuple):
     """By kind of matrix: all query projections, all norms, ..."""
     importance: tuple[LayerImportance, ...]
     """In the order of ``layers``."""
+    tasks: tuple[TaskShare, ...]
+    """What each task has of the mask, where several share the budget (``memory: per_task``)."""
     jaccard_first: float | None
     """Overlap with the first mask of the run that isolated anything, estimated from one entry in 16 (table 11)."""
     held_gradient_energy: float | None

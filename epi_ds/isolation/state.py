@@ -68,6 +68,18 @@ def partition_reader(importance: Importance, segments: Sequence[Segment], device
     return read
 
 
+class Nothing:
+    """Importance of nothing: zeros, of which none is ever isolated."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        """``devices`` are the homes of the sub-groups' fp32 partitions."""
+        self._devices = devices
+
+    def read(self, segment: Segment, start: int, stop: int) -> Tensor:
+        """See `Importance.read`."""
+        return torch.zeros(stop - start, device=self._devices[segment.sub_group])
+
+
 class Larger:
     """The larger of two importances, entry by entry."""
 

@@ -18,6 +18,10 @@ owners answer, a fourth round would be one too many.
 them isolates what the upper one does, so the search keeps to that lattice, and needs fewer rounds. tau of
 ``normalized_global`` is no entry's code and keeps all 31 bits.
 
+[Note: previews] A search may begin with a grid that serves any budget: two edges in every binade, and edges 2^-9
+binades apart around the last threshold. The counts at them say how far masks have drifted and what share of the
+importance a budget holds; the search goes on from it, in at most two rounds, and exchanges nothing twice.
+
 Ties are not broken: a threshold never isolates more than its budget, and the next smaller one would.
 """
 
@@ -40,9 +44,17 @@ CODE_BITS = 31
 GLOBAL_ROUND_BITS = 9
 LAYER_ROUND_BITS = 11
 
-# Distances between the edges of a preview, in codes: half a binade, and 2^-9 of one.
+# Distances between the edges of a preview, in codes: half a binade, and 2^-9 of one. See [Note: previews].
 _COARSE_BITS = 22
 _FINE_BITS = 14
+# Edges around the last threshold: of one grid for all layers, and of one for every layer.
+_GLOBAL_FINE_EDGES = 512
+_LAYER_FINE_EDGES = 256
+# Half binades below a layer's maximum; what is smaller than 2^-64 of it holds no share of its importance.
+_LAYER_COARSE_EDGES = 128
+
+# Rounds of a `Scale`: 14 bits of a threshold, which is 1/64 binade.
+_SCALE_WIDTHS = (128, 128)
 
 
 class Exchange(Protocol):
@@ -79,6 +91,14 @@ class Thresholds(NamedTuple):
     """What was searched: [num_layers] int64 for ``per_layer``, else [1], the code of tau."""
 
 
+class Scale(NamedTuple):
+    """``(value - minimum) * factor`` is 1 about where a threshold lies. All ``[num_layers]`` fp64 on the CPU."""
+
+    minimum: Tensor
+    factor: Tensor
+    """Not negative; 0 where a layer can never isolate."""
+
+
 def budget_of(ratio: float, numel: int) -> int:
     """Return ``floor(ratio * numel)`` in decimal arithmetic; in binary, floor(0.29 * 100) is 28."""
     return math.floor(Fraction(str(ratio)) * numel)
@@ -93,9 +113,13 @@ class _Mapping(NamedTuple):
     """[num_layers] int64: below it nothing is isolated; `TOP_CODE` where a layer can never isolate."""
 
     def edges(self, tau_codes: Tensor) -> Tensor:
-        """Return ``T_l(tau)``: [num_layers, num_taus] int64, never falling along the second dimension."""
+        """Return ``T_l(tau)``: [num_layers, num_taus] int64, never falling along the second dimension.
+
+        tau_codes  [rows, num_taus] int64: every row is of equally many layers, one after another
+        """
         tau = decode(tau_codes)
-        values = self.minimum.unsqueeze(1) + tau.unsqueeze(0) * self.scale.unsqueeze(1)
+        values = tau.repeat_interleave(len(self.scale) // len(tau), dim=0)
+        values = self.minimum.unsqueeze(1) + values.mul_(self.scale.unsqueeze(1))
         return torch.maximum(ceil_code(values), self.lowest_code.unsqueeze(1))
 
 
@@ -108,14 +132,17 @@ def search_widths(selection: Selection, *, code_shift: int) -> tuple[int, ...]:
 
 
 class Preview(NamedTuple):
-    """Counts of all ranks at the edges of one grid, before a search has a budget. Global selections only."""
+    """Counts of all ranks at the edges of a first grid, before a search has a budget. See [Note: previews].
+
+    All ``[rows, num_edges]`` int64 on the CPU; a row is a layer for ``per_layer``, else there is one.
+    """
 
     edges: Tensor
-    """[num_edges] int64: codes of tau, never falling"""
+    """Codes of what is searched, never falling along a row; the first is the smallest positive one."""
     entries: Tensor
-    """[num_edges] int64: entries at or above every edge"""
+    """Entries at or above every edge."""
     isolated: Tensor
-    """[num_edges] int64: of those, entries isolated now"""
+    """Of those, entries isolated now."""
 
 
 class ThresholdSearch:
@@ -131,16 +158,20 @@ class ThresholdSearch:
         normalizer: Normalizer,
         code_shift: int = 0,
         normalized_by: PartitionSketch | None = None,
+        extremes: Extremes | None = None,
+        tasks: int = 1,
     ) -> None:
-        """Exchange the extremes of the layers, and their sums for the mean.
+        """Exchange the extremes of the layers unless they are given, and their sums for the mean.
 
+        code_shift     the state's codes are multiples of ``1 << code_shift``: 0 for fp32, 16 for bf16
         normalized_by  whose extremes and sums normalise, where they are not those of ``sketch``
-        code_shift  the state's codes are multiples of ``1 << code_shift``: 0 for fp32, 16 for bf16
+        extremes       of ``normalized_by`` over all ranks
+        tasks          the layers are those of so many tasks, one task after another, each with a tau of its own
         """
         self._sketch, self._exchange, self._layer_numel = sketch, exchange, layer_numel
         # Only the normalisers compute with them; the report of a refresh wants them for every selection.
         normalized_by = normalized_by or sketch
-        self.extremes = read_extremes(exchange.maximum(normalized_by.extremes()))
+        self.extremes = read_extremes(exchange.maximum(normalized_by.extremes())) if extremes is None else extremes
         self._mapping: _Mapping | None = None
         if selection is Selection.RAW_GLOBAL:
             self._mapping = _raw_mapping(len(layer_numel))
@@ -149,7 +180,7 @@ class ThresholdSearch:
                 normalized_by, exchange, self.extremes, normalizer=normalizer, layer_numel=layer_numel
             )
         totals = torch.tensor(layer_numel, dtype=torch.int64)
-        self._totals = totals if self._mapping is None else totals.sum(dim=0, keepdim=True)
+        self._totals = totals if self._mapping is None else totals.view(tasks, -1).sum(dim=1)
         # tau of `normalized_global` is no entry's code.
         self._unit = 1 if selection is Selection.NORMALIZED_GLOBAL else 1 << code_shift
         self._widths = search_widths(selection, code_shift=code_shift)
@@ -157,24 +188,39 @@ class ThresholdSearch:
         self._preview: Preview | None = None
 
     def budgets(self, ratio: float) -> Tensor:
-        """Return what a ratio allows: [num_layers] int64 for ``per_layer``, else [1]."""
+        """Return what a ratio allows: [num_layers] int64 for ``per_layer``, else [tasks]."""
         return torch.tensor([budget_of(ratio, numel) for numel in self._totals.tolist()], dtype=torch.int64)
 
-    def preview(self, isolated: PartitionSketch, *, near: int | None) -> Preview:
-        """Count at the edges of a first grid of any budget, all entries and the isolated ones apart.
+    def preview(self, isolated: PartitionSketch | None, *, near: Tensor | None) -> Preview:
+        """Count at the edges of a first grid, all entries and the isolated ones apart. See [Note: previews].
 
-        isolated  the sketch of the entries isolated now
-        near      code of tau around which the grid is fine, as that of the last search; None without one
-
-        Raises ValueError for ``per_layer``, whose grid would be one of every layer.
+        isolated  the sketch of the entries isolated now; None leaves their counts zero
+        near      [rows] int64: codes around which the grid is fine, as `Thresholds.row_codes`; None without any
         """
         if self._mapping is None:
-            raise ValueError("a preview is of a global selection")
-        edges = preview_edges(near, unit=self._unit)
-        counts = torch.cat([self._count(edges.unsqueeze(0), sketch) for sketch in (self._sketch, isolated)])
-        entries, held = self._exchange.total(counts).long()
-        self._preview = Preview(edges, entries, held)
+            edges = layer_edges(self.extremes.max_codes, near, unit=self._unit)
+        else:
+            edges = global_edges(near, unit=self._unit)
+        sketches = [self._sketch] if isolated is None else [self._sketch, isolated]
+        merged = self._exchange.total(torch.cat([self._count(edges, sketch) for sketch in sketches])).long()
+        entries, held = merged[: len(edges)], merged[len(edges) :]
+        self._preview = Preview(edges, entries, torch.zeros_like(entries) if isolated is None else held)
         return self._preview
+
+    def scale(self, budgets: Tensor) -> Scale:
+        """Return where importance lies relative to the thresholds of ``budgets``, to 1/64 binade.
+
+        Raises RuntimeError when the importance holds inf or nan.
+        """
+        brackets = self._brackets
+        for width in _SCALE_WIDTHS:
+            brackets = self._narrowed(brackets, width, budgets)
+        rows = decode(brackets.above)
+        if self._mapping is None:
+            return Scale(torch.zeros_like(rows), 1.0 / rows)
+        divisor = self._mapping.scale * rows.repeat_interleave(len(self._layer_numel) // len(rows))
+        can_isolate = (self._mapping.lowest_code < TOP_CODE) & (divisor > 0)
+        return Scale(self._mapping.minimum, torch.where(can_isolate, 1.0 / divisor, 0.0))
 
     def finish(self, budgets: Tensor) -> Thresholds:
         """Narrow the brackets to neighbours, from a preview where there was one: nothing is exchanged twice.
@@ -183,38 +229,66 @@ class ThresholdSearch:
         """
         brackets, widths = self._brackets, self._widths
         if self._preview is not None:
-            edges = self._preview.edges.int().unsqueeze(0)
-            brackets = brackets.narrow(edges, choose(self._preview.entries.unsqueeze(0), budgets))
-            bits = (int(brackets.above - brackets.below) // self._unit - 1).bit_length()
-            widths = round_widths(bits, most_bits=GLOBAL_ROUND_BITS) if bits else ()
+            brackets = brackets.narrow(self._preview.edges.int(), choose(self._preview.entries, budgets))
+            bits = (int((brackets.above - brackets.below).max()) // self._unit - 1).bit_length()
+            widths = round_widths(bits, most_bits=LAYER_ROUND_BITS) if bits else ()
         for width in widths:
-            edges = brackets.edges(width, unit=self._unit)
-            answers = self._exchange.answers(self._count(edges, self._sketch), budgets)
-            brackets = brackets.narrow(edges, answers)
-        codes = brackets.above if self._mapping is None else self._mapping.edges(brackets.above)[:, 0]
+            brackets = self._narrowed(brackets, width, budgets)
+        codes = brackets.above if self._mapping is None else self._mapping.edges(brackets.above.unsqueeze(1))[:, 0]
         tied_mass = int((brackets.count_below - brackets.count_above).sum())
         return Thresholds(codes, int(budgets.sum()), tied_mass, self.extremes, brackets.above)
+
+    def _narrowed(self, brackets: Brackets, width: int, budgets: Tensor) -> Brackets:
+        """Return the brackets after one round."""
+        edges = brackets.edges(width, unit=self._unit)
+        return brackets.narrow(edges, self._exchange.answers(self._count(edges, self._sketch), budgets))
 
     def _count(self, edges: Tensor, sketch: PartitionSketch) -> Tensor:
         """Return this rank's entries at or above edges: [rows, edges] -> the same shape, of `count_dtype`."""
         if self._mapping is None:
             return sketch.counts(edges, dtype=count_dtype(max(self._layer_numel)))
-        counts = sketch.counts(self._mapping.edges(edges[0].long()))
-        return counts.sum(dim=0, keepdim=True, dtype=count_dtype(sum(self._layer_numel)))
+        counts = sketch.counts(self._mapping.edges(edges.long()))
+        dtype = count_dtype(int(self._totals.max()))
+        return counts.view(len(edges), -1, counts.shape[1]).sum(dim=1, dtype=dtype)
 
 
-def preview_edges(near: int | None, *, unit: int = 1) -> Tensor:
-    """Return the grid of a preview: two edges in every binade, and 512 that are 2^-9 binades apart around ``near``.
+def global_edges(near: Tensor | None, *, unit: int = 1) -> Tensor:
+    """Return the grid of a preview over all layers: two edges in every binade. See [Note: previews].
 
-    [num_edges] int64, never falling, multiples of ``unit``, the last one `TOP_CODE`.
+    [1, num_edges] int64, never falling, multiples of ``unit``, the first one ``unit``, the last one `TOP_CODE`.
+
+    near  [1] int64; None without any
     """
-    coarse = torch.arange(1, 513, dtype=torch.int64) * (1 << _COARSE_BITS)
-    if near is None:
-        return coarse.clamp(max=TOP_CODE)
+    edges = (torch.arange(512, dtype=torch.int64) << _COARSE_BITS).unsqueeze(0)
+    if near is not None:
+        edges = torch.cat([edges, _fine_edges(near, _GLOBAL_FINE_EDGES, unit=unit)], dim=1)
+    return edges.clamp(min=unit, max=TOP_CODE).sort(dim=1).values
+
+
+def layer_edges(max_codes: Tensor, near: Tensor | None, *, unit: int = 1) -> Tensor:
+    """Return the grids of a preview of every layer: two edges in each of the 64 binades below its maximum.
+
+    [num_layers, num_edges] int64, never falling along a row, multiples of ``unit``, the first one ``unit``, the last
+    one above every entry.
+
+    max_codes  [num_layers] int64, -1 for a layer without entries
+    near       [num_layers] int64; None without any
+    """
+    top = ((max_codes.clamp(min=0) >> _COARSE_BITS) + 1) << _COARSE_BITS
+    coarse = top.unsqueeze(1) - (torch.arange(_LAYER_COARSE_EDGES, dtype=torch.int64) << _COARSE_BITS)
+    # Of a layer with fewer positive entries than its budget the threshold is the smallest code.
+    parts = [torch.full_like(top, unit).unsqueeze(1), coarse]
+    if near is not None:
+        parts.append(_fine_edges(near, _LAYER_FINE_EDGES, unit=unit))
+    return torch.cat(parts, dim=1).clamp(min=unit, max=TOP_CODE).sort(dim=1).values
+
+
+def _fine_edges(near: Tensor, count: int, *, unit: int) -> Tensor:
+    """Return ``count`` edges around each code: [len(near), count] int64."""
     step = max(1 << _FINE_BITS, unit)
     # Another selection may have left a code off this one's lattice.
-    fine = near // unit * unit + torch.arange(-256, 256, dtype=torch.int64) * step
-    return torch.cat([coarse, fine.clamp(min=unit)]).clamp(max=TOP_CODE).sort().values
+    around = near.unsqueeze(1) // unit * unit
+    return around + torch.arange(-count // 2, count // 2, dtype=torch.int64) * step
 
 
 def find_thresholds(

@@ -229,6 +229,7 @@ class RunCallback(TrainerCallback):
             budget=refresh.budget,
             isolated=refresh.isolated,
             tied_mass=refresh.tied_mass,
+            tasks=[task._asdict() for task in refresh.tasks],
             jaccard=refresh.jaccard,
             jaccard_first=refresh.jaccard_first,
             held_gradient_energy=refresh.held_gradient_energy,
@@ -250,7 +251,7 @@ class RunCallback(TrainerCallback):
         position = self._spans.index(stage) + 1
         if position == len(self._spans):
             return
-        refresh = self._epi.finish_stage()
+        refresh = self._epi.finish_stage(stage.name)
         if refresh is not None:
             self._last_refresh = refresh
             self._report_refresh(stage.stop_step, stage.name, refresh)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from epi_ds.config import Apply, EPIConfig, PolicyName, Protects, Selection, StateFormat, Transport
+from epi_ds.config import Apply, EPIConfig, Memory, PolicyName, Protects, Selection, StateFormat, Transport
 from epi_ds.errors import UserError
 from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.controller import IsolationController
@@ -78,7 +78,11 @@ def _transport_of(layout: Layout, config: EPIConfig, *, world_size: int) -> Tran
         code_shift=CODE_SHIFTS[config.state],
         kind_numel=layout.group_numel[len(layout.layer_numel) :],
     )
-    return pick(compare(messages, selection=config.selection, world_size=world_size)).transport
+    costs = compare(messages, selection=config.selection, world_size=world_size)
+    if config.memory is Memory.PER_TASK:
+        # See `EPIConfig._check_exchange`.
+        costs = tuple(cost for cost in costs if cost.transport is not Transport.REDUCE_SCATTER)
+    return pick(costs).transport
 
 
 def _warn_if_mostly_frozen(engine: Any) -> None:

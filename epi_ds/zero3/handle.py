@@ -53,8 +53,8 @@ class MemoryReport(NamedTuple):
     """Bytes of isolation's state on this rank that outlive a step, measured from its tensors."""
 
     state_bytes: dict[str, int]
-    """``importance`` where it is ours, ``remembered`` under ``memory: stage_max``, ``masks``, and the sample of the
-    ``first_mask``."""
+    """``importance`` where it is ours; ``remembered`` under ``memory: stage_max``, or ``task/...`` for each finished
+    stage under ``per_task``; ``masks``; and the sample of the ``first_mask``."""
     covered_numel: int
     """Over all ranks."""
     world_size: int
@@ -95,7 +95,7 @@ class EPI:
     def mask(self, name: str) -> Tensor:
         """Gather the mask of one parameter. Collective. -> its full shape, bool, CPU; True = isolated."""
         segment = self._segment(name)
-        return self._gather(segment, self._controller.segment_mask(segment).to(torch.uint8)).bool()
+        return self._gather(segment, self._controller.masks.segment(segment).to(torch.uint8)).bool()
 
     def importance(self, name: str) -> Tensor:
         """Gather the importance of one parameter. Collective. -> its full shape, fp32, CPU."""
@@ -151,12 +151,13 @@ class EPI:
             raise UserError("policy: none isolates nothing, but a refresh selects a mask; set policy: evolving")
         return self._controller.refresh()
 
-    def finish_stage(self) -> Refresh | None:
+    def finish_stage(self, name: str | None = None) -> Refresh | None:
         """Remember what the stage that ends needed, and select the mask that the next one begins with. Collective.
 
-        For ``memory: stage_max``, between two steps; does nothing and returns None under ``memory: none``.
+        Between two steps; does nothing and returns None under ``memory: none``. ``memory: per_task`` wants the stage's
+        ``name``, and raises UserError without; a stage of a name that ended before is the same task, trained further.
         """
-        return self._controller.finish_stage()
+        return self._controller.finish_stage(name)
 
     def check_planned_steps(self, planned_steps: int) -> None:
         """Warn or raise ValueError when a run of this many applied steps would never use a mask."""

@@ -116,7 +116,9 @@ class IsolationMixin(Zero3Optimizer):
         if context.controller.is_active:
             param_id = self.get_param_id(param)
             sub_group, start, _ = self.grad_position[param_id]
-            context.offloaded_sumsq[param_id] = plastic_sumsq(grad_buffer, context.controller.bits(sub_group), start)
+            context.offloaded_sumsq[param_id] = plastic_sumsq(
+                grad_buffer, context.controller.masks.bits[sub_group], start
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the open window along with its gradients."""
@@ -175,7 +177,7 @@ class IsolationMixin(Zero3Optimizer):
         if not context.controller.is_active_here(sub_group_id):
             super()._optimizer_step(sub_group_id)
             return
-        bits = context.controller.bits(sub_group_id)
+        bits = context.controller.masks.bits[sub_group_id]
         weights = self.fp32_partitioned_groups_flat[sub_group_id]
         held = hold(weights.data, bits)
         super()._optimizer_step(sub_group_id)
@@ -233,7 +235,7 @@ class IsolationMixin(Zero3Optimizer):
                     total += context.offloaded_sumsq.get(param_id, self.norm_for_param_grads[param_id] ** 2)
             return total
         gradient = self._accumulated(sub_group_id, Span(0, self.fp16_partitioned_groups_flat_numel[sub_group_id]))
-        bits = context.controller.bits(sub_group_id)
+        bits = context.controller.masks.bits[sub_group_id]
         for start, stop in merge_spans(span for _, span in spans):
             total += masked_sumsq(gradient, bits, start=start, stop=stop)
         return total

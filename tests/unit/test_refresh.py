@@ -56,6 +56,7 @@ def refresh(layers: tuple[GroupCounts, ...]) -> Refresh:
         layers=layers,
         kinds=(),
         importance=(),
+        tasks=(),
         jaccard_first=None,
         held_gradient_energy=None,
         seconds=0.0,

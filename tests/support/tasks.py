@@ -1,0 +1,82 @@
+"""Importance of several tasks held whole, in one process, and the mask that shares one budget among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from epi_ds.kernels import Stored
+from torch import Tensor
+
+from epi_ds.config import EPIConfig
+from epi_ds.isolation.importance import codes_of
+from epi_ds.isolation.layout import Layout, Parameter, build_layout
+from epi_ds.isolation.remembered import Remembered
+from epi_ds.isolation.selector import Candidates, Decision, Selector
+from epi_ds.isolation.state import StoredImportance
+from epi_ds.isolation.tasks import TaskShare, task_shares
+from tests.support.worlds import CountingExchange
+
+CPU = torch.device("cpu")
+
+
+class WholeSelection:
+    """One selection over whole parameters."""
+
+    def __init__(
+        self,
+        section: Mapping[str, Any],
+        *,
+        present: Mapping[str, Tensor],
+        finished: Mapping[str, Mapping[str, Tensor]],
+    ) -> None:
+        """``present`` and ``finished`` (by stage) are importance by parameter."""
+        self.config = EPIConfig.model_validate({"memory": "per_task", "state": "fp32", **section})
+        parameters = [Parameter(name, tuple(values.shape)) for name, values in present.items()]
+        self.layout: Layout = build_layout([parameters], rank=0, world_size=1, layer=self.config.layer)
+        remembered = Remembered(self.layout, self.config, devices=[CPU])
+        for stage, values in finished.items():
+            remembered.keep(stage, self._state(values), step=0)
+        selector = Selector(self.layout, self.config, devices=[CPU])
+        self.exchange = CountingExchange()
+        bits = torch.zeros(-(-self.layout.sub_group_numel[0] // 8), dtype=torch.uint8)
+        self.candidates: Candidates = selector.candidates(
+            self._state(present), self.exchange, remembered=remembered, masks=[bits], step=0
+        )
+        self.decision: Decision = selector.decide(
+            self.candidates, self.exchange, masks=[bits], isolated=0, step=0, may_stay=False
+        )
+
+    def _state(self, values: Mapping[str, Tensor]) -> StoredImportance:
+        state = StoredImportance(self.layout, self.config.state, devices=[CPU], seed=0, purpose="test")
+        for segment in self.layout.segments:
+            state.load(segment, Stored(values[segment.name].flatten().float(), torch.zeros(0), 0), step=0)
+        return state
+
+    @property
+    def threshold_codes(self) -> Tensor:
+        assert self.decision.thresholds is not None
+        return self.decision.thresholds.codes
+
+    def scores(self) -> dict[str, Tensor]:
+        """Return what was compared, by parameter."""
+        segments = self.layout.by_name
+        return {
+            name: self.candidates.compared.read(segment, 0, segment.real_numel).view(segment.shape)
+            for name, segment in segments.items()
+        }
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return the mask, by parameter."""
+        segments = self.layout.by_name
+        return {
+            name: codes_of(scores) >= int(self.threshold_codes[segments[name].layer])
+            for name, scores in self.scores().items()
+        }
+
+    def shares(self) -> tuple[TaskShare, ...]:
+        """Return what every task has."""
+        tasks = self.candidates.tasks
+        assert tasks is not None
+        return task_shares(tasks.names, tasks.overlaps(self.threshold_codes))
