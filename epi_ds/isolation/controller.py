@@ -238,10 +238,21 @@ class IsolationController:
         observations = self.counters.observations + 1
         self.counters = replace(self.counters, importance_weight=weight, observations=observations)
 
-    def note_held_energy(self, share: float) -> None:
+    def note_held_gradient_energy(self, share: float) -> None:
         """Note the share of the squared gradient that the mask holds back in the step about to be applied."""
         counters = self.counters
-        self.counters = replace(counters, held_energy=counters.held_energy + share, held_steps=counters.held_steps + 1)
+        self.counters = replace(
+            counters, held_gradient_energy=counters.held_gradient_energy + share, held_steps=counters.held_steps + 1
+        )
+
+    def note_held_step_energy(self, share: float) -> None:
+        """Note the share of a squared update that the mask held back, some time after the step."""
+        counters = self.counters
+        self.counters = replace(
+            counters,
+            held_step_energy=counters.held_step_energy + share,
+            measured_steps=counters.measured_steps + 1,
+        )
 
     def finish_step(self) -> Refresh | None:
         """Count an applied step and refresh the mask where one is due. Collective when it is."""
@@ -325,12 +336,20 @@ class IsolationController:
             ),
             tasks=() if candidates.tasks is None else task_shares(candidates.tasks.names, found.overlaps),
             jaccard_first=found.both_first / found.either_first if found.either_first else None,
-            held_gradient_energy=counters.held_energy / counters.held_steps if counters.held_steps else None,
+            held_gradient_energy=counters.held_gradient_energy / counters.held_steps if counters.held_steps else None,
+            held_step_energy=(counters.held_step_energy / counters.measured_steps if counters.measured_steps else None),
             seconds=time.perf_counter() - started,
             collectives=spent.collectives - traffic.collectives,
             sent_bytes=spent.sent_bytes - traffic.sent_bytes,
         )
-        self.counters = replace(counters, refreshes=counters.refreshes + 1, held_energy=0.0, held_steps=0)
+        self.counters = replace(
+            counters,
+            refreshes=counters.refreshes + 1,
+            held_gradient_energy=0.0,
+            held_steps=0,
+            held_step_energy=0.0,
+            measured_steps=0,
+        )
         self._warn_if_blocked(candidates, thresholds, ratio)
         return self.last_refresh
 

@@ -20,10 +20,14 @@ class Counters:
     """Applied steps that ran under a mask with at least one isolated entry."""
     refreshes: int = 0
     finished_stages: int = 0
-    held_energy: float = 0.0
+    held_gradient_energy: float = 0.0
     """Sum since the last refresh, over the steps under a mask, of the share of |g|^2 that was held."""
     held_steps: int = 0
     """The number of those steps."""
+    held_step_energy: float = 0.0
+    """Sum since the last refresh of the share of |update|^2 that was held, under ``apply: update``."""
+    measured_steps: int = 0
+    """The number of steps in that sum."""
 
     def to_dict(self) -> dict[str, int | float]:
         """Return what `from_dict` takes; JSON keeps every bit of it."""

@@ -74,6 +74,9 @@ class Refresh(NamedTuple):
     """Overlap with the first mask of the run that isolated anything, estimated from one entry in 16 (table 11)."""
     held_gradient_energy: float | None
     """``1 - |masked g|^2 / |g|^2``, mean over the steps under a mask since the last refresh; None without one."""
+    held_step_energy: float | None
+    """The same of the optimizer's update, under ``apply: update``, from a sample of the entries. The ranks hear of an
+    update in the next step, so it is over the steps up to the last but one, and that of the window before."""
     seconds: float
     collectives: int
     sent_bytes: int

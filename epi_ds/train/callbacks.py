@@ -233,6 +233,7 @@ class RunCallback(TrainerCallback):
             jaccard=refresh.jaccard,
             jaccard_first=refresh.jaccard_first,
             held_gradient_energy=refresh.held_gradient_energy,
+            held_step_energy=refresh.held_step_energy,
             layer_numel={layer.name: layer.numel for layer in layers},
             layer_isolated={layer.name: layer.isolated for layer in layers},
             layer_flip_rate={layer.name: layer.flip_rate for layer in layers},

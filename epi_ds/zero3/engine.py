@@ -69,6 +69,7 @@ class IsolationEngineMixin(DeepSpeedEngine):
                 "on the accelerator, so a resume begins them anew and is not bit-exact",
                 tag,
             )
+        self.optimizer.settle_step_energy()
         # A manifest of an earlier save under this tag must not vouch for files that are being replaced.
         self.state_store.discard(os.path.join(save_dir, tag))
         if self.zero_nvme_offload_optimizer():
@@ -127,6 +128,8 @@ class IsolationEngineMixin(DeepSpeedEngine):
         if is_swapped:
             finish_load(self, folder)
         if has_state:
+            # The counters of before, and what is not yet in them, are replaced together.
+            self.optimizer.settle_step_energy()
             extra = self.state_store.load(folder, self.epi.controller)
             for average, saved in zip(self.optimizer.isolation.clipping, extra["clipping"], strict=True):
                 average.restore(saved)

@@ -31,6 +31,7 @@ from epi_ds.isolation.state import ReadPartition
 from epi_ds.kernels import chunks, hold, mask_, masked_sumsq, restore_, unpack_bits
 from epi_ds.zero3.moments import ClippingAverage, clipping_factor, reset_moments, set_moments, state_age
 from epi_ds.zero3.optimizer_state import optimizer_state, stepping_optimizer
+from epi_ds.zero3.step_energy import StepEnergy, UpdateSample
 from epi_ds.zero3.window import AccumulationWindow
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class IsolationContext:
         """Loss scale of the gradients being applied; a dynamic scaler may raise its own before they are unscaled."""
         self.offloaded_sumsq: dict[Any, Tensor] = {}
         """With offload, by ZeRO-3's parameter id: what `plastic_sumsq` found when a gradient left the accelerator."""
+        # Under `apply: reduction` the update of isolated entries is not what they would have moved by.
+        self.step_energy = None if self.masks_gradients else StepEnergy(get_accelerator().current_device_name())
         self.names: dict[Any, str] = dict(optimizer.param_names)
         # Of every trainable parameter: the controller's layout has the covered ones only.
         layout = build_layout(
@@ -156,12 +159,11 @@ class IsolationMixin(Zero3Optimizer):
         if not self.isolation.controller.is_active or is_invalid_grad_norm(combine_grad_norm_groups(plain)):
             return plain
         squares = torch.stack([self._plastic_sumsq(sub_group) for sub_group in range(len(plain))])
-        squares = squares.to(get_accelerator().current_device_name())
-        dist.all_reduce(squares, group=self.dp_process_group)
+        squares = self._summed_with_step_energy(squares.to(get_accelerator().current_device_name()))
         whole = sum(float(norm) ** 2 for norm in plain)
         if whole > 0:
             # Two sums of the same squares, rounded differently: without isolated gradient the share is zero.
-            self.isolation.controller.note_held_energy(max(0.0, 1.0 - float(squares.sum()) / whole))
+            self.isolation.controller.note_held_gradient_energy(max(0.0, 1.0 - float(squares.sum()) / whole))
         return [norm.sqrt().to(reference) for norm, reference in zip(squares, plain, strict=True)]
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
@@ -173,20 +175,43 @@ class IsolationMixin(Zero3Optimizer):
 
     def _optimizer_step(self, sub_group_id: int) -> None:
         """Update a sub-group, its isolated weights excepted."""
-        context = self.isolation
-        if not context.controller.is_active_here(sub_group_id):
+        context, controller = self.isolation, self.isolation.controller
+        if not controller.is_active:
             super()._optimizer_step(sub_group_id)
             return
-        bits = context.controller.masks.bits[sub_group_id]
+        bits = controller.masks.bits[sub_group_id]
         weights = self.fp32_partitioned_groups_flat[sub_group_id]
-        held = hold(weights.data, bits)
+        energy, sample = context.step_energy, None
+        if energy is not None:
+            spans = merge_spans(span for _, span in context.parameter_spans[sub_group_id])
+            sample = UpdateSample(weights.data, bits, spans=spans, step=controller.counters.applied_steps)
+        held = hold(weights.data, bits) if controller.is_active_here(sub_group_id) else None
         super()._optimizer_step(sub_group_id)
+        if energy is not None and sample is not None:
+            energy.add(sample.energies(weights.data))
+        if held is None:
+            return
         restore_(weights.data, bits, held)
         if context.masks_gradients:
             # What zero gradients would have left there; see [Note: release] in moments.py.
             mask_(stepping_optimizer(self, sub_group_id).state[weights]["exp_avg"], bits)
 
     # --- what the overrides are made of ---
+
+    def _summed_with_step_energy(self, squares: Tensor) -> Tensor:
+        """Return ``squares`` summed over the ranks; note what the update before was. Collective."""
+        energy = self.isolation.step_energy
+        # Also where there is nothing to say: a longer vector may be summed in another order, to other bits.
+        sent = squares if energy is None else torch.cat([squares, energy.take()])
+        dist.all_reduce(sent, group=self.dp_process_group)
+        if energy is not None:
+            self._note_step_energy(sent[len(squares) :])
+        return sent[: len(squares)]
+
+    def _note_step_energy(self, energies: Tensor) -> None:
+        held, whole = energies.tolist()
+        if whole > 0:
+            self.isolation.controller.note_held_step_energy(held / whole)
 
     def _was_copied_out(self, parameter: Any) -> bool:
         """Whether, with offload, the optimizer's own gradient is of this window.
@@ -260,6 +285,14 @@ class IsolationMixin(Zero3Optimizer):
                 importance=importance if weight else None,
                 importance_scale=scale,
             )
+
+    def settle_step_energy(self) -> None:
+        """Note what the last update was, before the counters are saved. Collective."""
+        energy = self.isolation.step_energy
+        if energy is not None:
+            sent = energy.take()
+            dist.all_reduce(sent, group=self.dp_process_group)
+            self._note_step_energy(sent)
 
     def stale_parameters(self) -> list[str]:
         """Return the parameters of which a later step may apply an old gradient. See [Note: leftovers] in window.py."""

@@ -79,7 +79,7 @@ def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
                 "lr_scheduler_type": "cosine",
             },
         ],
-        "method": {"epi": {"ratio": 0.1, "refresh_interval": 3, "ema_decay": 0.9}},
+        "method": {"epi": {"ratio": 0.1, "refresh_interval": 3, "ema_decay": 0.9, "memory": "per_task"}},
         "train": {
             "per_device_train_batch_size": MICRO_BATCH,
             "gradient_accumulation_steps": ACCUMULATION,
@@ -210,8 +210,14 @@ def test_every_stage_has_the_learning_rate_it_asks_for(uninterrupted: Path) -> N
 def test_metrics_say_which_stage_runs(uninterrupted: Path) -> None:
     stages = [line["stage"] for line in lines_of(uninterrupted / "run", "step")]
     assert stages == ["reset"] * 5 + ["carry"] * 5 + ["chat"] * 4
-    # S, mask and the count of applied steps go on over the stages' ends.
-    assert [line["step"] for line in lines_of(uninterrupted / "run", "refresh")] == [3, 6, 9, 12]
+    # S, mask and the count of applied steps go on over the stages' ends, where the stage that ends becomes a task.
+    refreshes = lines_of(uninterrupted / "run", "refresh")
+    assert [line["step"] for line in refreshes] == [3, 5, 6, 9, 10, 12]
+    tasks = [[task["name"] for task in line["tasks"]] for line in refreshes]
+    two, three = ["reset", None], ["reset", "carry", None]
+    assert tasks == [[], two, two, two, three, three]
+    for line in refreshes[1:]:
+        assert all(0 < task["isolated"] <= line["isolated"] for task in line["tasks"])
 
 
 def test_gathered_and_partitioned_evaluation_agree(uninterrupted: Path, resumed: Path) -> None:

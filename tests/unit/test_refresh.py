@@ -59,6 +59,7 @@ def refresh(layers: tuple[GroupCounts, ...]) -> Refresh:
         tasks=(),
         jaccard_first=None,
         held_gradient_energy=None,
+        held_step_energy=None,
         seconds=0.0,
         collectives=4,
         sent_bytes=0,

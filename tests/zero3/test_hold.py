@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from epi_ds.kernels import pack_bits
 from torch import Tensor, nn
 
+from epi_ds.isolation.layout import Span, merge_spans
+from epi_ds.zero3.step_energy import SAMPLE_NUMEL, UpdateSample
 from tests.support.engines import (
     PARTIAL_OFFLOAD,
     assert_same,
@@ -92,25 +96,72 @@ def test_isolated_entries_do_not_move_in_other_placements(apply: str, placement:
     assert run_ranks(check_hold, 3, apply, PLACEMENTS[placement])[0] > 0
 
 
-def check_update_only_undoes() -> None:
+def check_update_only_undoes(folder: str, placement: dict[str, Any]) -> None:
     """Under `apply: update` the moments and, without clipping, the plastic weights are plain ZeRO-3's for a window."""
-    changes: dict[str, Any] = {"gradient_clipping": 0.0}
+    changes: dict[str, Any] = {"gradient_clipping": 0.0, **placement}
     section = {"ratio": 0.2, "refresh_interval": INTERVAL, "ema_decay": 0.9, "apply": "update"}
-    states = []
+    states, masks, before = [], {}, {}
     for epi in (None, section):
         with engine_of(OddNet, ds_config(epi=epi, **changes)) as engine:
             for step in range(INTERVAL + 1):
+                before = full_weights(engine)
                 train_step(engine, step, odd_batch)
             states.append((full_weights(engine), full_moments(engine)))
-            masks = full_masks(engine) if epi else {}
+            if epi:
+                masks = full_masks(engine)
+                assert engine.epi.stats().counters.measured_steps == 0
+                engine.save_checkpoint(folder)
+                counters = engine.epi.stats().counters
+                train_step(engine, INTERVAL + 1, odd_batch)
+                train_step(engine, INTERVAL + 2, odd_batch)
+                # The step after the save noted nothing twice.
+                assert engine.epi.stats().counters.measured_steps == 2
+                for step in range(INTERVAL + 3, 2 * INTERVAL):
+                    train_step(engine, step, odd_batch)
+                refresh = engine.epi.stats().last_refresh
+                assert 0 < refresh.held_step_energy < 1
+                assert refresh.step == 2 * INTERVAL
     (plain_weights, plain_moments), (weights, moments) = states
     assert_same(plain_moments, moments)
     for name, mask in masks.items():
         assert torch.equal(plain_weights[name][~mask], weights[name][~mask])
+    # What the isolated entries would have moved by is what plain ZeRO-3 moved them by, from the same weights.
+    updates = {name: (plain_weights[name].double() - before[name].double()).square() for name in masks}
+    held = sum(float(squares[masks[name]].sum()) for name, squares in updates.items())
+    assert counters.measured_steps == 1
+    # Sums of fewer than 2^16 squares in fp64, in another order.
+    assert counters.held_step_energy == pytest.approx(held / sum(float(s.sum()) for s in updates.values()), rel=1e-9)
 
 
-def test_update_mode_changes_nothing_but_the_held_weights() -> None:
-    run_ranks(check_update_only_undoes, 2)
+@pytest.mark.parametrize("placement", ["device", "offload", "partial-offload"])
+def test_update_mode_changes_nothing_but_the_held_weights(tmp_path: Path, placement: str) -> None:
+    run_ranks(check_update_only_undoes, 3, str(tmp_path), PLACEMENTS[placement])
+
+
+@pytest.mark.parametrize("numel", [0, 1, 1000, SAMPLE_NUMEL, SAMPLE_NUMEL + 1, 5 * SAMPLE_NUMEL - 3])
+def test_samples_of_all_steps_together_are_the_whole_update(numel: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    before, update = torch.randn(numel, generator=generator), torch.randn(numel, generator=generator)
+    mask = torch.rand(numel, generator=generator) < 0.1
+    bits = torch.empty(-(-numel // 8), dtype=torch.uint8)
+    pack_bits(mask, bits)
+    stride = max(1, -(-numel // SAMPLE_NUMEL))
+    after = before + update
+    spans = merge_spans([Span(0, numel // 5), Span(numel // 5, numel // 3), Span(numel // 2, numel - numel // 7)])
+    padding = torch.ones(numel, dtype=torch.bool)
+    for start, stop in spans:
+        padding[start:stop] = False
+    squares = (after.double() - before.double()).square()[~padding]
+    mask = mask[~padding]
+    # Memory that nobody has written to.
+    before[padding], after[padding] = torch.nan, torch.inf
+    steps = range(7 * stride, 8 * stride)
+    found = [UpdateSample(before, bits, spans=spans, step=step).energies(after) for step in steps]
+    # The mean over as many steps as there are offsets; squares in fp64, in another order.
+    mean = torch.stack(found).mean(dim=0)
+    assert mean.tolist() == pytest.approx([float(squares[mask].sum()), float(squares.sum())], rel=1e-9)
+    if stride > 1:
+        assert not torch.equal(found[0], found[1])
 
 
 def check_masked_norm(apply: str, changes: dict[str, Any]) -> None:
@@ -133,14 +184,14 @@ def check_masked_norm(apply: str, changes: dict[str, Any]) -> None:
         assert float(engine.get_global_grad_norm()) == pytest.approx(squares**0.5, rel=1e-5)
         counters = engine.epi.stats().counters
         assert counters.held_steps == 1
-        assert counters.held_energy > 0.1
-        assert counters.held_energy == pytest.approx(1 - squares / whole, rel=1e-4)
+        assert counters.held_gradient_energy > 0.1
+        assert counters.held_gradient_energy == pytest.approx(1 - squares / whole, rel=1e-4)
         train_step(engine, 3, odd_batch)
         refresh = engine.epi.stats().last_refresh
         assert refresh is not None
         assert refresh.held_gradient_energy is not None
         # The mean over both steps under the mask, so the second one's share is what is left.
-        assert 0 < 2 * refresh.held_gradient_energy - counters.held_energy < 1
+        assert 0 < 2 * refresh.held_gradient_energy - counters.held_gradient_energy < 1
         assert engine.epi.stats().counters.held_steps == 0
 
 

@@ -432,7 +432,7 @@ def test_the_manifest_is_readable_by_people(saved: Path) -> None:
     manifest = json.loads((saved / "global_step6" / "epi" / "manifest.json").read_text())
     assert manifest["world_size"] == 2
     counters = manifest["counters"]
-    assert 0 < counters.pop("held_energy") < 2
+    assert 0 < counters.pop("held_gradient_energy") < 2
     assert counters == {
         "applied_steps": 6,
         "observations": 6,
@@ -441,6 +441,8 @@ def test_the_manifest_is_readable_by_people(saved: Path) -> None:
         "refreshes": 1,
         "finished_stages": 0,
         "held_steps": 2,
+        "held_step_energy": 0.0,
+        "measured_steps": 0,
     }
     assert manifest["config"]["ratio"] == 0.2
     assert set(manifest["files"]) == {"rank_00000.safetensors", "rank_00001.safetensors"}
