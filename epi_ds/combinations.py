@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from epi_ds.config import Apply, EPIConfig, StateFormat
+from epi_ds.choices import Apply, StateFormat
+from epi_ds.config import EPIConfig
 from epi_ds.errors import nearest
 
 # Names under which a DeepSpeed configuration gives an Adam whose moments are known.

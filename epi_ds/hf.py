@@ -13,8 +13,9 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from epi_ds.api import attach
+from epi_ds.choices import Memory
 from epi_ds.combinations import combination_problems
-from epi_ds.config import SECTION, EPIConfig, Memory, parse_config
+from epi_ds.config import SECTION, EPIConfig, parse_config
 from epi_ds.errors import UserError, summarize
 from epi_ds.zero3.guard import has_optimizer
 from epi_ds.zero3.handle import EPI

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import epi_ds
 from epi_ds.bench.ranks import run_on_ranks
 from epi_ds.bench.tensors import live_storages, peak_bytes
-from epi_ds.config import Apply, StateFormat
+from epi_ds.choices import Apply, StateFormat
 from epi_ds.kernels import hold
 
 _MIB = 1 << 20

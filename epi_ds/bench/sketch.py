@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from epi_ds.bench.training import Trained
-from epi_ds.config import Normalizer, Selection, StateFormat
+from epi_ds.choices import Normalizer, Selection, StateFormat
 from epi_ds.isolation.bracket import Answers, choose
 from epi_ds.isolation.sketch import PartitionSketch, Piece
 from epi_ds.isolation.state import CODE_SHIFTS, Importance, code_chunks

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from epi_ds.config import StateFormat
+from epi_ds.choices import StateFormat
 from epi_ds.data.skills import Split, load_tokenizer, rows
 from epi_ds.isolation.layout import Layout, Parameter, Segment, build_layout
 from epi_ds.isolation.state import Importance, StoredImportance

@@ -123,7 +123,7 @@ class FileStateStore:
                 world_size=world_size,
                 mask_of=controller.masks.segment,
                 states={name: state.stored for name, state in controller.states.items()},
-                first_mask=controller.first_mask.sample,
+                first_mask=controller.refresher.first_mask.sample,
             )
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -132,7 +132,7 @@ class FileStateStore:
         own = agree(write)
         records: list[FileRecord | None] = [None] * world_size
         dist.all_gather_object(records, own)
-        codes = controller.threshold_codes
+        codes, rows = controller.refresher.threshold_codes, controller.refresher.selector.last_row_codes
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             versions={
@@ -146,7 +146,7 @@ class FileStateStore:
             threshold_codes=(
                 None if codes is None else dict(zip(controller.layout.layer_names, codes.tolist(), strict=True))
             ),
-            last_row_codes=None if controller.last_row_codes is None else controller.last_row_codes.tolist(),
+            last_row_codes=None if rows is None else rows.tolist(),
             extra=extra,
             files={shard_name(r): record for r, record in enumerate(records) if record is not None},
         )
@@ -234,7 +234,7 @@ def load_masks(folder: str, controller: IsolationController) -> None:
     source = Path(folder)
     if (source / FOLDER).is_dir():
         source = source / FOLDER
-    controller.set_masks(agree(lambda: _read_masks(source, controller)))
+    controller.refresher.load(agree(lambda: _read_masks(source, controller)))
 
 
 def _read_masks(source: Path, controller: IsolationController) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from epi_ds.config import Normalizer, Selection, StateFormat
+from epi_ds.choices import Normalizer, Selection, StateFormat
 
 
 def estimate(

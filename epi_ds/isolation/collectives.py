@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from epi_ds.config import Transport
+from epi_ds.choices import Transport
 from epi_ds.isolation.bracket import Answers, choose
 from epi_ds.isolation.traffic import ANSWER_INTEGERS, Collective, owned_rows, rows_per_rank
 

@@ -6,59 +6,25 @@ the mask in force from step t + 1 on, so norm, clipping and offload copies of on
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from epi_ds.config import ADAPTIVE, EPIConfig, Memory, PolicyName, Protects, StateFormat
-from epi_ds.isolation.bracket import count_dtype
+from epi_ds.choices import Memory, PolicyName, StateFormat
+from epi_ds.config import EPIConfig
 from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.layout import Layout, Segment
-from epi_ds.isolation.mask import Masks, select_bits
+from epi_ds.isolation.mask import Masks
 from epi_ds.isolation.policy import Policy
-from epi_ds.isolation.refresh import FirstMask, GroupCounts, Refresh, layer_importance
+from epi_ds.isolation.refresh import Refresh
+from epi_ds.isolation.refresher import MaskListener, Refresher
 from epi_ds.isolation.remembered import Remembered
 from epi_ds.isolation.schedule import largest_ratio
-from epi_ds.isolation.selector import Candidates, Decision, Selector
-from epi_ds.isolation.state import (
-    Importance,
-    ReadPartition,
-    StoredImportance,
-    partition_reader,
-)
-from epi_ds.isolation.tasks import task_shares
-from epi_ds.isolation.threshold import Thresholds
+from epi_ds.isolation.state import Importance, StoredImportance
 from epi_ds.kernels import Stored
-
-logger = logging.getLogger(__name__)
-
-
-class MaskListener(Protocol):
-    """Told about every partition whose mask a refresh changes, before the new mask is in force. Masks that are loaded
-    come with the moments that belong to them.
-    """
-
-    def mask_changes(self, sub_group: int, *, before: Tensor, now: Tensor, importance: ReadPartition) -> None:
-        """``before`` and ``now`` are uint8 bits of the sub-group's flat partition, which ``importance`` reads."""
-
-
-class _Changed(NamedTuple):
-    """Counts of a change of masks over all ranks."""
-
-    isolated: Tensor
-    """[num_groups] int64: by layer, then by kind"""
-    kept: Tensor
-    both_first: int
-    """Sampled entries isolated now and in the first mask of the run."""
-    either_first: int
-    overlaps: Tensor
-    """[tasks, tasks] int64, see `TaskScores.overlaps`; empty where no tasks share the budget."""
 
 
 class IsolationController:
@@ -82,20 +48,12 @@ class IsolationController:
         self.config = config
         self.exchange = exchange
         self.counters = Counters()
-        self.last_refresh: Refresh | None = None
-        self.threshold_codes: Tensor | None = None
-        self.first_mask = FirstMask()
-        self.last_decision: Decision | None = None
-        self._selector = Selector(layout, config, devices=devices)
-        self.isolated = 0
+        self.refresher = Refresher(layout, config, exchange=exchange, devices=devices, listener=listener)
         self._policy = policy
-        self._listener = listener
         self._devices = list(devices)
         self._moments = moments
         self._stored: StoredImportance | None = None
         self._remembered = Remembered(layout, config, devices=devices)
-        self.masks = Masks(layout, devices=devices)
-        self._group_isolated = torch.zeros(len(layout.group_numel), dtype=torch.int64)
         if policy.observes(1):
             self.start_measuring()
 
@@ -134,6 +92,16 @@ class IsolationController:
         return wants_one and self.counters.refreshes == 0 and not self.is_active
 
     @property
+    def masks(self) -> Masks:
+        """The masks in force."""
+        return self.refresher.masks
+
+    @property
+    def isolated(self) -> int:
+        """Isolated entries over all ranks; the same on every rank."""
+        return self.refresher.isolated
+
+    @property
     def is_active(self) -> bool:
         """Whether any rank has an isolated entry; the same on every rank."""
         return self.isolated > 0
@@ -155,15 +123,10 @@ class IsolationController:
         """
         return self._importance().read(segment, 0, segment.real_numel)
 
-    @property
-    def last_row_codes(self) -> Tensor | None:
-        """See `Selector.last_row_codes`."""
-        return self._selector.last_row_codes
-
     def state_bytes(self) -> dict[str, int]:
         """Return the bytes on this rank of each of `states`, of the masks and of the sample of the first one."""
         sizes = {name: state.num_bytes for name, state in self.states.items()}
-        sample = sum(bits.numel() for bits in self.first_mask.sample)
+        sample = sum(bits.numel() for bits in self.refresher.first_mask.sample)
         return {**sizes, "masks": self.masks.num_bytes, "first_mask": sample}
 
     def restore(
@@ -187,16 +150,11 @@ class IsolationController:
         for name, state in self.states.items():
             for segment in self.layout.segments:
                 state.load(segment, states[name][segment.name], step=counters.observations)
-        self.first_mask.restore(first_mask, self._devices)
-        self._selector.last_row_codes = last_row_codes
+        self.refresher.first_mask.restore(first_mask, self._devices)
+        self.refresher.selector.last_row_codes = last_row_codes
+        self.refresher.threshold_codes = threshold_codes
+        self.refresher.load(masks)
         self.counters = counters
-        self.threshold_codes = threshold_codes
-        self.set_masks(masks)
-
-    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """Put given masks in force: [real_numel] bool for every segment, by parameter name. Collective."""
-        self._group_isolated = self.exchange.total(self.masks.load(masks))
-        self.isolated = int(self._group_isolated[: len(self.layout.layer_names)].sum())
 
     # --- a step ---
 
@@ -275,7 +233,7 @@ class IsolationController:
             return None
         self._remembered.keep(name, self._importance(), step=self.counters.finished_stages)
         # What is compared changes.
-        self._selector.last_row_codes = None
+        self.refresher.selector.last_row_codes = None
         self.counters = replace(self.counters, finished_stages=self.counters.finished_stages + 1)
         return self.refresh() if self.counters.applied_steps >= self.config.warmup_steps else None
 
@@ -292,134 +250,9 @@ class IsolationController:
         return refresh
 
     def _select(self, *, may_stay: bool) -> Refresh | None:
-        importance, step = self._importance(), self.counters.applied_steps
-        started, traffic = time.perf_counter(), self.exchange.traffic
-        masks = self.masks.bits
-        candidates = self._selector.candidates(
-            importance, self.exchange, remembered=self._remembered, masks=masks, step=step
+        refresh = self.refresher.refresh(
+            self._importance(), remembered=self._remembered, counters=self.counters, may_stay=may_stay
         )
-        decision = self._selector.decide(
-            candidates,
-            self.exchange,
-            masks=masks,
-            isolated=self.isolated,
-            step=step,
-            may_stay=may_stay,
-        )
-        self.last_decision = decision
-        self._log(decision)
-        thresholds, ratio = decision.thresholds, decision.ratio
-        if thresholds is None:
-            return None
-        found = self._change_masks(importance, candidates, thresholds.codes)
-        before, self._group_isolated = self._group_isolated, found.isolated
-        spent, num_layers = self.exchange.traffic, len(self.layout.layer_names)
-        columns = self.layout.group_numel, found.isolated.tolist(), found.kept.tolist(), before.tolist()
-        names = (*self.layout.layer_names, *self.layout.kind_names)
-        groups = tuple(GroupCounts(*row) for row in zip(names, *columns, strict=True))
-        self.isolated = sum(group.isolated for group in groups[:num_layers])
-        if self.isolated:
-            self.first_mask.keep(masks)
-        self.threshold_codes = thresholds.codes
-        counters = self.counters
-        self.last_refresh = Refresh(
-            step=step,
-            ratio=ratio,
-            budget=thresholds.budget,
-            isolated=self.isolated,
-            covered=self.layout.covered_numel,
-            tied_mass=thresholds.tied_mass,
-            layers=groups[:num_layers],
-            kinds=groups[num_layers:],
-            importance=layer_importance(
-                thresholds.codes, thresholds.extremes, tuple(segment.name for segment in self.layout.segments)
-            ),
-            tasks=() if candidates.tasks is None else task_shares(candidates.tasks.names, found.overlaps),
-            jaccard_first=found.both_first / found.either_first if found.either_first else None,
-            held_gradient_energy=counters.held_gradient_energy / counters.held_steps if counters.held_steps else None,
-            held_step_energy=(counters.held_step_energy / counters.measured_steps if counters.measured_steps else None),
-            seconds=time.perf_counter() - started,
-            collectives=spent.collectives - traffic.collectives,
-            sent_bytes=spent.sent_bytes - traffic.sent_bytes,
-        )
-        self.counters = replace(
-            counters,
-            refreshes=counters.refreshes + 1,
-            held_gradient_energy=0.0,
-            held_steps=0,
-            held_step_energy=0.0,
-            measured_steps=0,
-        )
-        self._warn_if_blocked(candidates, thresholds, ratio)
-        return self.last_refresh
-
-    def _log(self, decision: Decision) -> None:
-        """Say what an adaptive run decided, and why."""
-        config = self.config
-        if self.exchange.rank != 0 or (decision.drift is None and config.ratio != ADAPTIVE):
-            return
-        reasons = []
-        if decision.drift is not None:
-            low, high, growth = decision.drift
-            verdict = "stays" if decision.thresholds is None else "is refreshed"
-            reasons.append(
-                f"{low:.1%} to {high:.1%} of the isolated entries lie below the threshold of now, and a new mask would "
-                f"be larger by {growth:.1%} of it (max_drift {config.max_drift:.1%}): the mask {verdict}"
-            )
-        if config.ratio == ADAPTIVE:
-            reasons.append(f"ratio {decision.ratio:.4%} holds {config.coverage:.0%} of the importance")
-        logger.info("after step %d: %s", self.counters.applied_steps, "; ".join(reasons))
-
-    def _change_masks(self, importance: Importance, candidates: Candidates, threshold_codes: Tensor) -> _Changed:
-        """Select, announce and install the masks of all sub-groups; return the counts over all ranks."""
-        num_groups = len(self.layout.group_numel)
-        counts = torch.zeros((2, num_groups), dtype=torch.int64)
-        tasks = candidates.tasks
-        overlaps = torch.zeros((0, 0), dtype=torch.int64) if tasks is None else tasks.overlaps(threshold_codes)
-        for sub_group, segments in enumerate(self.layout.by_sub_group):
-            before = self.masks.bits[sub_group]
-            selected = select_bits(
-                candidates.compared,
-                before,
-                segments=segments,
-                numel=self.layout.sub_group_numel[sub_group],
-                threshold_codes=threshold_codes,
-                groups_of=self.layout.groups_of,
-                num_groups=num_groups,
-            )
-            if self._listener is not None:
-                self._listener.mask_changes(
-                    sub_group,
-                    before=before,
-                    now=selected.bits,
-                    importance=partition_reader(importance, segments, self._devices[sub_group]),
-                )
-            self.masks.replace(sub_group, selected.bits)
-            counts += selected.counts
-        parts = counts.flatten(), self.first_mask.compare(self.masks.bits), overlaps.flatten()
-        largest = self.layout.covered_numel if len(overlaps) else max(self.layout.group_numel)
-        merged = self.exchange.total(torch.cat(parts).to(count_dtype(largest))).long()
-        groups, first, pairs = torch.split(merged, [part.numel() for part in parts])
-        return _Changed(groups[:num_groups], groups[num_groups:], int(first[0]), int(first[1]), pairs.view_as(overlaps))
-
-    def _warn_if_blocked(self, candidates: Candidates, thresholds: Thresholds, ratio: float) -> None:
-        """Warn when ties keep most of the budget unused, and name the layer to look at. Collective where it warns."""
-        if thresholds.budget == 0 or self.isolated >= thresholds.budget / 2:
-            return
-        if self.config.protects is Protects.PAST and not self.counters.finished_stages:
-            # There is no past yet: as configured.
-            return
-        largest = thresholds.extremes.max_codes.clamp(min=1).unsqueeze(1)
-        at_maximum = self.exchange.total(self._selector.sketch(candidates.importance).counts(largest)[:, 0])
-        layer = int(at_maximum.argmax())
-        if self.exchange.rank == 0:
-            logger.warning(
-                "refresh after step %d isolated %d entries of the %d that ratio %s allows; layer %r has %d entries at "
-                "its maximum, and equal entries are isolated together or not at all",
-                self.counters.applied_steps,
-                self.isolated,
-                thresholds.budget,
-                ratio,
-                self.layout.layer_names[layer],
-                int(at_maximum[layer]),
-            )
+        if refresh is not None:
+            self.counters = self.counters.after_refresh()
+        return refresh

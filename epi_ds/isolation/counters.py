@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -28,6 +28,27 @@ class Counters:
     """Sum since the last refresh of the share of |update|^2 that was held, under ``apply: update``."""
     measured_steps: int = 0
     """The number of steps in that sum."""
+
+    @property
+    def mean_held_gradient_energy(self) -> float | None:
+        """See `Refresh.held_gradient_energy`."""
+        return self.held_gradient_energy / self.held_steps if self.held_steps else None
+
+    @property
+    def mean_held_step_energy(self) -> float | None:
+        """See `Refresh.held_step_energy`."""
+        return self.held_step_energy / self.measured_steps if self.measured_steps else None
+
+    def after_refresh(self) -> Counters:
+        """Return the counters with which the next window begins."""
+        return replace(
+            self,
+            refreshes=self.refreshes + 1,
+            held_gradient_energy=0.0,
+            held_steps=0,
+            held_step_energy=0.0,
+            measured_steps=0,
+        )
 
     def to_dict(self) -> dict[str, int | float]:
         """Return what `from_dict` takes; JSON keeps every bit of it."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from epi_ds.config import EPIConfig, PolicyName
+from epi_ds.choices import PolicyName
+from epi_ds.config import EPIConfig
 from epi_ds.isolation.schedule import refresh_due
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from epi_ds.config import EPIConfig, Memory
+from epi_ds.choices import Memory
+from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 from epi_ds.isolation.layout import Layout
 from epi_ds.isolation.state import Importance, StoredImportance

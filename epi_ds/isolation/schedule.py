@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import math
 
-from epi_ds.config import Curve, EPIConfig, RatioSchedule
+from epi_ds.choices import Curve
+from epi_ds.config import EPIConfig, RatioSchedule
 from epi_ds.errors import UserError
 
 logger = logging.getLogger(__name__)

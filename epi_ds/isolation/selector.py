@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from epi_ds.config import ADAPTIVE, EPIConfig, Memory, Protects, RatioSchedule, Selection, StateFormat
+from epi_ds.choices import ADAPTIVE, Memory, Protects, Selection, StateFormat
+from epi_ds.config import EPIConfig, RatioSchedule
 from epi_ds.isolation.adaptive import Drift, covering_budgets, drift_of
 from epi_ds.isolation.layout import Layout
 from epi_ds.isolation.remembered import MAXIMUM, Remembered

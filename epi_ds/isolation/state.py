@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from epi_ds.config import StateFormat
+from epi_ds.choices import StateFormat
 from epi_ds.isolation.importance import codes_of
 from epi_ds.isolation.layout import Layout, Segment, pieces_of
 from epi_ds.kernels import Stored, chunks, decode, encode_, num_blocks, observe_, unpack_bits

@@ -34,7 +34,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from epi_ds.config import Normalizer, Selection
+from epi_ds.choices import Normalizer, Selection
 from epi_ds.isolation.bracket import Answers, Brackets, choose, count_dtype, round_widths
 from epi_ds.isolation.importance import TOP_CODE, ceil_code, decode
 from epi_ds.isolation.sketch import FRACTION_BITS, LOW_BITS, Extremes, PartitionSketch, read_extremes

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
-from epi_ds.config import Normalizer, Selection, StateFormat, Transport
+from epi_ds.choices import Normalizer, Selection, StateFormat, Transport
 from epi_ds.errors import UserError
 from epi_ds.isolation.bracket import count_dtype
 from epi_ds.isolation.state import CODE_SHIFTS

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from epi_ds.config import PolicyName
+from epi_ds.choices import PolicyName
 from epi_ds.hf import EPICallback
 from epi_ds.isolation.refresh import Refresh
 from epi_ds.isolation.selector import Decision

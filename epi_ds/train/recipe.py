@@ -15,8 +15,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from epi_ds.choices import Protects, StateFormat
 from epi_ds.combinations import combination_problems
-from epi_ds.config import EPIConfig, Protects, StateFormat
+from epi_ds.config import EPIConfig
 from epi_ds.data.skills import SKILLS
 from epi_ds.data.sources import is_file_path
 from epi_ds.errors import UserError, nearest, problems_of, summarize

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from epi_ds.config import Apply, EPIConfig, Memory, PolicyName, Protects, Selection, StateFormat, Transport
+from epi_ds.choices import Apply, Memory, PolicyName, Protects, Selection, StateFormat, Transport
+from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.controller import IsolationController

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
 
-from epi_ds.config import MissingState
+from epi_ds.choices import MissingState
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.zero3.cpu_adam import replay_steps
 from epi_ds.zero3.handle import EPI

@@ -13,8 +13,9 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from epi_ds.choices import Apply, StateFormat
 from epi_ds.combinations import stage_problem
-from epi_ds.config import Apply, EPIConfig, StateFormat
+from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 
 SUPPORTED_DEEPSPEED = SpecifierSet(">=0.19.8,<0.20", prereleases=True)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from epi_ds.config import ADAPTIVE, EPIConfig, PolicyName, StateFormat
+from epi_ds.choices import ADAPTIVE, PolicyName, StateFormat
+from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError, nearest
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.counters import Counters
@@ -107,7 +108,7 @@ class EPI:
 
         Empty before the first refresh.
         """
-        codes = self._controller.threshold_codes
+        codes = self._controller.refresher.threshold_codes
         if codes is None:
             return {}
         return dict(zip(self._controller.layout.layer_names, values_of(codes), strict=True))
@@ -130,8 +131,8 @@ class EPI:
             controller.counters,
             controller.layout.covered_numel,
             controller.isolated,
-            controller.last_refresh,
-            controller.last_decision,
+            controller.refresher.last_refresh,
+            controller.refresher.last_decision,
         )
 
     def memory_report(self) -> MemoryReport:

@@ -24,7 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
 from torch import Tensor
 
-from epi_ds.config import Apply
+from epi_ds.choices import Apply
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.layout import Parameter, Span, build_layout, merge_spans
 from epi_ds.isolation.state import ReadPartition

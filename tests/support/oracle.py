@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from epi_ds.config import Normalizer, Selection
+from epi_ds.choices import Normalizer, Selection
 
 _LARGEST = float(np.finfo(np.float32).max)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from epi_ds.config import Normalizer, Selection
+from epi_ds.choices import Normalizer, Selection
 from epi_ds.isolation.adaptive import covering_budgets, drift_of
 from epi_ds.isolation.importance import TOP_CODE
 from epi_ds.isolation.threshold import ThresholdSearch, find_thresholds, global_edges, layer_edges

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from epi_ds.config import Normalizer, Selection, Transport
+from epi_ds.choices import Normalizer, Selection, Transport
 from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.threshold import find_thresholds
 from epi_ds.isolation.traffic import TYPICAL_KINDS, cost_of, refresh_messages

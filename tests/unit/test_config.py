@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from epi_ds.config import EPIConfig, PolicyName, Selection, parse_config
+from epi_ds.choices import PolicyName, Selection
+from epi_ds.config import EPIConfig, parse_config
 
 
 def test_defaults_are_the_papers() -> None:

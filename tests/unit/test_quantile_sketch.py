@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from epi_ds import QuantileSketch
-from epi_ds.config import Normalizer, Selection
+from epi_ds.choices import Normalizer, Selection
 from epi_ds.errors import UserError
 from epi_ds.isolation.importance import TOP_CODE, codes_of
 from epi_ds.isolation.layout import Parameter, build_layout

@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from epi_ds.config import Curve, EPIConfig, RatioSchedule
+from epi_ds.choices import Curve
+from epi_ds.config import EPIConfig, RatioSchedule
 from epi_ds.isolation.policy import Evolving, Static
 from epi_ds.isolation.schedule import check_planned_steps, first_active_step, largest_ratio, ratio_at
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epi_ds.config import Normalizer, Selection
+from epi_ds.choices import Normalizer, Selection
 from epi_ds.isolation.importance import TOP_CODE, codes_of
 from epi_ds.isolation.sketch import PartitionSketch, Piece, read_extremes
 from epi_ds.isolation.threshold import Thresholds, budget_of, find_thresholds

@@ -10,8 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from epi_ds.choices import Normalizer, Selection, StateFormat, Transport
 from epi_ds.cli.main import app
-from epi_ds.config import Normalizer, Selection, StateFormat, Transport
 from epi_ds.errors import UserError
 from epi_ds.isolation.bracket import count_dtype, round_widths
 from epi_ds.isolation.state import CODE_SHIFTS

@@ -12,7 +12,7 @@ import torch
 from epi_ds.kernels import Stored
 from torch import Tensor
 
-from epi_ds.config import Normalizer, Selection
+from epi_ds.choices import Normalizer, Selection
 from epi_ds.errors import UserError
 from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.layout import block_of, kind_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from epi_ds.bench.memory import Case, MemoryRow, measure_case
-from epi_ds.config import Apply, StateFormat
+from epi_ds.choices import Apply, StateFormat
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.zero3

@@ -10,7 +10,8 @@ import torch
 from epi_ds.kernels import Stored, pack_bits
 from torch import Tensor
 
-from epi_ds.config import EPIConfig, StateFormat
+from epi_ds.choices import StateFormat
+from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 from epi_ds.isolation.layout import Parameter, build_layout
 from epi_ds.isolation.remembered import Remembered
