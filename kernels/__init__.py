@@ -1,14 +1,14 @@
 """The operations of a step and of a refresh, one name each, and `chunks`, in whose pieces they walk a tensor.
 
 Every operation has a plain torch implementation in `epi_ds.kernels.reference`, which is library code: the oracle of
-any faster one and what runs where none is available. Callers import the names from here.
+any faster one and what runs where none is available (`dispatch` decides). Callers import the names from here.
 """
 
+from epi_ds.kernels.ops import observe_
 from epi_ds.kernels.reference.chunks import chunks
 from epi_ds.kernels.reference.codecs import Stored, decode, encode_, num_blocks
 from epi_ds.kernels.reference.hold import hold, restore_
 from epi_ds.kernels.reference.mask_bits import count_bits, mask_, masked_sumsq, pack_bits, unpack_bits
-from epi_ds.kernels.reference.observe import observe_
 from epi_ds.kernels.reference.sketch_counts import sketch_counts
 
 __all__ = [

@@ -3,10 +3,13 @@
     float32   4 B      the value
     bfloat16  2 B      the upper 16 bits of the fp32 pattern
     uint16    2 B      the 16 bits below the sign, which is never set: one more bit of precision than bfloat16
-    uint8     1.016 B  the square root of the value relative to the largest of its block of 256, in 255 steps
+    uint8     1.016 B  the square root of the value relative to the largest of its block of 256, in 255 steps; a block
+                       of which the largest is below 2^-110 is zeros
 
 The order of values is the order of codes (within a block), zero is code zero, and what is decoded is always a finite
-fp32. Rounding is stochastic but for float32: see [Note: dither] in dither.py.
+fp32. Rounding is stochastic but for float32: see [Note: dither] in dither.py. A value that a code stands for keeps that
+code, whatever the random number. Other implementations give the same bits, so every operation here is one rounding of
+fp32, in this order.
 """
 
 from __future__ import annotations
@@ -25,6 +28,10 @@ _BLOCK_BITS = 8
 # The shift from an fp32 pattern to a 16-bit code, and the code of the largest finite value.
 _PATTERN_SHIFT = {torch.bfloat16: 16, torch.uint16: 15}
 _LARGEST_FINITE = 0x7F7FFFFF
+
+# Of uint8: the smallest value that the largest code may stand for, and what a square may miss.
+_SMALLEST_SCALE = 2.0**-110
+_TOLERANCE = 2.0**-21
 
 
 class Stored(NamedTuple):
@@ -60,7 +67,8 @@ def decode(stored: Stored) -> Tensor:
     if codes.dtype in _PATTERN_SHIFT:
         patterns = (codes.view(torch.int16).to(torch.int32) & 0xFFFF) << _PATTERN_SHIFT[codes.dtype]
         return patterns.view(torch.float32)
-    return _levels(codes.device)[codes.int()] * _per_entry(stored)
+    values = codes.float().square_() * _per_entry(stored, stored.scales / _largest_square(stored.scales))
+    return values.clamp_(max=torch.finfo(torch.float32).max)
 
 
 def encode_(stored: Stored, values: Tensor, *, key: int, step: int) -> None:
@@ -78,7 +86,7 @@ def encode_(stored: Stored, values: Tensor, *, key: int, step: int) -> None:
     random = dither(key, stored.first_index, codes.numel(), step=step, device=codes.device)
     if codes.dtype in _PATTERN_SHIFT:
         shift = _PATTERN_SHIFT[codes.dtype]
-        patterns = values.view(torch.int32) + ((random >> (32 - shift)) & ((1 << shift) - 1))
+        patterns = values.view(torch.int32) + (random >> (16 - shift))
         # Rounding the largest finite values up would give the pattern of infinity.
         codes.view(torch.int16).copy_(patterns.clamp_(max=_LARGEST_FINITE) >> shift)
         return
@@ -89,24 +97,27 @@ def _encode_blocks_(stored: Stored, values: Tensor, random: Tensor) -> None:
     padded = values.new_zeros(stored.scales.numel() * BLOCK_NUMEL)
     before = stored.first_index % BLOCK_NUMEL
     padded[before : before + values.numel()] = values
-    torch.amax(padded.view(-1, BLOCK_NUMEL), dim=1, out=stored.scales)
-    scales = _per_entry(stored)
-    relative = torch.where(scales > 0, values / scales, 0.0)
-    levels = _levels(values.device)
-    below = (relative.sqrt() * 255.0).int().clamp_(max=254)
-    low, high = levels[below], levels[below + 1]
+    largest = torch.amax(padded.view(-1, BLOCK_NUMEL), dim=1, out=stored.scales)
+    # Codes of a smaller block would stand for denormal numbers, which round too coarsely to decay: it becomes zero.
+    largest.masked_fill_(largest < _SMALLEST_SCALE, 0.0)
+    inverse = torch.where(largest > 0, _largest_square(largest) / largest, 0.0)
+    # What stands for a code may miss its square by a few roundings, upwards or downwards: it must keep the code.
+    square = values * _per_entry(stored, inverse * (1.0 + _TOLERANCE))
+    whole = square.sqrt().floor()
+    # The root may have been rounded to the next whole number, up or, by vector libraries, down.
+    whole -= (whole * whole > square).float()
+    whole += ((whole + 1.0).square() <= square).float()
     # Up with a probability linear in the value, not in its root, so that the decoded value is right on average.
-    chance = (relative - low) / (high - low)
-    uniform = ((random >> 8) & 0xFFFFFF).float() * 2.0**-24
-    stored.codes.copy_(below + (uniform < chance))
+    above = values * _per_entry(stored, inverse * (1.0 - _TOLERANCE)) - whole * whole
+    stored.codes.copy_(whole + (random.float() * 2.0**-16 * (whole + whole + 1.0) < above))
 
 
-def _per_entry(stored: Stored) -> Tensor:
-    """Return the scale of every entry's block. [numel] fp32."""
+def _largest_square(scales: Tensor) -> Tensor:
+    """Return the square of the largest code for every block. A division by or of a number is two roundings in torch."""
+    return torch.full_like(scales, 255.0**2)
+
+
+def _per_entry(stored: Stored, of_blocks: Tensor) -> Tensor:
+    """Return a number of every entry's block: [num_blocks] -> [numel]."""
     before = stored.first_index % BLOCK_NUMEL
-    return stored.scales.repeat_interleave(BLOCK_NUMEL)[before : before + stored.codes.numel()]
-
-
-def _levels(device: torch.device) -> Tensor:
-    """Return the value of every uint8 code relative to its block's largest. [256] fp32."""
-    return (torch.arange(256, dtype=torch.float64, device=device) / 255.0).square_().float()
+    return of_blocks.repeat_interleave(BLOCK_NUMEL)[before : before + stored.codes.numel()]

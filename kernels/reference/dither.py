@@ -6,7 +6,7 @@ average. The random number of an entry is a hash of (key, index) that then advan
 the circle each step. At any one step these numbers are as good as independent; along the steps of one entry they are
 spread evenly, so the errors of successive roundings cancel where independent ones would add up to a random walk.
 They depend on the parameter, the entry and the step alone: no generator has a state to save, and neither the number of
-ranks nor of threads changes them.
+ranks nor of threads changes them. 16 bits are enough for any code, so one hash of 32 serves two neighbouring entries.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from torch import Tensor
 
 # 2^32 / golden ratio, odd: the most even spread that adding a constant can give.
 _GOLDEN = 0x9E3779B9
+
+
+def phase(step: int) -> int:
+    """Return the 16 bits by which all random numbers have advanced at a step."""
+    return (step * _GOLDEN & 0xFFFFFFFF) >> 16
 
 
 def _int32(value: int) -> int:
@@ -31,15 +36,18 @@ def _xor_shifted(values: Tensor, distance: int) -> Tensor:
 
 
 def dither(key: int, first_index: int, numel: int, *, step: int, device: torch.device) -> Tensor:
-    """Return one uniform 32-bit number per entry. [numel] int32, to be read as unsigned. See [Note: dither].
+    """Return one uniform 16-bit number per entry. [numel] int32 in [0, 2^16). See [Note: dither].
 
     key          of the parameter, 32 bits
     first_index  of the first entry in the flattened parameter
     step         number of the observation
     """
-    index = torch.arange(first_index, first_index + numel, device=device)
-    # MurmurHash3's finaliser over the index; its upper half matters from 2^32 entries on.
-    mixed = (index * _GOLDEN + (index >> 32)).to(torch.int32) + _int32(key)
+    first_pair, last_pair = first_index >> 1, first_index + numel + 1 >> 1
+    pair = torch.arange(first_pair, last_pair, device=device)
+    # MurmurHash3's finaliser over the number of the pair; its upper half matters from 2^33 entries on.
+    mixed = (pair * _GOLDEN + (pair >> 32)).to(torch.int32) + _int32(key)
     mixed = _xor_shifted(mixed, 16) * _int32(0x85EBCA6B)
     mixed = _xor_shifted(mixed, 13) * _int32(0xC2B2AE35)
-    return _xor_shifted(mixed, 16) + _int32(step * _GOLDEN)
+    mixed = _xor_shifted(mixed, 16)
+    halves = torch.stack([mixed, mixed >> 16], dim=1).view(-1) + phase(step) & 0xFFFF
+    return halves[first_index - 2 * first_pair :][:numel]

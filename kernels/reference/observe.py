@@ -38,5 +38,5 @@ def observe_(
             scaled = gradient[start - first : stop - first].float() * inverse_scale
             squared = torch.nan_to_num_(scaled.square_(), nan=0.0, posinf=largest)
             # Two roundings may lift d*max + (1-d)*max above the largest finite value: clamp again.
-            values.add_(squared, alpha=1.0 - ema_decay).clamp_(max=largest)
+            values.add_(squared.mul_(1.0 - ema_decay)).clamp_(max=largest)
         encode_(piece, values, key=key, step=step)

@@ -33,7 +33,7 @@ def record(folder: Path, die_at: int | None) -> None:
             os._exit(1)  # as a killed rank: nothing is flushed, saved or taken down
         momentum = 0.0
         if step > 0:  # Adam makes its moments in the first step
-            watched = dict(trainer.model.named_parameters())["model.norm.weight"]
+            watched = dict(trainer.model.named_parameters())["model.layers.0.mlp.down_proj.weight"]
             momentum = float(safe_get_full_optimizer_state(watched, "exp_avg").abs().sum())
         line = {
             "step": step,

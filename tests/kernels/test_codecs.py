@@ -44,8 +44,8 @@ def gap_above(dtype: torch.dtype, values: Tensor, stored: Stored) -> Tensor:
     before = stored.first_index % 256
     scales = stored.scales.double().repeat_interleave(256)[before : before + values.numel()]
     root = (wide / scales.clamp(min=1e-300)).sqrt() * 255
-    # (j + 1)^2 - j^2 at the next whole j above, and fp32's own rounding of scale and level.
-    return scales * (2 * root + 3) / 255**2 + wide * 2.0**-22
+    # (j + 1)^2 - j^2 at the next whole j above, fp32's own roundings, and what is too small for a block's largest.
+    return scales * (2 * root + 3) / 255**2 + wide * 2.0**-20 + 2.0**-110
 
 
 def hostile(numel: int, seed: int) -> Tensor:
@@ -71,8 +71,10 @@ def test_a_value_is_rounded_to_one_of_the_two_codes_around_it(dtype: torch.dtype
     gap = gap_above(dtype, values, stored)
     below_largest = values < 3e38
     assert ((decoded.double() - values.double()).abs() <= gap)[below_largest].all()
-    # What sits on a code stays there, whatever the random numbers.
-    assert torch.equal(decode(encoded(dtype, decoded, first_index=first_index, step=9)), decoded)
+    # What sits on a code stays there, whatever the random numbers; the scale of a block may be rounded anew.
+    again = encoded(dtype, decoded, first_index=first_index, step=9)
+    assert torch.equal(again.codes.view(torch.uint8), stored.codes.view(torch.uint8))
+    assert torch.allclose(decode(again), decoded, rtol=2.0**-21 if dtype is torch.uint8 else 0.0, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", CODED)
@@ -210,14 +212,14 @@ def test_any_values_survive_a_round_trip(
     assert decoded.isfinite().all()
     assert ((decoded == 0) | (given_values > 0)).all()
     if dtype is torch.uint8:
-        assert float(decoded.max()) == pytest.approx(float(given_values.max()), rel=1e-6)
+        assert float(decoded.max()) == pytest.approx(float(given_values.max()), rel=1e-6, abs=2.0**-110)
 
 
 def test_dither_is_uniform_and_differs_by_entry_key_and_step() -> None:
     device = torch.device("cpu")
 
     def unit(key: int, step: int, first: int = 0) -> Tensor:
-        return (dither(key, first, 100_000, step=step, device=device).long() & 0xFFFFFFFF).double() / 2**32
+        return dither(key, first, 100_000, step=step, device=device).double() / 2**16
 
     base = unit(1, 0)
     # The Kolmogorov-Smirnov statistic of 1e5 uniform numbers is below 0.0062 with probability 0.999.
@@ -229,4 +231,5 @@ def test_dither_is_uniform_and_differs_by_entry_key_and_step() -> None:
     assert float(own.diff(dim=0).max()) < 3 / 1000
     # The index of an entry counts, not where its partition begins, beyond 32 bits as well.
     assert torch.equal(unit(1, 4)[50:60], unit(1, 4, first=50)[:10])
-    assert not torch.equal(unit(1, 4), unit(1, 4, first=2**32))
+    assert torch.equal(unit(1, 4)[51:60], unit(1, 4, first=51)[:9])
+    assert not torch.equal(unit(1, 4), unit(1, 4, first=2**33))

@@ -1,0 +1,1 @@
+"""C++ implementations of the operations, compiled on first use. They give the bits of `epi_ds.kernels.reference`."""

@@ -1,0 +1,87 @@
+// How importance is stored, in blocks of 256 entries; see ../reference/codecs.py, which gives the same bits.
+#pragma once
+
+#include "dither.h"
+
+namespace {
+
+constexpr int BLOCK = 256;
+constexpr float LARGEST = 3.40282346638528859812e38f;
+
+// A block in the making: its values as fp32.
+struct Block {
+  f32 values[BLOCK / LANES];
+};
+
+struct Fp32 {
+  typedef float Code;
+
+  static f32 decode(const Code *codes, float) { return load<f32>(codes); }
+
+  static float encode(Code *codes, const Block &block, Dither &) {
+    for (int part = 0; part < BLOCK / LANES; part++) store(codes + part * LANES, block.values[part]);
+    return 0;
+  }
+};
+
+// The 16 bits of the fp32 pattern above the lowest SHIFT ones.
+template <int SHIFT>
+struct Upper16 {
+  typedef uint16_t Code;
+
+  static f32 decode(const Code *codes, float) { return as<f32>(widen(load<u16>(codes)) << SHIFT); }
+
+  static float encode(Code *codes, const Block &block, Dither &dither) {
+    u32 random[2];
+    for (int part = 0; part < BLOCK / LANES; part += 2) {
+      dither.next(random[0], random[1]);
+      for (int half = 0; half < 2; half++) {
+        const u32 raised = as<u32>(block.values[part + half]) + (random[half] >> (16 - SHIFT));
+        // Rounding the largest finite values up would give the pattern of infinity.
+        const i32 finite = min_of(as<i32>(raised), splat(int32_t(0x7F7FFFFF)));
+        store(codes + (part + half) * LANES, narrow16(as<u32>(finite) >> SHIFT));
+      }
+    }
+    return 0;
+  }
+};
+
+typedef Upper16<15> U16;
+typedef Upper16<16> BF16;
+
+// The square root of the value relative to the block's largest, in 255 steps.
+struct U8 {
+  typedef uint8_t Code;
+
+  static f32 decode(const Code *codes, float unit) {
+    const f32 code = to_float(as<i32>(widen(load<u8>(codes))));
+    return min_of(code * code * unit, splat(LARGEST));
+  }
+
+  // Returns the scale.
+  static float encode(Code *codes, const Block &block, Dither &dither) {
+    f32 lanes = {};
+    for (int part = 0; part < BLOCK / LANES; part++) lanes = max_of(lanes, block.values[part]);
+    float largest = largest_of(lanes);
+    // Codes of a smaller block would stand for denormal numbers, which round too coarsely to decay.
+    if (largest < 0x1p-110f) largest = 0;
+    const float inverse = largest > 0 ? 65025.0f / largest : 0.0f;
+    const float upper = inverse * (1.0f + 0x1p-21f), lower = inverse * (1.0f - 0x1p-21f);
+    u32 random[2];
+    for (int part = 0; part < BLOCK / LANES; part += 2) {
+      dither.next(random[0], random[1]);
+      for (int half = 0; half < 2; half++) {
+        const f32 value = block.values[part + half];
+        const f32 square = value * upper;
+        const f32 below = whole_root(square);
+        const f32 uniform = to_float(as<i32>(random[half])) * 0x1p-16f;
+        const f32 above = value * lower - below * below;
+        const f32 code = uniform * (below + below + 1.0f) < above ? below + 1.0f : below;
+        store(codes + (part + half) * LANES, narrow8(as<u32>(to_int(code))));
+      }
+    }
+    return largest;
+  }
+};
+
+}  // namespace

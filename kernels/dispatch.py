@@ -1,0 +1,52 @@
+"""Which implementation of the operations runs."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from enum import Enum
+
+import torch
+from epi_ds.kernels.cpu.build import library
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "EPI_DS_KERNELS"
+
+
+class Backend(str, Enum):
+    """An implementation of the operations."""
+
+    REFERENCE = "reference"
+    CPU = "cpu"
+
+
+@functools.cache
+def backend_on(device_type: str) -> Backend:
+    """Return the backend for tensors of a device: the fastest there is, or what ``EPI_DS_KERNELS`` asks for.
+
+    Raises ValueError for a backend that does not exist, and RuntimeError for one that is asked for and cannot be had.
+    """
+    asked = os.environ.get(VARIABLE, "auto")
+    names = [backend.value for backend in Backend]
+    if asked != "auto" and asked not in names:
+        raise ValueError(f"{VARIABLE} is {asked!r}, but the kernels are auto, {', '.join(names)}; set one of them")
+    # One implementation for all other devices so far.
+    if asked == Backend.REFERENCE.value or device_type != "cpu":
+        return Backend.REFERENCE
+    try:
+        library()
+    except RuntimeError as error:
+        if asked != "auto":
+            raise RuntimeError(f"{VARIABLE}={asked} cannot be had: {error}") from error
+        logger.warning(
+            "importance is measured by plain torch operations, which takes 7 (fp32) to 28 (u8) times as long: %s", error
+        )
+        return Backend.REFERENCE
+    return Backend.CPU
+
+
+def backend_of(tensor: torch.Tensor) -> Backend:
+    """Return the backend for a tensor."""
+    return backend_on(tensor.device.type)

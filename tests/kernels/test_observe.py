@@ -1,0 +1,154 @@
+"""`observe_` in C++: the bits of the plain torch implementation, for every instruction set and number of threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from epi_ds.kernels import Stored, num_blocks
+from epi_ds.kernels.cpu.build import library, variants
+from epi_ds.kernels.cpu.observe import observe_ as compiled
+from epi_ds.kernels.reference.codecs import encode_
+from epi_ds.kernels.reference.observe import observe_ as reference
+from torch import Tensor
+
+STATES = [torch.float32, torch.bfloat16, torch.uint16, torch.uint8]
+# Around a block of 256, a prime, and many blocks; empty ones too.
+SIZES = [0, 1, 255, 256, 257, 1009, 2**20 + 3]
+
+
+def best_variants() -> list[str]:
+    """Instruction sets that this machine can run: what it has, and all below."""
+    return list(variants()[: variants().index(library().epi_isa().decode()) + 1])
+
+
+def state_of(dtype: torch.dtype, numel: int, first_index: int) -> Stored:
+    """Stored values with zeros, denormals and the largest finite number, in memory that begins at an odd address."""
+    generator = torch.Generator().manual_seed(numel)
+    values = torch.randn(numel, generator=generator).mul(3).exp()
+    values[torch.rand(numel, generator=generator) < 0.1] = 0.0
+    if numel > 250:
+        values[5], values[200] = torch.finfo(torch.float32).max, 2.0**-149
+    codes = torch.zeros(numel + 1, dtype=dtype)[1:]
+    stored = Stored(codes, torch.zeros(num_blocks(first_index, numel) if dtype is torch.uint8 else 0), first_index)
+    encode_(stored, values, key=3, step=0)
+    return stored
+
+
+def gradient_of(numel: int) -> Tensor:
+    gradient = torch.randn(numel + 3, generator=torch.Generator().manual_seed(1))[3:]
+    if numel > 250:
+        gradient[7:12] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, 1e-30])
+    return gradient
+
+
+def same(one: Stored, other: Stored) -> bool:
+    """Whether codes and scales are equal, bit for bit."""
+    return torch.equal(one.codes.view(torch.uint8), other.codes.view(torch.uint8)) and torch.equal(
+        one.scales, other.scales
+    )
+
+
+@pytest.mark.parametrize("variant", best_variants())
+@pytest.mark.parametrize("dtype", STATES)
+@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16, torch.float16, None])
+def test_bits_are_those_of_the_reference(
+    variant: str, dtype: torch.dtype, numel: int, gradient_dtype: torch.dtype | None
+) -> None:
+    gradient = None if gradient_dtype is None else gradient_of(numel).to(gradient_dtype)
+    # On and off a border of a block, odd, and where the upper half of the index counts.
+    for first_index in (0, 1, 77, 2**34 - 100)[: 4 if numel < 2**20 else 2]:
+        expected, found = state_of(dtype, numel, first_index), state_of(dtype, numel, first_index)
+        for step in range(2):
+            settings = {"ema_decay": 0.9, "inverse_scale": 0.25, "key": 0xF0000001, "step": step}
+            reference(expected, gradient, **settings)  # type: ignore[arg-type]
+            compiled(found, gradient, variant=variant, **settings)  # type: ignore[arg-type]
+        assert same(expected, found)
+
+
+@pytest.mark.parametrize("dtype", STATES)
+def test_the_number_of_threads_changes_nothing(dtype: torch.dtype) -> None:
+    gradient, states = gradient_of(100_003), []
+    for num_threads in (1, 2, 3, 4):
+        states.append(state_of(dtype, 100_003, 77))
+        compiled(states[-1], gradient, ema_decay=0.99, inverse_scale=1.0, key=5, step=1, num_threads=num_threads)
+    assert all(same(states[0], state) for state in states[1:])
+
+
+@pytest.mark.parametrize("dtype", STATES)
+def test_the_operation_is_registered_as_it_behaves(dtype: torch.dtype) -> None:
+    """torch's own check of the schema: what is mutated, what shapes come out, under a compiler too."""
+    stored = state_of(dtype, 300, 0)
+    stored = stored._replace(codes=stored.codes.clone())
+    args = (*stored, gradient_of(300), 0.9, 1.0, 3, 4)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.epi_ds.observe_, args, test_utils=checks)
+
+
+def test_codes_that_are_not_in_one_piece_are_refused() -> None:
+    stored = Stored(torch.zeros(10)[::2], torch.zeros(0), 0)
+    with pytest.raises(ValueError, match=r"stride \(2,\)"):
+        compiled(stored, None, ema_decay=0.9, inverse_scale=1.0, key=0, step=0)
+
+
+def run_in(folder: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with an empty cache in ``folder``."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "EPI_DS_CACHE": str(folder), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+PRINT_BACKEND = (
+    "import logging; logging.basicConfig(); from epi_ds.kernels.dispatch import *; print(backend_on('cpu').value)"
+)
+
+
+def test_ranks_that_start_at_once_on_a_cold_cache_all_compile(tmp_path: Path) -> None:
+    """And one that is killed on the way leaves nothing that the next would wait for."""
+    command = [sys.executable, "-c", PRINT_BACKEND]
+    environment = {**os.environ, "EPI_DS_CACHE": str(tmp_path)}
+    ranks = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    try:
+        ranks[0].kill()
+        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert outputs[1:] == ["cpu\n"] * 3
+    libraries = [path for path in tmp_path.rglob("libepi_ds.so") if not path.parent.name.startswith(".build-")]
+    assert len(libraries) == 1
+    before = libraries[0].stat().st_mtime_ns
+    assert run_in(tmp_path, PRINT_BACKEND).stdout == "cpu\n"
+    assert libraries[0].stat().st_mtime_ns == before
+
+
+def test_without_a_compiler_the_reference_runs_and_says_so(tmp_path: Path) -> None:
+    found = run_in(tmp_path, PRINT_BACKEND, CXX="no-such-compiler")
+    assert found.stdout == "reference\n"
+    assert "no-such-compiler does not start" in found.stderr
+    assert "times as long" in found.stderr
+    asked = run_in(tmp_path, PRINT_BACKEND, CXX="no-such-compiler", EPI_DS_KERNELS="cpu")
+    assert "EPI_DS_KERNELS=cpu cannot be had" in asked.stderr
+    unknown = run_in(tmp_path, PRINT_BACKEND, EPI_DS_KERNELS="gpu")
+    assert "the kernels are auto, reference, cpu" in unknown.stderr
+    assert run_in(tmp_path, PRINT_BACKEND, EPI_DS_KERNELS="reference").stdout == "reference\n"
+
+
+def test_a_compiler_that_fails_says_what_it_said(tmp_path: Path) -> None:
+    compiler = tmp_path / "cxx"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho broken compiler >&2\nexit 3\n')
+    compiler.chmod(0o755)
+    found = run_in(tmp_path / "cache", PRINT_BACKEND, CXX=str(compiler))
+    assert found.stdout == "reference\n"
+    assert "exit code 3" in found.stderr
+    assert "broken compiler" in found.stderr
