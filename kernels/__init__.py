@@ -4,12 +4,11 @@ Every operation has a plain torch implementation in `epi_ds.kernels.reference`, 
 any faster one and what runs where none is available (`dispatch` decides). Callers import the names from here.
 """
 
-from epi_ds.kernels.ops import observe_
+from epi_ds.kernels.ops import decode, observe_, sketch_counts
 from epi_ds.kernels.reference.chunks import chunks
-from epi_ds.kernels.reference.codecs import Stored, decode, encode_, num_blocks
+from epi_ds.kernels.reference.codecs import Stored, encode_, num_blocks
 from epi_ds.kernels.reference.hold import hold, restore_
 from epi_ds.kernels.reference.mask_bits import count_bits, mask_, masked_sumsq, pack_bits, unpack_bits
-from epi_ds.kernels.reference.sketch_counts import sketch_counts
 
 __all__ = [
     "Stored",

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_OPERATIONS = ("observe.cpp",)
+_OPERATIONS = ("decode.cpp", "observe.cpp", "sketch_counts.cpp")
 # One rounding per operation, whatever the instruction set: nothing may be contracted to a fused multiply-add.
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),

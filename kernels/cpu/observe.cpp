@@ -3,9 +3,7 @@
 #include <algorithm>
 
 #include "codecs.h"
-
-#define EPI_JOIN_(a, b) a##_##b
-#define EPI_JOIN(a, b) EPI_JOIN_(a, b)
+#include "export.h"
 
 namespace {
 
@@ -101,10 +99,9 @@ void observe_any(int gradient_format, void *codes, float *scales, const void *gr
 // codes            [numel]       mutated
 // scales           [num_blocks]  mutated; null unless the state is u8
 // gradient_format  0 none (a gradient of zero), 1 fp32, 2 bf16
-extern "C" void EPI_JOIN(epi_observe, EPI_VARIANT)(int state_format, int gradient_format, void *codes, float *scales,
-                                                   const void *gradient, int64_t numel, int64_t first_index,
-                                                   float decay, float share, float inverse_scale, uint32_t key,
-                                                   uint16_t phase, int threads) {
+EPI_EXPORT(observe)(int state_format, int gradient_format, void *codes, float *scales, const void *gradient,
+                    int64_t numel, int64_t first_index, float decay, float share, float inverse_scale, uint32_t key,
+                    uint16_t phase, int threads) {
   const Update update = {decay, share, inverse_scale};
   if (numel == 0) return;
   const auto run = state_format == 0   ? observe_any<Fp32>

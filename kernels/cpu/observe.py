@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
+from ctypes import c_float, c_int, c_int64, c_uint16, c_uint32
 
-import torch
-from epi_ds.kernels.cpu.build import library
+from epi_ds.kernels.cpu.call import GRADIENT_FORMATS, STATE_FORMATS, operation, pointer, threads
 from epi_ds.kernels.reference.codecs import Stored
 from epi_ds.kernels.reference.dither import phase
 from torch import Tensor
-
-_STATES = {torch.float32: 0, torch.bfloat16: 1, torch.uint16: 2, torch.uint8: 3}
-_GRADIENTS = {torch.float32: 1, torch.bfloat16: 2}
 
 
 def observe_(
@@ -31,25 +27,21 @@ def observe_(
     num_threads  None is torch's own
     Raises RuntimeError where the operations cannot be compiled.
     """
-    operations = library()
-    codes, scales, _ = stored
-    if not codes.is_contiguous():
-        raise ValueError(f"codes of stride {codes.stride()} are not in one piece")
+    codes, scales, first_index = stored
     if gradient is not None:
-        gradient = gradient.contiguous() if gradient.dtype in _GRADIENTS else gradient.float().contiguous()
-    operation = getattr(operations, f"epi_observe_{variant or operations.epi_isa().decode()}")
-    operation(
-        ctypes.c_int(_STATES[codes.dtype]),
-        ctypes.c_int(0 if gradient is None else _GRADIENTS[gradient.dtype]),
-        ctypes.c_void_p(codes.data_ptr()),
-        ctypes.c_void_p(scales.data_ptr() if scales.numel() else None),
-        ctypes.c_void_p(None if gradient is None else gradient.data_ptr()),
-        ctypes.c_int64(codes.numel()),
-        ctypes.c_int64(stored.first_index),
-        ctypes.c_float(ema_decay),
-        ctypes.c_float(1.0 - ema_decay),
-        ctypes.c_float(inverse_scale),
-        ctypes.c_uint32(key),
-        ctypes.c_uint16(phase(step)),
-        ctypes.c_int(num_threads or torch.get_num_threads()),
+        gradient = (gradient if gradient.dtype in GRADIENT_FORMATS else gradient.float()).contiguous()
+    operation("observe", variant)(
+        c_int(STATE_FORMATS[codes.dtype]),
+        c_int(0 if gradient is None else GRADIENT_FORMATS[gradient.dtype]),
+        pointer(codes),
+        pointer(scales),
+        pointer(gradient),
+        c_int64(codes.numel()),
+        c_int64(first_index),
+        c_float(ema_decay),
+        c_float(1.0 - ema_decay),
+        c_float(inverse_scale),
+        c_uint32(key),
+        c_uint16(phase(step)),
+        threads(codes.numel(), num_threads),
     )

@@ -9,34 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from epi_ds.kernels import Stored, num_blocks
-from epi_ds.kernels.cpu.build import library, variants
+from epi_ds.kernels import Stored
 from epi_ds.kernels.cpu.observe import observe_ as compiled
-from epi_ds.kernels.reference.codecs import encode_
 from epi_ds.kernels.reference.observe import observe_ as reference
 from torch import Tensor
 
-STATES = [torch.float32, torch.bfloat16, torch.uint16, torch.uint8]
-# Around a block of 256, a prime, and many blocks; empty ones too.
-SIZES = [0, 1, 255, 256, 257, 1009, 2**20 + 3]
-
-
-def best_variants() -> list[str]:
-    """Instruction sets that this machine can run: what it has, and all below."""
-    return list(variants()[: variants().index(library().epi_isa().decode()) + 1])
-
-
-def state_of(dtype: torch.dtype, numel: int, first_index: int) -> Stored:
-    """Stored values with zeros, denormals and the largest finite number, in memory that begins at an odd address."""
-    generator = torch.Generator().manual_seed(numel)
-    values = torch.randn(numel, generator=generator).mul(3).exp()
-    values[torch.rand(numel, generator=generator) < 0.1] = 0.0
-    if numel > 250:
-        values[5], values[200] = torch.finfo(torch.float32).max, 2.0**-149
-    codes = torch.zeros(numel + 1, dtype=dtype)[1:]
-    stored = Stored(codes, torch.zeros(num_blocks(first_index, numel) if dtype is torch.uint8 else 0), first_index)
-    encode_(stored, values, key=3, step=0)
-    return stored
+from tests.support.operations import SIZES, STATES, runnable_variants, same_bits, state_of
 
 
 def gradient_of(numel: int) -> Tensor:
@@ -48,12 +26,10 @@ def gradient_of(numel: int) -> Tensor:
 
 def same(one: Stored, other: Stored) -> bool:
     """Whether codes and scales are equal, bit for bit."""
-    return torch.equal(one.codes.view(torch.uint8), other.codes.view(torch.uint8)) and torch.equal(
-        one.scales, other.scales
-    )
+    return same_bits(one.codes, other.codes) and same_bits(one.scales, other.scales)
 
 
-@pytest.mark.parametrize("variant", best_variants())
+@pytest.mark.parametrize("variant", runnable_variants())
 @pytest.mark.parametrize("dtype", STATES)
 @pytest.mark.parametrize("numel", SIZES)
 @pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16, torch.float16, None])

@@ -1,0 +1,41 @@
+"""What tests of the operations share: the instruction sets there are, and values that are hard to get right."""
+
+from __future__ import annotations
+
+import torch
+from epi_ds.kernels import Stored, num_blocks
+from epi_ds.kernels.cpu.build import library, variants
+from epi_ds.kernels.reference.codecs import encode_
+from torch import Tensor
+
+STATES = [torch.float32, torch.bfloat16, torch.uint16, torch.uint8]
+# Around a block of 256, a prime, and many blocks; empty ones too.
+SIZES = [0, 1, 255, 256, 257, 1009, 2**20 + 3]
+
+
+def runnable_variants() -> list[str]:
+    """Instruction sets that this machine can run: what it has, and all below."""
+    return list(variants()[: variants().index(library().epi_isa().decode()) + 1])
+
+
+def values_of(numel: int) -> Tensor:
+    """Many scales, zeros, a denormal, the largest finite number."""
+    generator = torch.Generator().manual_seed(numel)
+    values = torch.randn(numel, generator=generator).mul(3).exp()
+    values[torch.rand(numel, generator=generator) < 0.1] = 0.0
+    if numel > 250:
+        values[5], values[200] = torch.finfo(torch.float32).max, 2.0**-149
+    return values
+
+
+def state_of(dtype: torch.dtype, numel: int, first_index: int) -> Stored:
+    """`values_of`, stored in memory that begins one entry behind an aligned address."""
+    codes = torch.zeros(numel + 1, dtype=dtype)[1:]
+    stored = Stored(codes, torch.zeros(num_blocks(first_index, numel) if dtype is torch.uint8 else 0), first_index)
+    encode_(stored, values_of(numel), key=3, step=0)
+    return stored
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, bit for bit."""
+    return one.dtype is other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
