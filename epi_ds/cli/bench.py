@@ -51,6 +51,20 @@ def sketch(
     _show([row._asdict() for row in measure_sketches(trained, world_size=world_size)], json=json)
 
 
+@app.command()
+def kernels(
+    threads: Annotated[str, typer.Option(help="Numbers of threads, separated by commas.")] = "1,2",
+    numel: Annotated[int, typer.Option(min=1, help="Entries of the tensors.")] = 33_333_331,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each, of which the median counts.")] = 7,
+    json: Json = False,
+) -> None:
+    """Measure the operations against an in-place pass over memory of the same size in the same run."""
+    from epi_ds.bench.kernels import measure_kernels
+
+    counts = [int(count) for count in threads.split(",")]
+    _show([row._asdict() for row in measure_kernels(counts, numel=numel, repeats=repeats)], json=json)
+
+
 def _show(rows: list[dict[str, Any]], *, json: bool) -> None:
     from epi_ds.bench.result import result_of
 

@@ -51,3 +51,16 @@ def test_sketch_rows_are_exact() -> None:
         if row["state"] == "fp32":
             assert row["jaccard"] == 1.0
             assert row["ratio"] - row["achieved_ratio"] <= 2e-5
+
+
+def test_kernel_rows_hold_every_operation_and_backend() -> None:
+    rows = bench("kernels", "--threads", "1,2", "--numel", "1000003", "--repeats", "3")
+    keys = {"op", "state", "backend", "threads", "numel", "ns_per_element", "gb_per_s", "fraction_of_stream"}
+    assert all(set(row) == keys for row in rows)
+    # The stream; two backends of observe_ for 4 states, of decode for 3, of 2 rounds of counts.
+    assert len(rows) == 2 * (1 + 2 * (4 + 3 + 2))
+    assert all(row["fraction_of_stream"] == 1.0 for row in rows if row["op"] == "stream")
+    speed = {(row["op"], row["state"], row["backend"]): row["ns_per_element"] for row in rows if row["threads"] == 1}
+    for op, state in (("observe_", "u16"), ("observe_", "u8"), ("sketch_counts, first round", "fp32")):
+        # 15 to 35 times as fast on a quiet machine.
+        assert speed[op, state, "cpu"] < speed[op, state, "reference"]
