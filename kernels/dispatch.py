@@ -41,7 +41,7 @@ def backend_on(device_type: str) -> Backend:
         if asked != "auto":
             raise RuntimeError(f"{VARIABLE}={asked} cannot be had: {error}") from error
         logger.warning(
-            "importance is measured by plain torch operations, which takes 7 (fp32) to 28 (u8) times as long: %s", error
+            "importance is measured by plain torch operations, which takes 3 (fp32) to 20 (u8) times as long: %s", error
         )
         return Backend.REFERENCE
     return Backend.CPU

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from epi_ds.isolation.importance import TOP_CODE
-from epi_ds.kernels import Stored, encode_, num_blocks
+from epi_ds.kernels import Stored, chunks, encode_, num_blocks
 from epi_ds.kernels.cpu import decode as cpu_decode
 from epi_ds.kernels.cpu import observe as cpu_observe
 from epi_ds.kernels.cpu import sketch_counts as cpu_sketch_counts
@@ -80,6 +80,12 @@ def _measure(threads: int, *, numel: int, repeats: int) -> list[KernelRow]:
     ]
 
 
+def _decode_all(decode: Callable[..., object], stored: Stored) -> None:
+    """Decode piece by piece, as a refresh does: whole, most of the time would go into the pages of new memory."""
+    for start, stop in chunks(0, stored.codes.numel()):
+        decode(stored.piece(start, stop))
+
+
 def _cases(numel: int) -> list[_Case]:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(numel, generator=generator).mul_(2).exp_()
@@ -101,7 +107,7 @@ def _cases(numel: int) -> list[_Case]:
             cases.append(_Case("observe_", state, backend, 4 + 2 * _BYTES[state], run))
         if dtype is not torch.float32:
             for backend, decode in decodes.items():
-                cases.append(_Case("decode", state, backend, _BYTES[state] + 4, partial(decode, stored)))
+                cases.append(_Case("decode", state, backend, _BYTES[state] + 4, partial(_decode_all, decode, stored)))
     codes = values.view(torch.int32)
     first = torch.arange(1, _NUM_EDGES + 1) * (TOP_CODE // _NUM_EDGES)
     later = int(codes.median()) + torch.arange(_NUM_EDGES) * 64

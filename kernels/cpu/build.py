@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
@@ -76,7 +77,7 @@ def _digest(compiler: str) -> str:
 
 def _run(command: Sequence[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:
         raise RuntimeError(f"{command[0]} does not start: {error}") from error
     if done.returncode != 0:
@@ -86,13 +87,17 @@ def _run(command: Sequence[str]) -> str:
 
 def _compile(compiler: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
-        objects = [f"{folder}/isa.o"]
-        _run([compiler, *_FLAGS, "-c", str(_FOLDER / "isa.cpp"), "-o", objects[0]])
-        for source in _OPERATIONS:
-            for variant in variants():
-                objects.append(f"{folder}/{source}.{variant}.o")
-                flags = [*_FLAGS, *_VARIANTS[variant], f"-DEPI_VARIANT={variant}"]
-                _run([compiler, *flags, "-c", str(_FOLDER / source), "-o", objects[-1]])
+        objects = {f"{folder}/isa.o": ("isa.cpp", ())} | {
+            f"{folder}/{source}.{variant}.o": (source, (*_VARIANTS[variant], f"-DEPI_VARIANT={variant}"))
+            for source in _OPERATIONS
+            for variant in variants()
+        }
+        commands = [
+            [compiler, *_FLAGS, *flags, "-c", str(_FOLDER / source), "-o", made]
+            for made, (source, flags) in objects.items()
+        ]
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
         linked = f"{folder}/{target.name}"
         _run([compiler, "-shared", "-fopenmp", *objects, "-o", linked])
         os.replace(linked, target)
