@@ -8,18 +8,14 @@ namespace {
 constexpr int BLOCK = 256;
 constexpr float LARGEST = 3.40282346638528859812e38f;
 
-// A block in the making: its values as fp32.
-struct Block {
-  f32 values[BLOCK / LANES];
-};
-
 struct Fp32 {
   typedef float Code;
 
   static f32 decode(const Code *codes, float) { return load<f32>(codes); }
 
-  static float encode(Code *codes, const Block &block, Dither &) {
-    for (int part = 0; part < BLOCK / LANES; part++) store(codes + part * LANES, block.values[part]);
+  template <class Values>
+  static float encode(Code *codes, Values values, Dither &) {
+    for (int part = 0; part < BLOCK / LANES; part++) store(codes + part * LANES, values(part));
     return 0;
   }
 };
@@ -31,12 +27,13 @@ struct Upper16 {
 
   static f32 decode(const Code *codes, float) { return as<f32>(widen(load<u16>(codes)) << SHIFT); }
 
-  static float encode(Code *codes, const Block &block, Dither &dither) {
+  template <class Values>
+  static float encode(Code *codes, Values values, Dither &dither) {
     u32 random[2];
     for (int part = 0; part < BLOCK / LANES; part += 2) {
       dither.next(random[0], random[1]);
       for (int half = 0; half < 2; half++) {
-        const u32 raised = as<u32>(block.values[part + half]) + (random[half] >> (16 - SHIFT));
+        const u32 raised = as<u32>(values(part + half)) + (random[half] >> (16 - SHIFT));
         // Rounding the largest finite values up would give the pattern of infinity.
         const i32 finite = min_of(as<i32>(raised), splat(int32_t(0x7F7FFFFF)));
         store(codes + (part + half) * LANES, narrow16(as<u32>(finite) >> SHIFT));
@@ -59,9 +56,14 @@ struct U8 {
   }
 
   // Returns the scale.
-  static float encode(Code *codes, const Block &block, Dither &dither) {
-    f32 lanes = {};
-    for (int part = 0; part < BLOCK / LANES; part++) lanes = max_of(lanes, block.values[part]);
+  template <class Values>
+  static float encode(Code *codes, Values values, Dither &dither) {
+    // Rounding starts from the largest of all values, so they are kept.
+    f32 kept[BLOCK / LANES], lanes = {};
+    for (int part = 0; part < BLOCK / LANES; part++) {
+      kept[part] = values(part);
+      lanes = max_of(lanes, kept[part]);
+    }
     float largest = largest_of(lanes);
     // Codes of a smaller block would stand for denormal numbers, which round too coarsely to decay.
     if (largest < 0x1p-110f) largest = 0;
@@ -71,7 +73,7 @@ struct U8 {
     for (int part = 0; part < BLOCK / LANES; part += 2) {
       dither.next(random[0], random[1]);
       for (int half = 0; half < 2; half++) {
-        const f32 value = block.values[part + half];
+        const f32 value = kept[part + half];
         const f32 square = value * upper;
         const f32 below = whole_root(square);
         const f32 uniform = to_float(as<i32>(random[half])) * 0x1p-16f;

@@ -28,21 +28,31 @@ struct Bf16Gradient {
   static f32 at(const Entry *gradient) { return as<f32>(widen(load<u16>(gradient)) << 16); }
 };
 
+// The new values of a whole block, vector by vector.
 template <class State, class Gradient>
-inline void average(const typename State::Code *codes, float scale, const typename Gradient::Entry *gradient,
-                    const Update &update, Block &block) {
-  const float unit = scale / 65025.0f;
-  for (int part = 0; part < BLOCK / LANES; part++) {
-    f32 values = State::decode(codes + part * LANES, unit) * update.decay;
+struct Average {
+  const typename State::Code *codes;
+  const typename Gradient::Entry *gradient;
+  float unit;
+  const Update &update;
+
+  f32 operator()(int part) const {
+    const f32 decayed = State::decode(codes + part * LANES, unit) * update.decay;
     if constexpr (Gradient::IS_ZERO) {
-      block.values[part] = values;
+      return decayed;
     } else {
       const f32 scaled = Gradient::at(gradient + part * LANES) * update.inverse_scale;
       // NaN counts as zero, infinity as the largest finite value.
       const f32 squared = min_of(max_of(scaled * scaled, f32{}), splat(LARGEST));
-      block.values[part] = min_of(values + squared * update.share, splat(LARGEST));
+      return min_of(decayed + squared * update.share, splat(LARGEST));
     }
   }
+};
+
+template <class State, class Gradient>
+inline float observe_whole(typename State::Code *codes, float scale, const typename Gradient::Entry *gradient,
+                           const Update &update, Dither &dither) {
+  return State::encode(codes, Average<State, Gradient>{codes, gradient, scale / 65025.0f, update}, dither);
 }
 
 // Entries [first, last) of the parameter, all within one block; `codes` and `gradient` begin at `first`.
@@ -51,10 +61,8 @@ void observe_block(typename State::Code *codes, float *scale, const typename Gra
                    int64_t last, const Update &update, uint32_t key, uint16_t phase) {
   const int64_t begin = first / BLOCK * BLOCK, before = first - begin, numel = last - first;
   Dither dither(key, begin, phase);
-  Block block;
   if (numel == BLOCK) {
-    average<State, Gradient>(codes, *scale, gradient, update, block);
-    *scale = State::encode(codes, block, dither);
+    *scale = observe_whole<State, Gradient>(codes, *scale, gradient, update, dither);
     return;
   }
   // A cut block is padded with zeros, which change nothing, not even its largest value.
@@ -62,8 +70,7 @@ void observe_block(typename State::Code *codes, float *scale, const typename Gra
   typename Gradient::Entry entries[BLOCK] = {};
   std::copy_n(codes, numel, whole + before);
   if (gradient != nullptr) std::copy_n(gradient, numel, entries + before);
-  average<State, Gradient>(whole, *scale, entries, update, block);
-  *scale = State::encode(whole, block, dither);
+  *scale = observe_whole<State, Gradient>(whole, *scale, entries, update, dither);
   std::copy_n(whole + before, numel, codes);
 }
 
