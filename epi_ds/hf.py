@@ -102,8 +102,8 @@ class EPICallback(TrainerCallback):
         epi = self.epi
         if epi.config.memory is not Memory.NONE and not epi.stats().counters.finished_stages and dist.get_rank() == 0:
             logger.warning(
-                "memory: %s remembered nothing, because no stage was ended; call engine.epi.finish_stage() between two "
-                "stages, or train stages with epi-ds train",
+                "memory: %s remembered nothing, because no stage was ended; call engine.epi.finish_stage(name) between "
+                "two stages, or train stages with epi-ds train",
                 epi.config.memory.value,
             )
 
