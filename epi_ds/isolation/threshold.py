@@ -18,7 +18,7 @@ owners answer, a fourth round would be one too many.
 them isolates what the upper one does, so the search keeps to that lattice, and needs fewer rounds. tau of
 ``normalized_global`` is no entry's code and keeps all 31 bits.
 
-[Note: previews] A search may begin with a grid that serves any budget: two edges in every binade, and edges 2^-9
+[Note: previews] A search may begin with a grid that serves any budget: some edges in every binade, and edges 2^-9
 binades apart around the last threshold. The counts at them say how far masks have drifted and what share of the
 importance a budget holds; the search goes on from it, in at most two rounds, and exchanges nothing twice.
 
@@ -44,14 +44,17 @@ CODE_BITS = 31
 GLOBAL_ROUND_BITS = 9
 LAYER_ROUND_BITS = 11
 
-# Distances between the edges of a preview, in codes: half a binade, and 2^-9 of one. See [Note: previews].
-_COARSE_BITS = 22
+# Distances between the edges of a preview, in codes: half a binade, a quarter of one for every layer, and 2^-9 of one.
+# See [Note: previews]. A threshold between two quarters takes 2048 and 1024 more edges of every layer: with 1000 layers
+# 12 MB, and the preview 6.
+_GLOBAL_COARSE_BITS = 22
+_LAYER_COARSE_BITS = 21
 _FINE_BITS = 14
 # Edges around the last threshold: of one grid for all layers, and of one for every layer.
 _GLOBAL_FINE_EDGES = 512
-_LAYER_FINE_EDGES = 256
-# Half binades below a layer's maximum; what is smaller than 2^-64 of it holds no share of its importance.
-_LAYER_COARSE_EDGES = 128
+_LAYER_FINE_EDGES = 128
+# Quarter binades below a layer's maximum; what is smaller than 2^-64 of it holds no share of its importance.
+_LAYER_COARSE_EDGES = 256
 
 # Rounds of a `Scale`: 14 bits of a threshold, which is 1/64 binade.
 _SCALE_WIDTHS = (128, 128)
@@ -259,14 +262,14 @@ def global_edges(near: Tensor | None, *, unit: int = 1) -> Tensor:
 
     near  [1] int64; None without any
     """
-    edges = (torch.arange(512, dtype=torch.int64) << _COARSE_BITS).unsqueeze(0)
+    edges = (torch.arange(512, dtype=torch.int64) << _GLOBAL_COARSE_BITS).unsqueeze(0)
     if near is not None:
         edges = torch.cat([edges, _fine_edges(near, _GLOBAL_FINE_EDGES, unit=unit)], dim=1)
     return edges.clamp(min=unit, max=TOP_CODE).sort(dim=1).values
 
 
 def layer_edges(max_codes: Tensor, near: Tensor | None, *, unit: int = 1) -> Tensor:
-    """Return the grids of a preview of every layer: two edges in each of the 64 binades below its maximum.
+    """Return the grids of a preview of every layer: four edges in each of the 64 binades below its maximum.
 
     [num_layers, num_edges] int64, never falling along a row, multiples of ``unit``, the first one ``unit``, the last
     one above every entry.
@@ -274,8 +277,8 @@ def layer_edges(max_codes: Tensor, near: Tensor | None, *, unit: int = 1) -> Ten
     max_codes  [num_layers] int64, -1 for a layer without entries
     near       [num_layers] int64; None without any
     """
-    top = ((max_codes.clamp(min=0) >> _COARSE_BITS) + 1) << _COARSE_BITS
-    coarse = top.unsqueeze(1) - (torch.arange(_LAYER_COARSE_EDGES, dtype=torch.int64) << _COARSE_BITS)
+    top = ((max_codes.clamp(min=0) >> _LAYER_COARSE_BITS) + 1) << _LAYER_COARSE_BITS
+    coarse = top.unsqueeze(1) - (torch.arange(_LAYER_COARSE_EDGES, dtype=torch.int64) << _LAYER_COARSE_BITS)
     # Of a layer with fewer positive entries than its budget the threshold is the smallest code.
     parts = [torch.full_like(top, unit).unsqueeze(1), coarse]
     if near is not None:

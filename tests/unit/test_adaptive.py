@@ -94,6 +94,10 @@ def test_a_search_goes_on_from_a_preview(
     # Extremes, the mean's sums, the preview, and at most two rounds, of two collectives where owners answer; the counts
     # of the report come on top.
     assert len(exchange.lengths) <= 5
+    if case[0] is Selection.PER_LAYER:
+        # Scaled to 1000 layers: sums to everyone of the preview, to owners of the rounds. 20 MB are allowed.
+        preview_length, *rounds = (length / len(layers) * 4000 for length in exchange.lengths[1:])
+        assert 2 * preview_length + sum(rounds) <= 19e6
     if near == "last":
         assert max(exchange.lengths) <= 2 * (1024 if case[0] is not Selection.PER_LAYER else 385 * len(layers))
 
