@@ -4,13 +4,25 @@ Every operation has a plain torch implementation in `epi_ds.kernels.reference`, 
 any faster one and what runs where none is available (`dispatch` decides). Callers import the names from here.
 """
 
-from epi_ds.kernels.ops import decode, observe_, sketch_counts
+from epi_ds.kernels.ops import (
+    count_bits,
+    decode,
+    encode_,
+    hold,
+    mask_,
+    masked_sumsq,
+    observe_,
+    restore_,
+    select_,
+    sketch_counts,
+)
 from epi_ds.kernels.reference.chunks import chunks
-from epi_ds.kernels.reference.codecs import Stored, encode_, num_blocks
-from epi_ds.kernels.reference.hold import hold, restore_
-from epi_ds.kernels.reference.mask_bits import count_bits, mask_, masked_sumsq, pack_bits, unpack_bits
+from epi_ds.kernels.reference.codecs import Stored, num_blocks
+from epi_ds.kernels.reference.mask_bits import pack_bits, set_bits, unpack_bits
+from epi_ds.kernels.reference.runs import Run, table_of
 
 __all__ = [
+    "Run",
     "Stored",
     "chunks",
     "count_bits",
@@ -23,6 +35,9 @@ __all__ = [
     "observe_",
     "pack_bits",
     "restore_",
+    "select_",
+    "set_bits",
     "sketch_counts",
+    "table_of",
     "unpack_bits",
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
 from enum import Enum
+from typing import Any
 
-import torch
 from epi_ds.kernels.cpu.build import library
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,11 @@ def backend_on(device_type: str) -> Backend:
     return Backend.CPU
 
 
-def backend_of(tensor: torch.Tensor) -> Backend:
-    """Return the backend for a tensor."""
-    return backend_on(tensor.device.type)
+@functools.cache
+def _module(backend: Backend, operation: str) -> Any:
+    return importlib.import_module(f"epi_ds.kernels.{backend.value}.{operation}")
+
+
+def implementation(operation: str, tensor: Tensor) -> Any:
+    """Return the module of an operation for the device of a tensor. Imported when it is first needed."""
+    return _module(backend_on(tensor.device.type), operation)

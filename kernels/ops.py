@@ -1,8 +1,8 @@
 """The operations as torch knows them: a schema each, what it means for shapes, and an implementation.
 
 [Note: operations] An operation has one name everywhere: `reference/x.py` is what it means, `cpu/x.py` and `cpu/x.cpp`
-are the same in C++, `tests/kernels/test_x.py` compares them. Here it is registered, so that torch's compilers and
-checkers know what it mutates; `dispatch` decides which implementation runs.
+are the same in C++, `gpu/x.py` in Triton, and `tests/kernels/test_x.py` compares them. Here it is registered, so that
+torch's compilers and checkers know what it mutates; `dispatch` decides which implementation runs.
 """
 
 from __future__ import annotations
@@ -11,24 +11,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from epi_ds.kernels.cpu import decode as cpu_decode
-from epi_ds.kernels.cpu import observe as cpu_observe
-from epi_ds.kernels.cpu import sketch_counts as cpu_sketch_counts
-from epi_ds.kernels.dispatch import Backend, backend_of
-from epi_ds.kernels.reference import codecs
-from epi_ds.kernels.reference import observe as reference_observe
-from epi_ds.kernels.reference import sketch_counts as reference_sketch_counts
+from epi_ds.kernels.dispatch import implementation
 from epi_ds.kernels.reference.codecs import Stored
 from torch import Tensor
 
 _operations = torch.library.Library("epi_ds", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _register(schema: str, implementation: Callable[..., Any], of_shapes: Callable[..., Any]) -> None:
-    """Register an operation by its schema."""
+def _register(schema: str, run: Callable[..., Any], of_shapes: Callable[..., Any] = lambda *args: None) -> None:
+    """Register an operation by its schema; by default it returns nothing."""
     name = schema.partition("(")[0]
     _operations.define(schema)  # type: ignore[no-untyped-call]
-    _operations.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _operations.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"epi_ds::{name}", of_shapes, lib=_operations)
 
 
@@ -36,42 +30,45 @@ def _register(schema: str, implementation: Callable[..., Any], of_shapes: Callab
 
 
 def observe_(
-    stored: Stored,
+    codes: Tensor,
+    scales: Tensor,
     gradient: Tensor | None,
+    table: Tensor,
     *,
     ema_decay: float,
     inverse_scale: float = 1.0,
-    key: int = 0,
+    rescale: float = 1.0,
     step: int = 0,
 ) -> None:
-    """Update a run of importance in place from the raw gradient. See `epi_ds.kernels.reference.observe`."""
-    torch.ops.epi_ds.observe_(*stored, gradient, ema_decay, inverse_scale, key, step)
+    """Update the importance of a flat partition in place from its raw gradient, then unscale that.
+
+    See `epi_ds.kernels.reference.observe`.
+    """
+    torch.ops.epi_ds.observe_(codes, scales, gradient, table, ema_decay, inverse_scale, rescale, step)
 
 
 def _observe(
     codes: Tensor,
     scales: Tensor,
-    first_index: int,
     gradient: Tensor | None,
+    table: Tensor,
     ema_decay: float,
     inverse_scale: float,
-    key: int,
+    rescale: float,
     step: int,
 ) -> None:
-    observe = cpu_observe.observe_ if backend_of(codes) is Backend.CPU else reference_observe.observe_
-    stored = Stored(codes, scales, first_index)
-    observe(stored, gradient, ema_decay=ema_decay, inverse_scale=inverse_scale, key=key, step=step)
+    settings = {"ema_decay": ema_decay, "inverse_scale": inverse_scale, "rescale": rescale, "step": step}
+    implementation("observe", codes).observe_(codes, scales, gradient, table, **settings)
 
 
 _register(
-    "observe_(Tensor(a!) codes, Tensor(b!) scales, int first_index, Tensor? gradient, float ema_decay, "
-    "float inverse_scale, int key, int step) -> ()",
+    "observe_(Tensor(a!) codes, Tensor(b!) scales, Tensor(c!)? gradient, Tensor table, float ema_decay, "
+    "float inverse_scale, float rescale, int step) -> ()",
     _observe,
-    lambda *args: None,
 )
 
 
-# --- decode ---
+# --- decode, encode_ ---
 
 
 def decode(stored: Stored) -> Tensor:
@@ -83,8 +80,7 @@ def decode(stored: Stored) -> Tensor:
 
 
 def _decode(codes: Tensor, scales: Tensor, first_index: int) -> Tensor:
-    stored = Stored(codes, scales, first_index)
-    values = cpu_decode.decode(stored) if backend_of(codes) is Backend.CPU else codecs.decode(stored)
+    values: Tensor = implementation("decode", codes).decode(Stored(codes, scales, first_index))
     return values.clone() if values is codes else values
 
 
@@ -92,6 +88,20 @@ _register(
     "decode(Tensor codes, Tensor scales, int first_index) -> Tensor",
     _decode,
     lambda codes, scales, first_index: codes.new_empty(codes.shape, dtype=torch.float32),
+)
+
+
+def encode_(stored: Stored, values: Tensor, *, key: int, step: int) -> None:
+    """Overwrite stored importance with values, in place. See `epi_ds.kernels.reference.codecs`."""
+    torch.ops.epi_ds.encode_(*stored, values, key, step)
+
+
+def _encode(codes: Tensor, scales: Tensor, first_index: int, values: Tensor, key: int, step: int) -> None:
+    implementation("encode", codes).encode_(Stored(codes, scales, first_index), values, key=key, step=step)
+
+
+_register(
+    "encode_(Tensor(a!) codes, Tensor(b!) scales, int first_index, Tensor values, int key, int step) -> ()", _encode
 )
 
 
@@ -104,14 +114,106 @@ def sketch_counts(codes: Tensor, edges: Tensor) -> Tensor:
     return counts
 
 
-def _sketch_counts(codes: Tensor, edges: Tensor) -> Tensor:
-    if backend_of(codes) is Backend.CPU:
-        return cpu_sketch_counts.sketch_counts(codes, edges)
-    return reference_sketch_counts.sketch_counts(codes, edges)
+_register(
+    "sketch_counts(Tensor codes, Tensor edges) -> Tensor",
+    lambda codes, edges: implementation("sketch_counts", codes).sketch_counts(codes, edges),
+    lambda codes, edges: edges.new_empty(edges.shape, dtype=torch.int64),
+)
+
+
+# --- masked_sumsq ---
+
+
+def masked_sumsq(values: Tensor, bits: Tensor, *, first_entry: int = 0) -> Tensor:
+    """Return the sum of squares of all entries, and of those that are not isolated. [2] fp64, on the device.
+
+    See `epi_ds.kernels.reference.masked_sumsq`.
+    """
+    sums: Tensor = torch.ops.epi_ds.masked_sumsq(values, bits, first_entry)
+    return sums
 
 
 _register(
-    "sketch_counts(Tensor codes, Tensor edges) -> Tensor",
-    _sketch_counts,
-    lambda codes, edges: edges.new_empty(edges.shape, dtype=torch.int64),
+    "masked_sumsq(Tensor values, Tensor bits, int first_entry) -> Tensor",
+    lambda values, bits, first_entry: implementation("masked_sumsq", values).masked_sumsq(
+        values, bits, first_entry=first_entry
+    ),
+    lambda values, bits, first_entry: values.new_empty(2, dtype=torch.float64),
+)
+
+
+# --- select_ ---
+
+
+def select_(bits: Tensor, codes: Tensor, before: Tensor, *, threshold_code: int, first_entry: int) -> Tensor:
+    """Write the mask of some neighbouring entries; return how many are isolated, and how many of these were before.
+
+    [2] int64, on the device. See `epi_ds.kernels.reference.select`.
+    """
+    counts: Tensor = torch.ops.epi_ds.select_(bits, codes, before, threshold_code, first_entry)
+    return counts
+
+
+def _select(bits: Tensor, codes: Tensor, before: Tensor, threshold_code: int, first_entry: int) -> Tensor:
+    counts: Tensor = implementation("select", codes).select_(
+        bits, codes, before, threshold_code=threshold_code, first_entry=first_entry
+    )
+    return counts
+
+
+_register(
+    "select_(Tensor(a!) bits, Tensor codes, Tensor before, int threshold_code, int first_entry) -> Tensor",
+    _select,
+    lambda bits, codes, before, threshold_code, first_entry: codes.new_empty(2, dtype=torch.int64),
+)
+
+
+# --- hold, restore_, mask_, count_bits ---
+
+
+def hold(values: Tensor, bits: Tensor, num_isolated: int) -> Tensor:
+    """Return a copy of the isolated entries of ``values``, in order. See `epi_ds.kernels.reference.hold`."""
+    held: Tensor = torch.ops.epi_ds.hold(values, bits, num_isolated)
+    return held
+
+
+_register(
+    "hold(Tensor values, Tensor bits, int num_isolated) -> Tensor",
+    lambda values, bits, num_isolated: implementation("hold", values).hold(values, bits, num_isolated),
+    lambda values, bits, num_isolated: values.new_empty(num_isolated),
+)
+
+
+def restore_(values: Tensor, bits: Tensor, held: Tensor) -> None:
+    """Write the entries that `hold` saved back into ``values``, in place. ``bits`` must be the same."""
+    torch.ops.epi_ds.restore_(values, bits, held)
+
+
+_register(
+    "restore_(Tensor(a!) values, Tensor bits, Tensor held) -> ()",
+    lambda values, bits, held: implementation("hold", values).restore_(values, bits, held),
+)
+
+
+def mask_(values: Tensor, bits: Tensor) -> None:
+    """Set the isolated entries of ``values`` to zero, in place. See `epi_ds.kernels.reference.hold`."""
+    torch.ops.epi_ds.mask_(values, bits)
+
+
+_register(
+    "mask_(Tensor(a!) values, Tensor bits) -> ()",
+    lambda values, bits: implementation("hold", values).mask_(values, bits),
+)
+
+
+def count_bits(bits: Tensor) -> int:
+    """Return how many bits are set. Synchronises with the device."""
+    count: int = torch.ops.epi_ds.count_bits(bits)
+    return count
+
+
+_register(
+    "count_bits(Tensor bits) -> SymInt",
+    lambda bits: implementation("hold", bits).count_bits(bits),
+    lambda bits: torch.library.get_ctx().new_dynamic_size(),
 )

@@ -3,30 +3,35 @@
 [Note: streams] The yardstick reads and writes 4 bytes an entry of a tensor as long as the operation's, by the same
 number of threads. Bytes of an operation are those that it cannot do without: every input read once, every output
 written once. Sizes are odd: powers of two alias in the caches of some processors.
+
+[Note: pieces] The plain torch implementations, eager and under torch.compile, walk a tensor in pieces that stay in the
+caches, as they do in use; the compiled ones are compiled for one piece, or its code would be as long as the tensor.
 """
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from epi_ds.isolation.importance import TOP_CODE
-from epi_ds.kernels import Stored, chunks, encode_, num_blocks
-from epi_ds.kernels.cpu import decode as cpu_decode
-from epi_ds.kernels.cpu import observe as cpu_observe
-from epi_ds.kernels.cpu import sketch_counts as cpu_sketch_counts
-from epi_ds.kernels.reference import codecs
-from epi_ds.kernels.reference import observe as reference_observe
-from epi_ds.kernels.reference import sketch_counts as reference_sketch_counts
+from epi_ds.kernels import Run, Stored, chunks, encode_, num_blocks, pack_bits, table_of
+from epi_ds.kernels.reference.codecs import BLOCK_NUMEL
 
 _STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "u16": torch.uint16, "u8": torch.uint8}
-_BYTES = {"fp32": 4.0, "bf16": 2.0, "u16": 2.0, "u8": 1.0 + 4 / codecs.BLOCK_NUMEL}
+_BYTES = {"fp32": 4.0, "bf16": 2.0, "u16": 2.0, "u8": 1.0 + 4 / BLOCK_NUMEL}
 _NUM_EDGES = 256
+_CODE_OF_ONE = 0x3F800000
+# Distance of isolated entries: they are 1 %.
+_APART = 101
+_SETTINGS: dict[str, Any] = {"ema_decay": 0.99, "inverse_scale": 1.0, "step": 1}
+_COMPILED = "torch.compile"
 
 
 class KernelRow(NamedTuple):
@@ -51,26 +56,42 @@ class _Case(NamedTuple):
     run: Callable[[], object]
 
 
-def measure_kernels(threads: Sequence[int], *, numel: int, repeats: int) -> list[KernelRow]:
-    """Measure every operation, state and backend for each number of threads, in turn; medians of ``repeats``."""
+def measure_kernels(threads: Sequence[int], *, numel: int, repeats: int, device: str = "cpu") -> list[KernelRow]:
+    """Measure every operation, state and backend for each number of threads, in turn; medians of ``repeats``.
+
+    ``device`` is "cpu" or "cuda"; threads mean nothing to the second.
+    """
     before = torch.get_num_threads()
     try:
-        return [row for count in threads for row in _measure(count, numel=numel, repeats=repeats)]
+        return [
+            row
+            for count in threads
+            for row in _measure(count, numel=numel, repeats=repeats, device=torch.device(device))
+        ]
     finally:
         torch.set_num_threads(before)
 
 
-def _measure(threads: int, *, numel: int, repeats: int) -> list[KernelRow]:
+def _measure(threads: int, *, numel: int, repeats: int, device: torch.device) -> list[KernelRow]:
     torch.set_num_threads(threads)
-    stream = torch.rand(numel)
-    cases = [_Case("stream", "fp32", "torch", 8.0, lambda: stream.mul_(1.0001)), *_cases(numel)]
+    # Compiled code has the number of threads in it.
+    torch.compiler.reset()
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    stream = torch.rand(numel, device=device)
+    cases = [_Case("stream", "fp32", "torch", 8.0, lambda: stream.mul_(1.0001)), *_cases(numel, device)]
     seconds: list[list[float]] = [[] for _ in cases]
-    # All cases in every round, so that a disturbance meets all alike. The first round warms up.
-    for round_number in range(repeats + 1):
+    # All cases in every round, so that a disturbance meets all alike. The first rounds warm up and compile.
+    for round_number in range(-2, repeats):
         for case, times in zip(cases, seconds, strict=True):
+            wait()
             started = time.perf_counter()
             case.run()
-            if round_number:
+            wait()
+            if round_number >= 0:
                 times.append(time.perf_counter() - started)
     medians = [statistics.median(times) for times in seconds]
     rates = [case.bytes_per_entry * numel / median / 1e9 for case, median in zip(cases, medians, strict=True)]
@@ -80,39 +101,149 @@ def _measure(threads: int, *, numel: int, repeats: int) -> list[KernelRow]:
     ]
 
 
-def _decode_all(decode: Callable[..., object], stored: Stored) -> None:
-    """Decode piece by piece, as a refresh does: whole, most of the time would go into the pages of new memory."""
-    for start, stop in chunks(0, stored.codes.numel()):
-        decode(stored.piece(start, stop))
+class _Entries(NamedTuple):
+    """What the operations work on."""
+
+    stored: Stored
+    gradient: Tensor
+    values: Tensor
+    bits: Tensor
+    """One of every hundred entries is isolated, equally far apart."""
+    selected: Tensor
+    """Another mask, to be written to."""
+    held: Tensor
+    table: Tensor
+
+    def piece(self, start: int, stop: int) -> _Entries:
+        """Return a part. It begins as the whole does, so that one compiled function serves all parts."""
+        num_isolated = len(range(0, stop - start, _APART))
+        return _Entries(
+            self.stored.piece(start, stop)._replace(first_index=0),
+            self.gradient[start:stop],
+            self.values[start:stop],
+            self.bits[: -(-(stop - start) // 8)],
+            self.selected[start // 8 : -(-stop // 8)],
+            self.held[:num_isolated],
+            self.table,
+        )
 
 
-def _cases(numel: int) -> list[_Case]:
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(numel, generator=generator).mul_(2).exp_()
-    gradient = torch.randn(numel, generator=generator)
-    settings: dict[str, Any] = {"ema_decay": 0.99, "inverse_scale": 1.0, "key": 1, "step": 1}
-    observes: dict[str, Callable[..., object]] = {"cpu": cpu_observe.observe_, "reference": reference_observe.observe_}
-    decodes: dict[str, Callable[..., object]] = {"cpu": cpu_decode.decode, "reference": codecs.decode}
-    counts: dict[str, Callable[..., object]] = {
-        "cpu": cpu_sketch_counts.sketch_counts,
-        "reference": reference_sketch_counts.sketch_counts,
-    }
-    cases = []
-    for state, dtype in _STATES.items():
-        scales = torch.zeros(num_blocks(0, numel) if dtype is torch.uint8 else 0)
-        stored = Stored(torch.zeros(numel, dtype=dtype), scales, 0)
-        encode_(stored, values, key=1, step=0)
-        for backend, observe in observes.items():
-            run = partial(observe, stored, gradient, **settings)
-            cases.append(_Case("observe_", state, backend, 4 + 2 * _BYTES[state], run))
-        if dtype is not torch.float32:
-            for backend, decode in decodes.items():
-                cases.append(_Case("decode", state, backend, _BYTES[state] + 4, partial(_decode_all, decode, stored)))
-    codes = values.view(torch.int32)
-    first = torch.arange(1, _NUM_EDGES + 1) * (TOP_CODE // _NUM_EDGES)
-    later = int(codes.median()) + torch.arange(_NUM_EDGES) * 64
-    for name, edges in (("first round", first.int()), ("later round", later.int())):
-        for backend, count in counts.items():
-            run = partial(count, codes, edges)
-            cases.append(_Case(f"sketch_counts, {name}", "fp32", backend, 4, run))
-    return cases
+class _Operation(NamedTuple):
+    name: str
+    module: str
+    bytes_per_entry: float
+    call: Callable[[Any, _Entries], object]
+    """On the module of a backend."""
+    compiled_call: Callable[[Any, _Entries], object] | None = None
+    """On the module of the reference, where another one has to be compiled."""
+
+
+def _observe(module: Any, entries: _Entries) -> None:
+    stored = entries.stored
+    module.observe_(stored.codes, stored.scales, entries.gradient, entries.table, rescale=0.999, **_SETTINGS)
+
+
+def _observe_run(module: Any, entries: _Entries) -> None:
+    # The table is read by the host, which cannot be compiled.
+    module.observe_run_(entries.stored, entries.gradient, key=1, **_SETTINGS)
+    entries.gradient.mul_(0.999)
+
+
+def _operations(state: str) -> Iterator[_Operation]:
+    size = _BYTES[state]
+    yield _Operation("observe_", "observe", 8 + 2 * size, _observe, _observe_run)
+    if state != "fp32":
+        yield _Operation("decode", "decode", size + 4, lambda module, of: module.decode(of.stored))
+        yield _Operation(
+            "encode_", "encode", size + 4, lambda module, of: module.encode_(of.stored, of.values, key=1, step=1)
+        )
+        return
+    yield _Operation(
+        "masked_sumsq",
+        "masked_sumsq",
+        4 + 1 / 8,
+        lambda module, of: module.masked_sumsq(of.gradient, of.bits, first_entry=0),
+    )
+    yield _Operation(
+        "select_",
+        "select",
+        4 + 2 / 8,
+        lambda module, of: module.select_(
+            of.selected, of.values.view(torch.int32), of.bits, threshold_code=_CODE_OF_ONE, first_entry=0
+        ),
+    )
+    # An entry is read at one place and written at another.
+    moved = 1 / 8 + 2 * 4 / _APART
+    yield _Operation("hold", "hold", moved, lambda module, of: module.hold(of.values, of.bits, of.held.numel()))
+    yield _Operation("restore_", "hold", moved, lambda module, of: module.restore_(of.values, of.bits, of.held))
+    yield _Operation("mask_", "hold", 1 / 8 + 4 / _APART, lambda module, of: module.mask_(of.gradient, of.bits))
+    for name, edges in (
+        ("first round", torch.arange(1, _NUM_EDGES + 1) * (TOP_CODE // _NUM_EDGES)),
+        ("later round", _CODE_OF_ONE + torch.arange(_NUM_EDGES) * 64),
+    ):
+        yield _Operation(f"sketch_counts, {name}", "sketch_counts", 4, partial(_count, edges.int()))
+
+
+def _count(edges: Tensor, module: Any, entries: _Entries) -> object:
+    return module.sketch_counts(entries.values.view(torch.int32), edges.to(entries.values.device))
+
+
+def _entries(state: str, numel: int, device: torch.device) -> _Entries:
+    torch.manual_seed(0)
+    dtype = _STATES[state]
+    values = torch.randn(numel, device=device).mul_(2).exp_()
+    scales = torch.zeros(num_blocks(0, numel) if dtype is torch.uint8 else 0, device=device)
+    codes = torch.zeros(numel * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype)
+    encode_(Stored(codes, scales, 0), values, key=1, step=0)
+    mask = torch.zeros(numel, dtype=torch.bool, device=device)
+    mask[::_APART] = True
+    bits = torch.zeros(-(-numel // 8), dtype=torch.uint8, device=device)
+    pack_bits(mask, bits)
+    return _Entries(
+        Stored(codes, scales, 0),
+        torch.randn(numel, device=device),
+        values,
+        bits,
+        torch.zeros_like(bits),
+        values[::_APART].clone(),
+        table_of([Run(0, numel, 0, 0, 0, 1)], device=device),
+    )
+
+
+def _cases(numel: int, device: torch.device) -> Iterator[_Case]:
+    ours = "cpu" if device.type == "cpu" else "gpu"
+    for state in _STATES:
+        entries = _entries(state, numel, device)
+        pieces = [entries.piece(start, stop) for start, stop in chunks(0, numel)]
+        for operation in _operations(state):
+            for backend in (ours, "reference", _COMPILED):
+                module = importlib.import_module(
+                    f"epi_ds.kernels.{'reference' if backend == _COMPILED else backend}.{operation.module}"
+                )
+                if backend == _COMPILED:
+                    call = torch.compile(operation.compiled_call or operation.call)
+                    run: Callable[[], object] = partial(_each, call, module, pieces)
+                elif operation.name == "decode":
+                    # As a refresh does: whole, most of the time would go into the pages of new memory.
+                    run = partial(_each, operation.call, module, pieces)
+                else:
+                    run = partial(operation.call, module, entries)
+                yield _Case(operation.name, state, backend, operation.bytes_per_entry, run)
+    yield from _optimizers(numel, device)
+
+
+def _each(call: Callable[[Any, _Entries], object], module: Any, pieces: Sequence[_Entries]) -> None:
+    for piece in pieces:
+        call(module, piece)
+
+
+def _optimizers(numel: int, device: torch.device) -> Iterator[_Case]:
+    """Yield whole optimizer steps, to compare with: they read and write weights and moments, and read gradients."""
+    parameter = torch.nn.Parameter(torch.randn(numel, device=device))
+    parameter.grad = torch.randn(numel, device=device)
+    fused = torch.optim.AdamW([parameter], lr=1e-9, fused=True)
+    yield _Case("AdamW, fused", "fp32", "torch", 28, fused.step)
+    if device.type == "cpu":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        yield _Case("DeepSpeedCPUAdam", "fp32", "deepspeed", 28, DeepSpeedCPUAdam([parameter], lr=1e-9).step)

@@ -100,7 +100,10 @@ def measure_case(case: Case) -> MemoryRow:
     _, refresh_peak = peak_bytes(epi.refresh_now)
     optimizer, controller = engine.optimizer, epi.controller
     partitions = optimizer.fp32_partitioned_groups_flat
-    held = [peak_bytes(partial(hold, p.data, controller.masks.bits[i]))[1] for i, p in enumerate(partitions)]
+    held = [
+        peak_bytes(partial(hold, p.data, controller.masks.bits[i], controller.masks.isolated_here[i]))[1]
+        for i, p in enumerate(partitions)
+    ]
     numel, world_size = epi.stats().covered, dist.get_world_size()
     local = sum(partition.numel() for partition in partitions)
     engine.destroy()

@@ -56,13 +56,50 @@ def kernels(
     threads: Annotated[str, typer.Option(help="Numbers of threads, separated by commas.")] = "1,2",
     numel: Annotated[int, typer.Option(min=1, help="Entries of the tensors.")] = 33_333_331,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each, of which the median counts.")] = 7,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Json = False,
 ) -> None:
     """Measure the operations against an in-place pass over memory of the same size in the same run."""
+    from epi_ds.launch.environment import prepare_environment
+
+    prepare_environment()
     from epi_ds.bench.kernels import measure_kernels
 
     counts = [int(count) for count in threads.split(",")]
     _show([row._asdict() for row in measure_kernels(counts, numel=numel, repeats=repeats)], json=json)
+
+
+@app.command()
+def step(
+    world_sizes: Annotated[str, typer.Option(help="World sizes to start, separated by commas.")] = "2",
+    states: Annotated[str, typer.Option(help="States, separated by commas; all by default.")] = "",
+    offload: Annotated[str, typer.Option(help="no, yes or both.")] = "both",
+    pairs: Annotated[
+        int, typer.Option(min=0, help="Pairs of whole steps, for fp32 with update and u16 with reduction.")
+    ] = 0,
+    layers: Annotated[int, typer.Option(min=1, help="Of the model: 1.9 million parameters each, and 6.7 million.")] = 8,
+    json: Json = False,
+) -> None:
+    """Measure what isolation adds to a step of plain ZeRO-3, on one engine whose class is switched."""
+    from epi_ds.launch.environment import prepare_environment
+
+    prepare_environment()
+    from epi_ds.bench.step import cases, measure_steps
+
+    placements = {"no": [False], "yes": [True], "both": [False, True]}
+    if offload not in placements:
+        raise typer.BadParameter(f"{offload!r} is none of {', '.join(placements)}", param_hint="--offload")
+    wanted = states.split(",") if states else None
+    chosen = [
+        case
+        for case in cases()
+        if case.offload in placements[offload] and (wanted is None or case.state.value in wanted)
+    ]
+    if not chosen:
+        raise typer.BadParameter(f"{states!r} names no state; see `state` in README", param_hint="--states")
+    sizes = [int(size) for size in world_sizes.split(",")]
+    rows = measure_steps(sizes, chosen=chosen, pairs=pairs, layers=layers)
+    _show([row._asdict() for row in rows], json=json)
 
 
 def _show(rows: list[dict[str, Any]], *, json: bool) -> None:

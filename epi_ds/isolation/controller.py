@@ -106,10 +106,6 @@ class IsolationController:
         """Whether any rank has an isolated entry; the same on every rank."""
         return self.isolated > 0
 
-    def is_active_here(self, sub_group: int) -> bool:
-        """Whether this rank's partition of the sub-group has an isolated entry."""
-        return self.masks.isolated_here[sub_group] > 0
-
     def _importance(self) -> Importance:
         importance = self._stored if self._stored is not None else self._moments
         if importance is None:
@@ -164,17 +160,28 @@ class IsolationController:
         gradient: Tensor | None,
         *,
         inverse_scale: float,
+        rescale: float,
         exceptions: Mapping[str, Tensor | None],
         ema_decay: float | None = None,
     ) -> None:
-        """Let one sub-group's gradient enter the importance of the step about to be applied.
+        """Let one sub-group's gradient enter the importance of the step about to be applied, then unscale it.
 
-        gradient    [numel] the flat partition: averaged, accumulated, unclipped, unmasked; untouched. None where
-                    nothing of the sub-group was ever reduced
-        exceptions  parameters whose part of ``gradient`` is not theirs in this window, by name: None for a gradient
-                    of zero, or the gradient ([real_numel] or longer)
+        gradient       [numel] the flat partition: averaged, accumulated, unclipped, unmasked; mutated. None where
+                       nothing of the sub-group was ever reduced
+        inverse_scale  of the gradient, before it is squared
+        rescale        multiplies the gradient in place
+        exceptions     parameters whose part of ``gradient`` is not theirs in this window, by name: None for a gradient
+                       of zero, or the gradient ([real_numel] or longer)
         """
-        if self._stored is None:
+        ema_decay = self.config.ema_decay if ema_decay is None else ema_decay
+        step = self.counters.observations
+        stored = self._stored
+        if stored is None:
+            raise RuntimeError("there is no importance to observe with; call start_measuring() before")
+        if gradient is not None and not exceptions:
+            stored.observe_partition(
+                sub_group, gradient, ema_decay=ema_decay, inverse_scale=inverse_scale, rescale=rescale, step=step
+            )
             return
         for segment in self.layout.by_sub_group[sub_group]:
             if segment.name in exceptions:
@@ -182,13 +189,9 @@ class IsolationController:
                 own = None if other is None else other[: segment.real_numel].to(self._devices[sub_group])
             else:
                 own = None if gradient is None else gradient[segment.start : segment.stop]
-            self._stored.observe(
-                segment,
-                own,
-                ema_decay=self.config.ema_decay if ema_decay is None else ema_decay,
-                inverse_scale=inverse_scale,
-                step=self.counters.observations,
-            )
+            stored.observe(segment, own, ema_decay=ema_decay, inverse_scale=inverse_scale, step=step)
+        if gradient is not None and rescale != 1.0:
+            gradient.mul_(rescale)
 
     def count_observation(self, ema_decay: float) -> None:
         """Note that every sub-group's gradient has entered the importance, with the old importance's weight."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from epi_ds.isolation.importance import codes_of
-from epi_ds.isolation.layout import Layout, Segment, pieces_of
+from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.state import Importance
-from epi_ds.kernels import chunks, count_bits, pack_bits, unpack_bits
+from epi_ds.kernels import chunks, count_bits, select_, set_bits, unpack_bits
 
 
 class Masks:
@@ -50,7 +50,7 @@ class Masks:
         counts = torch.zeros(len(self._layout.group_numel), dtype=torch.int64)
         for segment in self._layout.segments:
             mask = masks[segment.name]
-            set_segment(self.bits[segment.sub_group], segment, mask)
+            set_bits(self.bits[segment.sub_group], mask, segment.start)
             for group in self._layout.groups_of[segment.name]:
                 counts[group] += int(mask.sum())
         self.isolated_here = [count_bits(bits) for bits in self.bits]
@@ -76,7 +76,6 @@ def select_bits(
     before: Tensor,
     *,
     segments: Sequence[Segment],
-    numel: int,
     threshold_codes: Tensor,
     groups_of: Mapping[str, tuple[int, ...]],
     num_groups: int,
@@ -85,37 +84,28 @@ def select_bits(
 
     before           [ceil(numel / 8)]  uint8, the mask in force, untouched
     segments         the covered segments of this partition; entries outside them stay plastic
-    numel            entries of the partition
     threshold_codes  [num_layers]       int64 on the CPU
     groups_of        the groups in which a parameter's entries are counted, by its name
     """
     limits = [int(code) for code in threshold_codes]
-    bits = torch.empty_like(before)
-    counts = torch.zeros((2, num_groups), dtype=torch.int64)
-    for start, stop in chunks(0, numel):
-        mask = torch.zeros(stop - start, dtype=torch.bool, device=before.device)
-        old = unpack_bits(before, start, stop)
-        for segment, first, last in pieces_of(segments, start, stop):
-            inside = slice(first - start, last - start)
-            codes = codes_of(importance.read(segment, first - segment.start, last - segment.start))
-            mask[inside] = codes >= limits[segment.layer]
-            now = mask[inside]
-            found = torch.stack([now.sum(), (now & old[inside]).sum()]).cpu()
-            for group in groups_of[segment.name]:
-                counts[:, group] += found
-        pack_bits(mask, bits[start // 8 : -(-stop // 8)])
-    return Selected(bits, counts)
-
-
-def set_segment(bits: Tensor, segment: Segment, mask: Tensor) -> None:
-    """Overwrite one segment's entries of a mask in place.
-
-    bits  [ceil(numel / 8)] uint8, mutated
-    mask  [segment.real_numel] bool
-    """
-    for start, stop in chunks(segment.start, segment.stop):
-        first_byte, last_byte = start // 8, -(-stop // 8)
-        # Whole bytes are rewritten: neighbours that share the first or the last byte keep their entries.
-        entries = unpack_bits(bits, first_byte * 8, last_byte * 8)
-        entries[start - first_byte * 8 : stop - first_byte * 8] = mask[start - segment.start : stop - segment.start]
-        pack_bits(entries, bits[first_byte:last_byte])
+    bits = torch.zeros_like(before)
+    found: dict[str, list[Tensor]] = {}
+    for segment in segments:
+        for start, stop in chunks(0, segment.real_numel):
+            counts = select_(
+                bits,
+                codes_of(importance.read(segment, start, stop)),
+                before,
+                threshold_code=limits[segment.layer],
+                first_entry=segment.start + start,
+            )
+            found.setdefault(segment.name, []).append(counts)
+    totals = torch.zeros((2, num_groups), dtype=torch.int64)
+    if found:
+        # Fetched at once: every look at a device waits for all that it has to do.
+        for name, counts in zip(
+            found, torch.stack([torch.stack(pieces).sum(dim=0) for pieces in found.values()]).cpu(), strict=True
+        ):
+            for group in groups_of[name]:
+                totals[:, group] += counts
+    return Selected(bits, totals)

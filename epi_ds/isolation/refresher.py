@@ -142,7 +142,6 @@ class Refresher:
                 candidates.compared,
                 before,
                 segments=segments,
-                numel=self._layout.sub_group_numel[sub_group],
                 threshold_codes=threshold_codes,
                 groups_of=self._layout.groups_of,
                 num_groups=num_groups,

@@ -12,7 +12,7 @@ from torch import Tensor
 from epi_ds.choices import StateFormat
 from epi_ds.isolation.importance import codes_of
 from epi_ds.isolation.layout import Layout, Segment, pieces_of
-from epi_ds.kernels import Stored, chunks, decode, encode_, num_blocks, observe_, unpack_bits
+from epi_ds.kernels import Run, Stored, chunks, decode, encode_, num_blocks, observe_, table_of, unpack_bits
 
 _DTYPES = {
     StateFormat.FP32: torch.float32,
@@ -117,6 +117,11 @@ def dither_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
 
 
+def _gap(start: int, stop: int) -> Run:
+    """Return a run of a gradient without importance."""
+    return Run(start, stop - start, first_code=-1, first_block=0, first_index=0, key=0)
+
+
 class StoredImportance:
     """Importance of our own: one flat tensor of codes per sub-group, which begin as zeros. Covered entries only."""
 
@@ -127,25 +132,40 @@ class StoredImportance:
         random numbers of their own.
         """
         dtype = _DTYPES[state]
-        self._flat: list[Tensor] = []
+        self._codes: list[Tensor] = []
+        self._scales: list[Tensor] = []
+        self._tables: list[Tensor] = []
+        self._runs: dict[str, Run] = {}
         self._stored: dict[str, Stored] = {}
-        self._keys = {segment.name: dither_key(f"{seed}/{purpose}/{segment.name}") for segment in layout.segments}
-        for segments, device in zip(layout.by_sub_group, devices, strict=True):
-            blocks = [num_blocks(s.global_start, s.real_numel) if dtype is torch.uint8 else 0 for s in segments]
+        for segments, numel, device in zip(layout.by_sub_group, layout.sub_group_numel, devices, strict=True):
+            runs, num_codes, num_scales, stop = [], 0, 0, 0
+            for segment in segments:
+                key = dither_key(f"{seed}/{purpose}/{segment.name}")
+                run = Run(segment.start, segment.real_numel, num_codes, num_scales, segment.global_start, key)
+                runs += [_gap(stop, segment.start), run]
+                self._runs[segment.name] = run
+                num_codes += run.numel
+                num_scales += num_blocks(run.first_index, run.numel) if dtype is torch.uint8 else 0
+                stop = segment.stop
+            self._tables.append(table_of([*runs, _gap(stop, numel)], device=device))
             # Zero bytes are code zero in every format; not every backend can fill a tensor of uint16.
-            num_bytes = sum(s.real_numel for s in segments) * dtype.itemsize
-            codes = torch.zeros(num_bytes, dtype=torch.uint8, device=device).view(dtype)
-            scales = torch.zeros(sum(blocks), device=device)
-            self._flat += [codes, scales]
-            own_codes = torch.split(codes, [s.real_numel for s in segments])
-            own_scales = torch.split(scales, blocks)
-            for segment, run, run_scales in zip(segments, own_codes, own_scales, strict=True):
-                self._stored[segment.name] = Stored(run, run_scales, segment.global_start)
+            codes = torch.zeros(num_codes * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype)
+            scales = torch.zeros(num_scales, device=device)
+            self._codes.append(codes)
+            self._scales.append(scales)
+            for segment in segments:
+                run = self._runs[segment.name]
+                blocks = num_blocks(run.first_index, run.numel) if dtype is torch.uint8 else 0
+                self._stored[segment.name] = Stored(
+                    codes[run.first_code : run.first_code + run.numel],
+                    scales[run.first_block : run.first_block + blocks],
+                    run.first_index,
+                )
 
     @property
     def num_bytes(self) -> int:
         """Bytes on this rank."""
-        return sum(flat.numel() * flat.element_size() for flat in self._flat)
+        return sum(flat.numel() * flat.element_size() for flat in (*self._codes, *self._scales, *self._tables))
 
     def read(self, segment: Segment, start: int, stop: int) -> Tensor:
         """See `Importance.read`."""
@@ -159,12 +179,29 @@ class StoredImportance:
         self, segment: Segment, gradient: Tensor | None, *, ema_decay: float, inverse_scale: float, step: int
     ) -> None:
         """Let one segment's gradient ([real_numel], on its device) enter; None is a gradient of zero."""
+        codes = self._codes[segment.sub_group]
         observe_(
-            self._stored[segment.name],
+            codes,
+            self._scales[segment.sub_group],
             gradient,
+            table_of([self._runs[segment.name]._replace(start=0)], device=codes.device),
             ema_decay=ema_decay,
             inverse_scale=inverse_scale,
-            key=self._keys[segment.name],
+            step=step,
+        )
+
+    def observe_partition(
+        self, sub_group: int, gradient: Tensor, *, ema_decay: float, inverse_scale: float, rescale: float, step: int
+    ) -> None:
+        """Let the gradient of a flat partition enter, and multiply all of it by ``rescale`` in the same pass."""
+        observe_(
+            self._codes[sub_group],
+            self._scales[sub_group],
+            gradient,
+            self._tables[sub_group],
+            ema_decay=ema_decay,
+            inverse_scale=inverse_scale,
+            rescale=rescale,
             step=step,
         )
 
@@ -175,7 +212,7 @@ class StoredImportance:
         for start, stop in chunks(first, first + segment.real_numel):
             piece = own.piece(start - first, stop - first)
             values = torch.maximum(decode(piece), other.read(segment, start - first, stop - first))
-            encode_(piece, values, key=self._keys[segment.name], step=step)
+            encode_(piece, values, key=self._runs[segment.name].key, step=step)
 
     def load(self, segment: Segment, saved: Stored, *, step: int) -> None:
         """Replace one segment: bit for bit where ``saved`` has the same format and blocks, else rounded to them."""
@@ -188,4 +225,4 @@ class StoredImportance:
             own.codes.copy_(saved.codes)
             own.scales.copy_(saved.scales)
         else:
-            encode_(own, decode(saved).to(own.codes.device), key=self._keys[segment.name], step=step)
+            encode_(own, decode(saved).to(own.codes.device), key=self._runs[segment.name].key, step=step)

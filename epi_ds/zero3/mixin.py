@@ -5,7 +5,7 @@
     backward     partition_grads          records which parameters were reduced
                  _offload_grad_...        with offload: the sum of squares of the entries that will move
     step         _get_norm_groups         the norm is over the entries that will move; whether to skip is plain ZeRO-3's
-    sub-group    unscale_and_clip_grads   the commit point: importance observes the raw gradient
+    sub-group    unscale_and_clip_grads   the commit point: importance observes the raw gradient, in the same pass
                  _optimizer_step          isolated weights keep their bits, and no momentum builds up behind them
     end          step                     counts the step and refreshes the mask where one is due
 
@@ -16,19 +16,20 @@ A skipped step never reaches the commit point, so it leaves no trace. The class 
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
+from deepspeed.runtime.zero.utils import get_norm_dtype
 from torch import Tensor
 
 from epi_ds.choices import Apply
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.layout import Parameter, Span, build_layout, merge_spans
 from epi_ds.isolation.state import ReadPartition
-from epi_ds.kernels import chunks, hold, mask_, masked_sumsq, restore_, unpack_bits
+from epi_ds.kernels import hold, mask_, masked_sumsq, restore_
 from epi_ds.zero3.moments import ClippingAverage, clipping_factor, reset_moments, set_moments, state_age
 from epi_ds.zero3.optimizer_state import optimizer_state, stepping_optimizer
 from epi_ds.zero3.step_energy import StepEnergy, UpdateSample
@@ -39,6 +40,18 @@ if TYPE_CHECKING:
 else:
     # A mixin: the class it is mixed over is the optimizer's own. guard.py refuses subclasses of it.
     Zero3Optimizer = object
+
+
+# A sum of squares below which no precision that a norm is taken in can overflow, so plain ZeRO-3 would not skip.
+_CERTAINLY_VALID = 1e37
+
+
+class Rescale(NamedTuple):
+    """What the gradients of one step are multiplied by."""
+
+    norm: Tensor
+    """Of the step; kept, so that no other norm can be taken for it."""
+    factor: float
 
 
 class IsolationContext:
@@ -55,7 +68,8 @@ class IsolationContext:
         self.backward_scale = 1.0
         """Loss scale of the gradients being applied; a dynamic scaler may raise its own before they are unscaled."""
         self.offloaded_sumsq: dict[Any, Tensor] = {}
-        """With offload, by ZeRO-3's parameter id: what `plastic_sumsq` found when a gradient left the accelerator."""
+        """With offload, by ZeRO-3's parameter id: `masked_sumsq` of a gradient when it left the accelerator."""
+        self.rescale: Rescale | None = None
         # Under `apply: reduction` the update of isolated entries is not what they would have moved by.
         self.step_energy = None if self.masks_gradients else StepEnergy(get_accelerator().current_device_name())
         self.names: dict[Any, str] = dict(optimizer.param_names)
@@ -73,21 +87,6 @@ class IsolationContext:
             for group, segments in zip(optimizer.fp16_groups, layout.by_sub_group, strict=True)
         ]
         """Real entries of every trainable parameter in the flat partitions; empty ones left out."""
-
-
-def plastic_sumsq(gradient: Tensor, bits: Tensor, start: int) -> Tensor:
-    """Return the sum of squares of the entries of one gradient that are not isolated. [] fp64, where the gradient is.
-
-    gradient  [numel]  any float dtype
-    bits      [bytes]  uint8, on any device: the mask of the flat partition in which ``gradient`` begins at ``start``
-    """
-    total = torch.zeros((), dtype=torch.float64, device=gradient.device)
-    for first, last in chunks(start, start + gradient.numel()):
-        # Moved as bits, an eighth of what the mask would be.
-        packed = bits[first // 8 : -(-last // 8)].to(gradient.device)
-        isolated = unpack_bits(packed, first % 8, first % 8 + last - first)
-        total += gradient[first - start : last - start].double().masked_fill_(isolated, 0.0).square_().sum()
-    return total
 
 
 class IsolationMixin(Zero3Optimizer):
@@ -119,8 +118,10 @@ class IsolationMixin(Zero3Optimizer):
         if context.controller.is_active:
             param_id = self.get_param_id(param)
             sub_group, start, _ = self.grad_position[param_id]
-            context.offloaded_sumsq[param_id] = plastic_sumsq(
-                grad_buffer, context.controller.masks.bits[sub_group], start
+            # Moved as bits, an eighth of what the mask would be.
+            bits = context.controller.masks.bits[sub_group][start // 8 : -(-(start + grad_buffer.numel()) // 8)]
+            context.offloaded_sumsq[param_id] = masked_sumsq(
+                grad_buffer, bits.to(grad_buffer.device), first_entry=start % 8
             )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -155,23 +156,38 @@ class IsolationMixin(Zero3Optimizer):
 
         A step that plain ZeRO-3 would skip gets plain ZeRO-3's norms: a NaN in an isolated entry is still a NaN.
         """
-        plain = super()._get_norm_groups()
-        if not self.isolation.controller.is_active or is_invalid_grad_norm(combine_grad_norm_groups(plain)):
-            return plain
-        squares = torch.stack([self._plastic_sumsq(sub_group) for sub_group in range(len(plain))])
-        squares = self._summed_with_step_energy(squares.to(get_accelerator().current_device_name()))
-        whole = sum(float(norm) ** 2 for norm in plain)
-        if whole > 0:
-            # Two sums of the same squares, rounded differently: without isolated gradient the share is zero.
-            self.isolation.controller.note_held_gradient_energy(max(0.0, 1.0 - float(squares.sum()) / whole))
-        return [norm.sqrt().to(reference) for norm, reference in zip(squares, plain, strict=True)]
+        context = self.isolation
+        if not context.controller.is_active:
+            return super()._get_norm_groups()
+        squares = torch.stack([self._sums_of_squares(sub_group) for sub_group in range(len(self.fp16_groups))])
+        # A collective of its own would cost as much as the norm; and it is sent also where there is nothing to say: a
+        # longer vector may be summed in another order, to other bits.
+        energy = context.step_energy
+        sent = squares.flatten() if energy is None else torch.cat([squares.flatten(), energy.pending])
+        dist.all_reduce(sent, group=self.dp_process_group)
+        whole, plastic = sent[: squares.numel()].view_as(squares).T
+        total = float(whole.sum())
+        if not total < _CERTAINLY_VALID:
+            plain = super()._get_norm_groups()
+            if is_invalid_grad_norm(combine_grad_norm_groups(plain)):
+                return plain
+        if energy is not None:
+            energy.settle()
+            self._note_step_energy(sent[squares.numel() :])
+        if total > 0:
+            context.controller.note_held_gradient_energy(1.0 - float(plastic.sum()) / total)
+        # As plain ZeRO-3 returns them.
+        norms = plastic.sqrt()
+        return list(norms.float().cpu() if self.offload_optimizer else norms.to(get_norm_dtype()))
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
-        """Observe the raw gradient of a sub-group, then unscale and clip it."""
-        context = self.isolation
-        if context.controller.observes:
-            self._observe(sub_group_id, ema_decay=context.controller.config.ema_decay)
-        super().unscale_and_clip_grads(sub_group_id, total_norm)
+        """Observe the raw gradient of a sub-group, and unscale and clip it in the same pass."""
+        controller = self.isolation.controller
+        if controller.observes and self.fp32_partitioned_groups_flat[sub_group_id].grad is not None:
+            rescale = self._rescale(total_norm)
+            self._observe(sub_group_id, ema_decay=controller.config.ema_decay, rescale=rescale)
+        else:
+            super().unscale_and_clip_grads(sub_group_id, total_norm)
 
     def _optimizer_step(self, sub_group_id: int) -> None:
         """Update a sub-group, its isolated weights excepted."""
@@ -185,7 +201,8 @@ class IsolationMixin(Zero3Optimizer):
         if energy is not None:
             spans = merge_spans(span for _, span in context.parameter_spans[sub_group_id])
             sample = UpdateSample(weights.data, bits, spans=spans, step=controller.counters.applied_steps)
-        held = hold(weights.data, bits) if controller.is_active_here(sub_group_id) else None
+        isolated_here = controller.masks.isolated_here[sub_group_id]
+        held = hold(weights.data, bits, isolated_here) if isolated_here else None
         super()._optimizer_step(sub_group_id)
         if energy is not None and sample is not None:
             energy.add(sample.energies(weights.data))
@@ -198,15 +215,17 @@ class IsolationMixin(Zero3Optimizer):
 
     # --- what the overrides are made of ---
 
-    def _summed_with_step_energy(self, squares: Tensor) -> Tensor:
-        """Return ``squares`` summed over the ranks; note what the update before was. Collective."""
-        energy = self.isolation.step_energy
-        # Also where there is nothing to say: a longer vector may be summed in another order, to other bits.
-        sent = squares if energy is None else torch.cat([squares, energy.take()])
-        dist.all_reduce(sent, group=self.dp_process_group)
-        if energy is not None:
-            self._note_step_energy(sent[len(squares) :])
-        return sent[: len(squares)]
+    def _rescale(self, total_norm: Tensor) -> float:
+        """Return what plain ZeRO-3 multiplies the gradients of this step by to unscale and clip them."""
+        context = self.isolation
+        if context.rescale is None or context.rescale.norm is not total_norm:
+            # Asked once a step: on an accelerator every answer waits for all that was started before.
+            combined_scale = self.loss_scale
+            if self.clip_grad > 0.0:
+                clip = ((total_norm / self.loss_scale) + 1e-6) / self.clip_grad
+                combined_scale = torch.clamp(clip, min=1.0) * self.loss_scale
+            context.rescale = Rescale(total_norm, float(1.0 / combined_scale))
+        return context.rescale.factor
 
     def _note_step_energy(self, energies: Tensor) -> None:
         held, whole = energies.tolist()
@@ -225,7 +244,7 @@ class IsolationMixin(Zero3Optimizer):
         start = self.isolation.buffer_starts[sub_group_id] + span.start
         return self.grad_partitions_flat_buffer.narrow(0, start, span.stop - span.start)
 
-    def _observe(self, sub_group_id: int, *, ema_decay: float) -> None:
+    def _observe(self, sub_group_id: int, *, ema_decay: float, rescale: float = 1.0) -> None:
         context = self.isolation
         exceptions: dict[str, Tensor | None] = {}
         for parameter, span in context.parameter_spans[sub_group_id]:
@@ -240,29 +259,31 @@ class IsolationMixin(Zero3Optimizer):
             sub_group_id,
             self.fp32_partitioned_groups_flat[sub_group_id].grad,
             inverse_scale=1.0 / context.backward_scale,
+            rescale=rescale,
             exceptions=exceptions,
             ema_decay=ema_decay,
         )
 
-    def _plastic_sumsq(self, sub_group_id: int) -> Tensor:
-        """Sum of squares, over this rank's plastic entries, of the gradients that plain ZeRO-3's norm is taken over.
+    def _sums_of_squares(self, sub_group_id: int) -> Tensor:
+        """Sums over this rank's entries of the gradients that plain ZeRO-3's norm is taken over: all, and plastic ones.
 
-        [] fp64, on the accelerator.
+        [2] fp64, on the accelerator.
         """
         context = self.isolation
-        total = torch.zeros((), dtype=torch.float64, device=get_accelerator().current_device_name())
+        total = torch.zeros(2, dtype=torch.float64, device=get_accelerator().current_device_name())
         spans = context.parameter_spans[sub_group_id]
         if self.offload_optimizer:
             for parameter, _ in spans:
                 if self._was_copied_out(parameter):
                     param_id = self.get_param_id(parameter)
+                    whole = self.norm_for_param_grads[param_id].double() ** 2
                     # Without a mask at that time, a refresh out of turn put one in force since: all entries count.
-                    total += context.offloaded_sumsq.get(param_id, self.norm_for_param_grads[param_id] ** 2)
+                    total += context.offloaded_sumsq.get(param_id, torch.stack([whole, whole]))
             return total
         gradient = self._accumulated(sub_group_id, Span(0, self.fp16_partitioned_groups_flat_numel[sub_group_id]))
         bits = context.controller.masks.bits[sub_group_id]
         for start, stop in merge_spans(span for _, span in spans):
-            total += masked_sumsq(gradient, bits, start=start, stop=stop)
+            total += masked_sumsq(gradient[start:stop], bits, first_entry=start)
         return total
 
     # --- called from outside a step ---
@@ -290,7 +311,8 @@ class IsolationMixin(Zero3Optimizer):
         """Note what the last update was, before the counters are saved. Collective."""
         energy = self.isolation.step_energy
         if energy is not None:
-            sent = energy.take()
+            sent = energy.pending.clone()
+            energy.settle()
             dist.all_reduce(sent, group=self.dp_process_group)
             self._note_step_energy(sent)
 

@@ -55,7 +55,11 @@ class StepEnergy:
         """Take in those of one sub-group."""
         self._pending += energies.to(self._pending.device)
 
-    def take(self) -> Tensor:
-        """Return the sum of what was added since the last time: zeros where nothing was. [2] fp64."""
-        taken, self._pending = self._pending, torch.zeros_like(self._pending)
-        return taken
+    @property
+    def pending(self) -> Tensor:
+        """Sum of what was added since the last `settle`. [2] fp64."""
+        return self._pending
+
+    def settle(self) -> None:
+        """Begin anew: all ranks know the sum."""
+        self._pending = torch.zeros_like(self._pending)

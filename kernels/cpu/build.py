@@ -20,14 +20,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_OPERATIONS = ("decode.cpp", "observe.cpp", "sketch_counts.cpp")
+_OPERATIONS = ("decode", "encode", "hold", "masked_sumsq", "observe", "select", "sketch_counts")
 # One rounding per operation, whatever the instruction set: nothing may be contracted to a fused multiply-add.
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     # gcc warns of its own headers.
     "-w",
 )
-_VARIANTS = {"portable": (), "avx2": ("-mavx2",), "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx2")}
+_AVX2 = ("-mavx2", "-mpopcnt")
+_VARIANTS = {
+    "portable": (),
+    "avx2": _AVX2,
+    "avx512": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+}
 
 
 def variants() -> tuple[str, ...]:
@@ -88,7 +93,7 @@ def _run(command: Sequence[str]) -> str:
 def _compile(compiler: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         objects = {f"{folder}/isa.o": ("isa.cpp", ())} | {
-            f"{folder}/{source}.{variant}.o": (source, (*_VARIANTS[variant], f"-DEPI_VARIANT={variant}"))
+            f"{folder}/{source}.{variant}.o": (f"{source}.cpp", (*_VARIANTS[variant], f"-DEPI_VARIANT={variant}"))
             for source in _OPERATIONS
             for variant in variants()
         }

@@ -11,7 +11,7 @@ from epi_ds.kernels.cpu.build import library
 from torch import Tensor
 
 STATE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.uint16: 2, torch.uint8: 3}
-GRADIENT_FORMATS = {torch.float32: 1, torch.bfloat16: 2}
+VALUE_FORMATS = {torch.float32: 1, torch.bfloat16: 2}
 
 # Entries that are worth a thread of their own.
 _NUMEL_PER_THREAD = 1 << 15

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int, c_int64, c_uint16, c_uint32
+from ctypes import c_float, c_int, c_int64, c_uint16
 
-from epi_ds.kernels.cpu.call import GRADIENT_FORMATS, STATE_FORMATS, operation, pointer, threads
-from epi_ds.kernels.reference.codecs import Stored
+import torch
+from epi_ds.kernels.cpu.call import STATE_FORMATS, VALUE_FORMATS, operation, pointer, threads
 from epi_ds.kernels.reference.dither import phase
 from torch import Tensor
 
 
 def observe_(
-    stored: Stored,
+    codes: Tensor,
+    scales: Tensor,
     gradient: Tensor | None,
+    table: Tensor,
     *,
     ema_decay: float,
     inverse_scale: float,
-    key: int,
+    rescale: float,
     step: int,
     variant: str | None = None,
     num_threads: int | None = None,
@@ -25,23 +27,28 @@ def observe_(
 
     variant      instruction set, of `build.variants`; None is the best that the machine has
     num_threads  None is torch's own
-    Raises RuntimeError where the operations cannot be compiled.
+    Raises ValueError for a gradient that cannot be rescaled in place, and RuntimeError where the operations cannot be
+    compiled.
     """
-    codes, scales, first_index = stored
+    if gradient is not None and rescale != 1.0 and not (gradient.dtype is torch.float32 and gradient.is_contiguous()):
+        raise ValueError(
+            f"a gradient of {gradient.dtype} and stride {gradient.stride()} cannot be rescaled in place; pass "
+            "contiguous float32"
+        )
     if gradient is not None:
-        gradient = (gradient if gradient.dtype in GRADIENT_FORMATS else gradient.float()).contiguous()
+        gradient = (gradient if gradient.dtype in VALUE_FORMATS else gradient.float()).contiguous()
     operation("observe", variant)(
         c_int(STATE_FORMATS[codes.dtype]),
-        c_int(0 if gradient is None else GRADIENT_FORMATS[gradient.dtype]),
+        c_int(0 if gradient is None else VALUE_FORMATS[gradient.dtype]),
         pointer(codes),
         pointer(scales),
         pointer(gradient),
-        c_int64(codes.numel()),
-        c_int64(first_index),
+        pointer(table),
+        c_int64(len(table)),
         c_float(ema_decay),
         c_float(1.0 - ema_decay),
         c_float(inverse_scale),
-        c_uint32(key),
+        c_float(rescale),
         c_uint16(phase(step)),
         threads(codes.numel(), num_threads),
     )

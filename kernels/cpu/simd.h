@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define EPI_AVX512
 #include <immintrin.h>
 constexpr int LANES = 16;
@@ -122,6 +122,19 @@ inline f32 whole_root(f32 v) {
   root = to_float(to_int(root * (1.0f - 0x1p-11f)));
   const f32 next = root + 1.0f;
   return next * next <= v ? next : root;
+}
+
+// The lanes of a comparison as bits.
+inline uint32_t bits_of(i32 v) {
+#if defined(EPI_AVX512)
+  return _mm512_movepi32_mask((__m512i)v);
+#elif defined(EPI_AVX2)
+  return _mm256_movemask_ps((__m256)v);
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < LANES; lane++) bits |= uint32_t(v[lane] & 1) << lane;
+  return bits;
+#endif
 }
 
 inline u32 widen(u16 v) {

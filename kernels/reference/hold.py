@@ -1,21 +1,25 @@
-"""Keep isolated entries bit for bit through an update that does not know of them."""
+"""Isolated entries counted, kept through an update that does not know of them, and set to zero."""
 
 from __future__ import annotations
 
-from epi_ds.kernels.reference.mask_bits import count_bits, masked_chunks
+from collections.abc import Iterator
+
+from epi_ds.kernels.reference.chunks import chunks
+from epi_ds.kernels.reference.mask_bits import unpack_bits
 from torch import Tensor
 
 
-def hold(values: Tensor, bits: Tensor) -> Tensor:
-    """Return a copy of the isolated entries of ``values``, in order.
+def hold(values: Tensor, bits: Tensor, num_isolated: int) -> Tensor:
+    """Return a copy of the isolated entries of ``values``, in order. [num_isolated]
 
-    values  [numel]            any dtype, untouched
-    bits    [ceil(numel / 8)]  uint8
+    values        [numel]            any dtype, untouched
+    bits          [ceil(numel / 8)]  uint8
+    num_isolated  bits that are set: known beforehand, so that no device has to be asked
     """
     # Sized beforehand: joining the pieces of chunks would need the room twice.
-    held = values.new_empty(count_bits(bits))
+    held = values.new_empty(num_isolated)
     start = 0
-    for piece, mask in masked_chunks(bits, 0, values.numel()):
+    for piece, mask in _masked_chunks(bits, values.numel()):
         found = values[piece][mask]
         held[start : start + found.numel()] = found
         start += found.numel()
@@ -25,7 +29,34 @@ def hold(values: Tensor, bits: Tensor) -> Tensor:
 def restore_(values: Tensor, bits: Tensor, held: Tensor) -> None:
     """Write the entries that `hold` saved back into ``values``, in place. ``bits`` must be the same."""
     start = 0
-    for piece, mask in masked_chunks(bits, 0, values.numel()):
+    for piece, mask in _masked_chunks(bits, values.numel()):
         count = int(mask.sum())
         values[piece].masked_scatter_(mask, held[start : start + count])
         start += count
+
+
+def mask_(values: Tensor, bits: Tensor) -> None:
+    """Set the isolated entries of ``values`` to zero, in place.
+
+    values  [numel]            any dtype, mutated
+    bits    [ceil(numel / 8)]  uint8
+
+    Never a multiplication: NaN * 0 is NaN.
+    """
+    for piece, mask in _masked_chunks(bits, values.numel()):
+        values[piece].masked_fill_(mask, 0)
+
+
+def count_bits(bits: Tensor) -> int:
+    """Return how many bits are set. Synchronises with the device."""
+    total = 0
+    for start, stop in chunks(0, bits.numel()):
+        total += int(unpack_bits(bits, start * 8, stop * 8).sum())
+    return total
+
+
+def _masked_chunks(bits: Tensor, numel: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield ``(slice, bool mask)`` for the pieces that hold at least one isolated entry."""
+    for first, last in chunks(0, numel):
+        if bits[first // 8 : -(-last // 8)].any():
+            yield slice(first, last), unpack_bits(bits, first, last)

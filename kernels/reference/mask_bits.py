@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from epi_ds.kernels.reference.chunks import chunks
 from torch import Tensor
 
 
@@ -33,39 +30,14 @@ def unpack_bits(bits: Tensor, start: int, stop: int) -> Tensor:
     return expanded.view(-1)[start - first_byte * 8 : stop - first_byte * 8].bool()
 
 
-def count_bits(bits: Tensor) -> int:
-    """Return how many bits are set. Synchronises with the device."""
-    total = 0
-    for start, stop in chunks(0, bits.numel()):
-        total += int(unpack_bits(bits, start * 8, stop * 8).sum())
-    return total
+def set_bits(bits: Tensor, mask: Tensor, first_entry: int) -> None:
+    """Overwrite neighbouring entries of a mask in place.
 
-
-def masked_chunks(bits: Tensor, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield ``(slice, bool mask)`` for the pieces of ``[start, stop)`` that hold at least one isolated entry."""
-    for first, last in chunks(start, stop):
-        if bits[first // 8 : -(-last // 8)].any():
-            mask = unpack_bits(bits, first, last)
-            if mask.any():
-                yield slice(first, last), mask
-
-
-def mask_(gradient: Tensor, bits: Tensor) -> None:
-    """Set the isolated entries of ``gradient`` to zero, in place.
-
-    gradient  [numel]            any float dtype, mutated
-    bits      [ceil(numel / 8)]  uint8
-
-    Never a multiplication: NaN * 0 is NaN.
+    bits  [ceil(numel / 8)]  uint8, mutated
+    mask  bool, the entries from ``first_entry`` on
     """
-    for piece, mask in masked_chunks(bits, 0, gradient.numel()):
-        gradient[piece].masked_fill_(mask, 0.0)
-
-
-def masked_sumsq(values: Tensor, bits: Tensor, *, start: int, stop: int) -> Tensor:
-    """Return the sum of squares of the entries in ``[start, stop)`` that are not isolated. [] fp64, on the device."""
-    total = torch.zeros((), dtype=torch.float64, device=values.device)
-    for first, last in chunks(start, stop):
-        piece = values[first:last].double()
-        total += piece.masked_fill_(unpack_bits(bits, first, last), 0.0).square_().sum()
-    return total
+    first_byte, last_byte = first_entry // 8, -(-(first_entry + mask.numel()) // 8)
+    # Whole bytes are rewritten: neighbours that share the first or the last byte keep their entries.
+    entries = unpack_bits(bits, first_byte * 8, last_byte * 8)
+    entries[first_entry - first_byte * 8 :][: mask.numel()] = mask
+    pack_bits(entries, bits[first_byte:last_byte])

@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from epi_ds.kernels import Stored, decode, encode_, num_blocks, observe_
+from epi_ds.kernels import Stored, decode, encode_, num_blocks
 from epi_ds.kernels.reference.chunks import CHUNK_NUMEL
 from epi_ds.kernels.reference.dither import dither
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from tests.support.operations import observe_run
 
 FORMATS = [torch.float32, torch.bfloat16, torch.uint16, torch.uint8]
 CODED = FORMATS[1:]
@@ -114,11 +116,11 @@ def test_a_piece_decodes_as_part_of_the_whole(dtype: torch.dtype, cut: int) -> N
 def test_codes_do_not_depend_on_where_a_parameter_is_cut(dtype: torch.dtype) -> None:
     values, gradient = hostile(1000, seed=4), torch.randn(1000)
     whole = encoded(dtype, values, first_index=40)
-    observe_(whole, gradient, ema_decay=0.9, key=3, step=5)
+    observe_run(whole, gradient, ema_decay=0.9, key=3, step=5)
     parts = []
     for start, stop in ((0, 1), (1, 700), (700, 1000)):
         part = encoded(dtype, values[start:stop], first_index=40 + start)
-        observe_(part, gradient[start:stop], ema_decay=0.9, key=3, step=5)
+        observe_run(part, gradient[start:stop], ema_decay=0.9, key=3, step=5)
         parts.append(decode(part))
     assert torch.equal(torch.cat(parts), decode(whole))
 
@@ -134,7 +136,7 @@ def test_observe_is_the_exponential_average_of_squares(
     gradient = torch.randn(numel).to(gradient_dtype)
     untouched = gradient.clone()
     expected = 0.9 * before.double() + 0.1 * (gradient.double() / 4) ** 2
-    observe_(stored, gradient, ema_decay=0.9, inverse_scale=0.25, key=2, step=3)
+    observe_run(stored, gradient, ema_decay=0.9, inverse_scale=0.25, key=2, step=3)
     error = (decode(stored).double() - expected).abs()
     # Three roundings of fp32, 6e-8 each, and that to a code.
     assert (error <= 2e-7 * expected + gap_above(dtype, expected.float(), stored) * (1 + 1e-6)).all()
@@ -150,7 +152,7 @@ def test_observe_saturates_and_keeps_non_finite_values_out(dtype: torch.dtype) -
     for gradient, start in zip(gradients, starts, strict=True):
         stored = encoded(dtype, torch.tensor([start]))
         for step in range(3):
-            observe_(stored, torch.tensor([gradient]), ema_decay=0.5, step=step)
+            observe_run(stored, torch.tensor([gradient]), ema_decay=0.5, step=step)
         results.append(float(decode(stored)))
     assert all(math.isfinite(value) for value in results)
     # The largest code of bfloat16 is 2^-8 below the largest fp32.
@@ -162,7 +164,7 @@ def test_observe_saturates_and_keeps_non_finite_values_out(dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_observe_without_a_gradient_only_decays(dtype: torch.dtype) -> None:
     stored = encoded(dtype, torch.tensor([2.0, 2.0]))
-    observe_(stored, None, ema_decay=0.5)
+    observe_run(stored, None, ema_decay=0.5)
     assert decode(stored).tolist() == [1.0, 1.0]
 
 
@@ -182,7 +184,7 @@ def test_silenced_entries_are_forgotten_as_in_fp32(
         gradient = torch.randn(numel, generator=generator)
         gradient[silenced] = 0.0
         for each in (stored, exact):
-            observe_(each, gradient, ema_decay=ema_decay, key=6, step=step)
+            observe_run(each, gradient, ema_decay=ema_decay, key=6, step=step)
     mean, truth = (float(decode(each).double()[silenced].mean()) for each in (stored, exact))
     # "One code": the smallest value above zero that the silenced entries can have.
     one_code = float(stored.scales.mean()) / 255**2 if dtype is torch.uint8 else 0.0

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from epi_ds.kernels import Stored
+from epi_ds.kernels import Run, Stored, num_blocks, table_of
 from epi_ds.kernels.cpu.observe import observe_ as compiled
 from epi_ds.kernels.reference.observe import observe_ as reference
 from torch import Tensor
 
-from tests.support.operations import SIZES, STATES, runnable_variants, same_bits, state_of
+from tests.support.operations import SIZES, STATES, runnable_variants, same_bits, state_of, table_for
 
 
 def gradient_of(numel: int) -> Tensor:
@@ -40,19 +42,73 @@ def test_bits_are_those_of_the_reference(
     # On and off a border of a block, odd, and where the upper half of the index counts.
     for first_index in (0, 1, 77, 2**34 - 100)[: 4 if numel < 2**20 else 2]:
         expected, found = state_of(dtype, numel, first_index), state_of(dtype, numel, first_index)
+        table = table_for(expected, key=0xF0000001)
         for step in range(2):
-            settings = {"ema_decay": 0.9, "inverse_scale": 0.25, "key": 0xF0000001, "step": step}
-            reference(expected, gradient, **settings)  # type: ignore[arg-type]
-            compiled(found, gradient, variant=variant, **settings)  # type: ignore[arg-type]
+            settings: dict[str, Any] = {"ema_decay": 0.9, "inverse_scale": 0.25, "rescale": 1.0, "step": step}
+            reference(*expected[:2], gradient, table, **settings)
+            compiled(*found[:2], gradient, table, variant=variant, **settings)
         assert same(expected, found)
+
+
+class Partition(NamedTuple):
+    """Importance of several parameters in one flat partition, and its gradient."""
+
+    codes: Tensor
+    scales: Tensor
+    gradient: Tensor
+    table: Tensor
+
+
+def partition_of(dtype: torch.dtype, sizes: Sequence[int]) -> Partition:
+    """Parameters of some sizes, with entries between them that belong to none."""
+    runs, states, gap, start = [], [], 13, 0
+    for index, numel in enumerate(sizes):
+        stored = state_of(dtype, numel, first_index=1000 * index)
+        num_codes = sum(state.codes.numel() for state in states)
+        blocks = sum(num_blocks(s.first_index, s.codes.numel()) for s in states) if dtype is torch.uint8 else 0
+        runs += [Run(start, gap, -1, 0, 0, 0), Run(start + gap, numel, num_codes, blocks, stored.first_index, index)]
+        states.append(stored)
+        start += gap + numel
+    if dtype is torch.uint16:
+        codes = torch.cat([state.codes.view(torch.int16) for state in states]).view(torch.uint16)
+    else:
+        codes = torch.cat([state.codes for state in states])
+    scales = torch.cat([state.scales for state in states])
+    return Partition(codes, scales, gradient_of(start), table_of(runs, device=codes.device))
+
+
+@pytest.mark.parametrize("variant", runnable_variants())
+@pytest.mark.parametrize("dtype", STATES)
+@pytest.mark.parametrize("sizes", [(0,), (1, 0, 2), (300, 5000, 1, 0, 70_001)], ids=str)
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 4])
+def test_a_whole_partition_is_observed_and_unscaled_in_one_pass(
+    variant: str, dtype: torch.dtype, sizes: tuple[int, ...], num_threads: int
+) -> None:
+    expected, found = partition_of(dtype, sizes), partition_of(dtype, sizes)
+    raw = expected.gradient.clone()
+    settings: dict[str, Any] = {"ema_decay": 0.9, "inverse_scale": 0.5, "rescale": 0.3, "step": 4}
+    reference(*expected, **settings)
+    compiled(*found, variant=variant, num_threads=num_threads, **settings)
+    assert all(same_bits(one, other) for one, other in zip(expected[:3], found[:3], strict=True))
+    # Entries between the parameters are unscaled too, and none of them twice.
+    assert same_bits(found.gradient, raw * 0.3)
+
+
+def test_a_gradient_that_cannot_be_rescaled_in_place_is_refused() -> None:
+    stored = state_of(torch.float32, 10, 0)
+    for gradient in (torch.zeros(10, dtype=torch.bfloat16), torch.zeros(20)[::2]):
+        with pytest.raises(ValueError, match="cannot be rescaled in place"):
+            compiled(*stored[:2], gradient, table_for(stored), ema_decay=0.9, inverse_scale=1.0, rescale=0.5, step=0)
 
 
 @pytest.mark.parametrize("dtype", STATES)
 def test_the_number_of_threads_changes_nothing(dtype: torch.dtype) -> None:
     gradient, states = gradient_of(100_003), []
     for num_threads in (1, 2, 3, 4):
-        states.append(state_of(dtype, 100_003, 77))
-        compiled(states[-1], gradient, ema_decay=0.99, inverse_scale=1.0, key=5, step=1, num_threads=num_threads)
+        stored = state_of(dtype, 100_003, 77)
+        settings: dict[str, Any] = {"ema_decay": 0.99, "inverse_scale": 1.0, "rescale": 1.0, "step": 1}
+        compiled(*stored[:2], gradient, table_for(stored, key=5), num_threads=num_threads, **settings)
+        states.append(stored)
     assert all(same(states[0], state) for state in states[1:])
 
 
@@ -61,7 +117,7 @@ def test_the_operation_is_registered_as_it_behaves(dtype: torch.dtype) -> None:
     """torch's own check of the schema: what is mutated, what shapes come out, under a compiler too."""
     stored = state_of(dtype, 300, 0)
     stored = stored._replace(codes=stored.codes.clone())
-    args = (*stored, gradient_of(300), 0.9, 1.0, 3, 4)
+    args = (*stored[:2], gradient_of(300), table_for(stored, key=3), 0.9, 1.0, 0.5, 4)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.epi_ds.observe_, args, test_utils=checks)
 
@@ -69,7 +125,7 @@ def test_the_operation_is_registered_as_it_behaves(dtype: torch.dtype) -> None:
 def test_codes_that_are_not_in_one_piece_are_refused() -> None:
     stored = Stored(torch.zeros(10)[::2], torch.zeros(0), 0)
     with pytest.raises(ValueError, match=r"stride \(2,\)"):
-        compiled(stored, None, ema_decay=0.9, inverse_scale=1.0, key=0, step=0)
+        compiled(*stored[:2], None, table_for(stored), ema_decay=0.9, inverse_scale=1.0, rescale=1.0, step=0)
 
 
 def run_in(folder: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:

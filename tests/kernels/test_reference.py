@@ -11,34 +11,22 @@ from epi_ds.kernels import (
     hold,
     mask_,
     masked_sumsq,
-    pack_bits,
     restore_,
+    set_bits,
     sketch_counts,
     unpack_bits,
 )
 from epi_ds.kernels.reference.chunks import CHUNK_NUMEL, chunks
-from torch import Tensor
 
-from epi_ds.isolation.layout import Segment
-from epi_ds.isolation.mask import set_segment
+from tests.support.operations import bits_of, mask_of
 
 # 0, 1, around a byte, a prime, around a chunk.
 SIZES = [0, 1, 7, 8, 9, 1009, CHUNK_NUMEL - 1, CHUNK_NUMEL, CHUNK_NUMEL + 3]
 
 
-def random_mask(numel: int, share: float = 0.2) -> Tensor:
-    return torch.rand(numel, generator=torch.Generator().manual_seed(numel)) < share
-
-
-def bits_of(mask: Tensor) -> Tensor:
-    bits = torch.full((-(-mask.numel() // 8),), 255, dtype=torch.uint8)
-    pack_bits(mask, bits)
-    return bits
-
-
 @pytest.mark.parametrize("numel", SIZES)
 def test_bits_round_trip(numel: int) -> None:
-    mask = random_mask(numel)
+    mask = mask_of(numel)
     bits = bits_of(mask)
     assert torch.equal(unpack_bits(bits, 0, numel), mask)
     assert count_bits(bits) == int(mask.sum())
@@ -48,13 +36,13 @@ def test_bits_round_trip(numel: int) -> None:
 
 @pytest.mark.parametrize("numel", SIZES)
 def test_hold_and_restore_keep_bits_through_anything(numel: int) -> None:
-    mask = random_mask(numel)
+    mask = mask_of(numel)
     bits = bits_of(mask)
     values = torch.randn(numel)
     if numel > 2:
         values[0], values[1] = float("nan"), -0.0
     before = values.clone()
-    held = hold(values, bits)
+    held = hold(values, bits, int(mask.sum()))
     values.copy_(torch.randn(numel) * float("inf"))
     changed = values.clone()
     restore_(values, bits, held)
@@ -64,7 +52,7 @@ def test_hold_and_restore_keep_bits_through_anything(numel: int) -> None:
 
 @pytest.mark.parametrize("numel", SIZES)
 def test_mask_zeroes_isolated_entries_also_where_they_are_not_numbers(numel: int) -> None:
-    mask = random_mask(numel)
+    mask = mask_of(numel)
     values = torch.full((numel,), float("nan"))
     values[~mask] = 2.0
     mask_(values, bits_of(mask))
@@ -73,14 +61,14 @@ def test_mask_zeroes_isolated_entries_also_where_they_are_not_numbers(numel: int
 
 @pytest.mark.parametrize("numel", SIZES)
 def test_masked_sumsq(numel: int) -> None:
-    mask = random_mask(numel)
+    mask = mask_of(numel)
     values = torch.randn(numel)
     for start, stop in ((0, numel), (numel // 3, numel)):
-        expected = values[start:stop][~mask[start:stop]].double().square().sum()
-        # The same fp64 numbers, summed by chunks.
-        torch.testing.assert_close(
-            masked_sumsq(values, bits_of(mask), start=start, stop=stop), expected, rtol=1e-12, atol=0
-        )
+        squares = values[start:stop].double().square()
+        expected = torch.stack([squares.sum(), squares[~mask[start:stop]].sum()])
+        # The same fp64 numbers, summed in another order.
+        found = masked_sumsq(values[start:stop], bits_of(mask), first_entry=start)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("numel", SIZES)
@@ -98,14 +86,13 @@ def test_sketch_counts_equal_comparisons(numel: int) -> None:
         assert torch.equal(sketch_counts(codes, edges), expected)
 
 
-def test_set_segment_leaves_its_neighbours_alone() -> None:
+def test_setting_bits_leaves_their_neighbours_alone() -> None:
     numel = 2 * CHUNK_NUMEL + 13
-    before = random_mask(numel)
-    for start, length in ((0, 5), (3, 2), (11, CHUNK_NUMEL + 1), (numel - 9, 9)):
+    before = mask_of(numel)
+    for start, length in ((0, 5), (3, 2), (11, CHUNK_NUMEL + 1), (numel - 9, 9), (7, 0)):
         bits = bits_of(before)
-        segment = Segment("p", 0, 0, start, length, length, 0, (length,))
-        mask = random_mask(length, share=0.5)
-        set_segment(bits, segment, mask)
+        mask = mask_of(length, share=0.5)
+        set_bits(bits, mask, start)
         expected = before.clone()
         expected[start : start + length] = mask
         assert torch.equal(unpack_bits(bits, 0, numel), expected)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from epi_ds.kernels import Stored, num_blocks
+from epi_ds.kernels import Run, Stored, num_blocks, observe_, pack_bits, table_of
 from epi_ds.kernels.cpu.build import library, variants
-from epi_ds.kernels.reference.codecs import encode_
+from epi_ds.kernels.reference.encode import encode_
 from torch import Tensor
 
 STATES = [torch.float32, torch.bfloat16, torch.uint16, torch.uint8]
@@ -39,3 +41,25 @@ def state_of(dtype: torch.dtype, numel: int, first_index: int) -> Stored:
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal, bit for bit."""
     return one.dtype is other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def table_for(stored: Stored, *, key: int = 0) -> Tensor:
+    """The table of a gradient that belongs to one run, whose storage is all there is."""
+    return table_of([Run(0, stored.codes.numel(), 0, 0, stored.first_index, key)], device=stored.codes.device)
+
+
+def observe_run(stored: Stored, gradient: Tensor | None, *, key: int = 0, **settings: Any) -> None:
+    """`observe_` of one run."""
+    observe_(stored.codes, stored.scales, gradient, table_for(stored, key=key), **settings)
+
+
+def mask_of(numel: int, share: float = 0.2) -> Tensor:
+    """A random mask. [numel] bool"""
+    return torch.rand(numel, generator=torch.Generator().manual_seed(numel + 1)) < share
+
+
+def bits_of(mask: Tensor) -> Tensor:
+    """The same as bits."""
+    bits = torch.full((-(-mask.numel() // 8),), 255, dtype=torch.uint8)
+    pack_bits(mask, bits)
+    return bits

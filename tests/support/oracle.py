@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -27,7 +28,9 @@ def _normalized(values: np.ndarray, tau: float, normalizer: Normalizer | None) -
 
 
 def _mean(wide: np.ndarray) -> float:
-    total = sum((Fraction(float(v)) for v in wide), start=Fraction(0))
+    """The mean as it is defined: of whole multiples of 2^-52 of the largest entry's binade, rounded down to them."""
+    unit = Fraction(2) ** (max(math.frexp(float(wide.max()))[1] - 1, -126) - 52)
+    total = sum(Fraction(float(v)) // unit for v in wide) * unit
     return float(total / len(wide))
 
 

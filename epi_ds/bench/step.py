@@ -1,0 +1,217 @@
+"""``epi-ds bench step``: what isolation adds to a step of plain ZeRO-3, on one engine whose class is switched.
+
+[Note: overhead] The primary figure is (our time - the time of the work we replace) / a plain step. Our time is what the
+overrides take, the work of ZeRO-3's that they call left out, and a hundredth of a refresh. What they replace are those
+methods of ZeRO-3's that a plain step calls and an isolating one does not; each is measured where it runs, in turn, on
+the same engine and the same data. The difference of whole steps would drown in the noise of forward and backward; it is
+taken as a confirmation from many pairs of one plain and one isolating step.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import epi_ds
+from epi_ds.bench.ranks import run_on_ranks
+from epi_ds.bench.step_clock import OURS, TimedClasses
+from epi_ds.choices import Apply, StateFormat
+from epi_ds.zero3.attach import detach
+
+REFRESH_INTERVAL = 100
+_RATIO = 0.01
+_VOCABULARY = 8009
+_BATCH, _LENGTH = 2, 257
+# Steps of which the primary figure is the median, and as many plain ones.
+_STEPS = 5
+_REFRESHES = 3
+_RESAMPLES = 2000
+
+
+class Case(NamedTuple):
+    """One combination of settings."""
+
+    state: StateFormat
+    apply: Apply
+    offload: bool
+
+
+# Of which whole steps are compared, too.
+CONFIRMED = [(StateFormat.FP32, Apply.UPDATE), (StateFormat.U16, Apply.REDUCTION)]
+
+
+class StepRow(NamedTuple):
+    """The first rank's times; medians."""
+
+    state: str
+    apply: str
+    offload: bool
+    world_size: int
+    params: int
+    state_bytes: int
+    """Of isolation on a rank."""
+    own_ms: float
+    """In our overrides, a hundredth of a refresh included."""
+    refresh_ms: float
+    """A whole refresh."""
+    replaced_ms: float
+    """Of plain ZeRO-3's work that isolation does instead."""
+    plain_ms: float
+    """A plain step: forward, backward and update."""
+    overhead: float
+    ratio_median: float | None
+    """Median isolating step / median plain step of as many ``pairs``, and its bootstrap 95 % interval."""
+    ci_low: float | None
+    ci_high: float | None
+    pairs: int | None
+
+
+def cases() -> Iterator[Case]:
+    """Yield every combination that exists: ``adam`` goes with ``apply: update`` only."""
+    for offload in (False, True):
+        for state in StateFormat:
+            for apply in Apply:
+                if state is not StateFormat.ADAM or apply is Apply.UPDATE:
+                    yield Case(state, apply, offload)
+
+
+def measure_steps(
+    world_sizes: Sequence[int], *, chosen: Sequence[Case], pairs: int, layers: int = 8, steps: int = _STEPS
+) -> list[StepRow]:
+    """Measure the cases at every world size; whole steps in ``pairs`` for those of `CONFIRMED` without offload."""
+    rows = []
+    for world_size in world_sizes:
+        rows += run_on_ranks(_measure_all, world_size, list(chosen), pairs, layers, steps)[0]
+    return rows
+
+
+def _measure_all(chosen: Sequence[Case], pairs: int, layers: int, steps: int) -> list[StepRow]:
+    rows = []
+    for offload in dict.fromkeys(case.offload for case in chosen):
+        engine = _engine(offload=offload, layers=layers)
+        for case in chosen:
+            if case.offload is offload:
+                confirmed = not offload and (case.state, case.apply) in CONFIRMED
+                rows.append(_measure(engine, case, pairs=pairs if confirmed else 0, steps=steps))
+        engine.destroy()
+    return rows
+
+
+def _measure(engine: Any, case: Case, *, pairs: int, steps: int) -> StepRow:
+    section = {"state": case.state, "apply": case.apply, "ratio": _RATIO, "refresh_interval": 10**9}
+    epi = epi_ds.attach(engine, {**section, "allow_inactive": True})
+    classes = TimedClasses(engine.optimizer)
+    run_plain, run_isolating = partial(_step, engine, classes.plain), partial(_step, engine, classes.isolating)
+    run_isolating()
+    # From here on a mask is in force.
+    refreshes = [epi.refresh_now().seconds for _ in range(_REFRESHES)]
+    run_plain()
+    run_isolating()
+    classes.clock.take()
+    plain_seconds, plain_parts, isolating_parts = [], [], []
+    for _ in range(steps):
+        plain_seconds.append(run_plain())
+        plain_parts.append(classes.clock.take())
+        run_isolating()
+        isolating_parts.append(classes.clock.take())
+    own = statistics.median(parts[OURS] for parts in isolating_parts)
+    instead = [name for name in plain_parts[0] if name not in isolating_parts[0]]
+    replaced = sum(statistics.median(parts[name] for parts in plain_parts) for name in instead)
+    refresh = statistics.median(refreshes)
+    own += refresh / REFRESH_INTERVAL
+    engine.optimizer.__class__ = classes.untimed
+    confirmation = _confirm(engine, classes.untimed, pairs) if pairs else (None,) * 3
+    plain = statistics.median(plain_seconds)
+    report = epi.memory_report()
+    detach(engine)
+    return StepRow(
+        state=case.state.value,
+        apply=case.apply.value,
+        offload=case.offload,
+        world_size=report.world_size,
+        params=report.covered_numel,
+        state_bytes=report.total_bytes,
+        own_ms=own * 1e3,
+        refresh_ms=refresh * 1e3,
+        replaced_ms=replaced * 1e3,
+        plain_ms=plain * 1e3,
+        overhead=(own - replaced) / plain,
+        ratio_median=confirmation[0],
+        ci_low=confirmation[1],
+        ci_high=confirmation[2],
+        pairs=pairs or None,
+    )
+
+
+def _step(engine: Any, optimizer_class: type) -> float:
+    """Run one step by an optimizer of a class; return its seconds. Collective."""
+    engine.optimizer.__class__ = optimizer_class
+    tokens = torch.randint(0, _VOCABULARY, (_BATCH, _LENGTH))
+    dist.barrier()
+    started = time.perf_counter()
+    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+    engine.step()
+    return time.perf_counter() - started
+
+
+def _confirm(engine: Any, isolating: type, pairs: int) -> tuple[float, float, float]:
+    """Compare whole steps; return the ratio of the medians and its bootstrap 95 % interval."""
+    plain = isolating.__bases__[1]
+    seconds: dict[type, list[float]] = {plain: [], isolating: []}
+    for pair in range(pairs):
+        # Neither is always the second one, which finds warmer caches.
+        for optimizer_class in (plain, isolating) if pair % 2 else (isolating, plain):
+            seconds[optimizer_class].append(_step(engine, optimizer_class))
+    engine.optimizer.__class__ = isolating
+    return bootstrap_ratio(seconds[isolating], seconds[plain], random.Random(0).choices)
+
+
+def bootstrap_ratio(
+    ours: Sequence[float], theirs: Sequence[float], choices: Callable[..., list[int]]
+) -> tuple[float, float, float]:
+    """Return median(ours) / median(theirs), and its 95 % interval from resampled pairs.
+
+    choices  draws ``k`` of a population with replacement, as `random.Random.choices` does
+    """
+    indices = range(len(ours))
+
+    def ratio(chosen: Sequence[int]) -> float:
+        return statistics.median(ours[i] for i in chosen) / statistics.median(theirs[i] for i in chosen)
+
+    resampled = sorted(ratio(choices(indices, k=len(indices))) for _ in range(_RESAMPLES))
+    return ratio(indices), resampled[round(_RESAMPLES * 0.025)], resampled[round(_RESAMPLES * 0.975) - 1]
+
+
+def _engine(*, offload: bool, layers: int) -> Any:
+    torch.manual_seed(0)
+    # 2.8 million parameters a layer and 6.7 million of embeddings; no size is a power of two.
+    config = LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=416,
+        intermediate_size=1112,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=_LENGTH,
+        attn_implementation="sdpa",
+    )
+    zero: dict[str, Any] = {"stage": 3}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    ds_config = {
+        "train_micro_batch_size_per_gpu": _BATCH,
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+        "zero_optimization": zero,
+        "steps_per_print": 10**9,
+    }
+    return deepspeed.initialize(model=LlamaForCausalLM(config), config=ds_config)[0]

@@ -1,0 +1,94 @@
+// Isolated entries taken out, put back, and set to zero; see ../reference/hold.py.
+
+#include <vector>
+
+#include "export.h"
+#include "mask_bits.h"
+
+namespace {
+
+// Call `visit(entry)` for every isolated entry of a piece, in order.
+template <class Visit>
+inline void each_isolated(const Words &mask, int64_t first, int64_t numel, const Visit &visit) {
+  for (int64_t word = 0; word < (numel + 63) / 64; word++)
+    for (uint64_t left = mask.words[word]; left; left &= left - 1) visit(first + word * 64 + __builtin_ctzll(left));
+}
+
+// Isolated entries in front of every piece.
+std::vector<int64_t> offsets_of(const uint8_t *bits, int64_t numel) {
+  std::vector<int64_t> offsets;
+  int64_t before = 0;
+  for (int64_t first = 0; first < numel; first += PIECE) {
+    const int64_t size = std::min(PIECE, numel - first);
+    const Words mask(bits, first, size);
+    offsets.push_back(before);
+    for (int64_t word = 0; word < (size + 63) / 64; word++) before += __builtin_popcountll(mask.words[word]);
+  }
+  return offsets;
+}
+
+template <class Entry>
+void hold(const void *values, const uint8_t *bits, int64_t numel, void *held, int threads) {
+  const std::vector<int64_t> offsets = offsets_of(bits, numel);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t piece = 0; piece < int64_t(offsets.size()); piece++) {
+    const int64_t first = piece * PIECE, size = std::min(PIECE, numel - first);
+    const Entry *from = static_cast<const Entry *>(values);
+    Entry *to = static_cast<Entry *>(held) + offsets[piece];
+    each_isolated(Words(bits, first, size), first, size, [&](int64_t entry) { *to++ = from[entry]; });
+  }
+}
+
+template <class Entry>
+void restore(void *values, const uint8_t *bits, int64_t numel, const void *held, int threads) {
+  const std::vector<int64_t> offsets = offsets_of(bits, numel);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t piece = 0; piece < int64_t(offsets.size()); piece++) {
+    const int64_t first = piece * PIECE, size = std::min(PIECE, numel - first);
+    const Entry *from = static_cast<const Entry *>(held) + offsets[piece];
+    Entry *to = static_cast<Entry *>(values);
+    each_isolated(Words(bits, first, size), first, size, [&](int64_t entry) { to[entry] = *from++; });
+  }
+}
+
+template <class Entry>
+void mask(void *values, const uint8_t *bits, int64_t numel, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t piece = 0; piece < (numel + PIECE - 1) / PIECE; piece++) {
+    const int64_t first = piece * PIECE, size = std::min(PIECE, numel - first);
+    Entry *to = static_cast<Entry *>(values);
+    each_isolated(Words(bits, first, size), first, size, [&](int64_t entry) { to[entry] = 0; });
+  }
+}
+
+}  // namespace
+
+// entry_bytes  2 or 4
+// values       [numel]
+// bits         [ceil(numel / 8)]
+// held         as many entries as bits are set, overwritten
+EPI_EXPORT(hold)(int entry_bytes, const void *values, const uint8_t *bits, int64_t numel, void *held, int threads) {
+  (entry_bytes == 4 ? hold<uint32_t> : hold<uint16_t>)(values, bits, numel, held, threads);
+}
+
+// values       mutated
+EPI_EXPORT(restore)(int entry_bytes, void *values, const uint8_t *bits, int64_t numel, const void *held, int threads) {
+  (entry_bytes == 4 ? restore<uint32_t> : restore<uint16_t>)(values, bits, numel, held, threads);
+}
+
+// values       mutated
+EPI_EXPORT(mask)(int entry_bytes, void *values, const uint8_t *bits, int64_t numel, int threads) {
+  (entry_bytes == 4 ? mask<uint32_t> : mask<uint16_t>)(values, bits, numel, threads);
+}
+
+// count        overwritten: bits that are set
+EPI_EXPORT(count_bits)(const uint8_t *bits, int64_t num_bytes, int64_t *count, int threads) {
+  int64_t found = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : found)
+  for (int64_t piece = 0; piece < (num_bytes * 8 + PIECE - 1) / PIECE; piece++) {
+    const int64_t size = std::min(PIECE, num_bytes * 8 - piece * PIECE);
+    const Words mask(bits, piece * PIECE, size);
+    for (int64_t word = 0; word < (size + 63) / 64; word++) found += __builtin_popcountll(mask.words[word]);
+  }
+  *count = found;
+}

@@ -1,0 +1,71 @@
+"""`hold`, `restore_`, `mask_` and `count_bits` in C++; see `epi_ds.kernels.reference.hold` and `mask_bits`."""
+
+from __future__ import annotations
+
+from ctypes import c_int, c_int64
+
+import torch
+from epi_ds.kernels.cpu.call import operation, pointer, threads
+from epi_ds.kernels.reference import hold as reference
+from torch import Tensor
+
+# Bytes of an entry; the others are rare enough for the reference.
+_SIZES = (2, 4)
+
+
+def hold(
+    values: Tensor, bits: Tensor, num_isolated: int, *, variant: str | None = None, num_threads: int | None = None
+) -> Tensor:
+    """See the reference, and `observe_` for the arguments."""
+    if values.itemsize not in _SIZES:
+        return reference.hold(values, bits, num_isolated)
+    held = values.new_empty(num_isolated)
+    operation("hold", variant)(
+        c_int(values.itemsize),
+        pointer(values),
+        pointer(bits),
+        c_int64(values.numel()),
+        pointer(held),
+        threads(values.numel(), num_threads),
+    )
+    return held
+
+
+def restore_(
+    values: Tensor, bits: Tensor, held: Tensor, *, variant: str | None = None, num_threads: int | None = None
+) -> None:
+    """See the reference, and `observe_` for the arguments."""
+    if values.itemsize not in _SIZES:
+        reference.restore_(values, bits, held)
+        return
+    operation("restore", variant)(
+        c_int(values.itemsize),
+        pointer(values),
+        pointer(bits),
+        c_int64(values.numel()),
+        pointer(held),
+        threads(values.numel(), num_threads),
+    )
+
+
+def mask_(values: Tensor, bits: Tensor, *, variant: str | None = None, num_threads: int | None = None) -> None:
+    """See the reference, and `observe_` for the arguments."""
+    if values.itemsize not in _SIZES:
+        reference.mask_(values, bits)
+        return
+    operation("mask", variant)(
+        c_int(values.itemsize),
+        pointer(values),
+        pointer(bits),
+        c_int64(values.numel()),
+        threads(values.numel(), num_threads),
+    )
+
+
+def count_bits(bits: Tensor, *, variant: str | None = None, num_threads: int | None = None) -> int:
+    """See the reference, and `observe_` for the arguments."""
+    count = torch.empty(1, dtype=torch.int64)
+    operation("count_bits", variant)(
+        pointer(bits), c_int64(bits.numel()), pointer(count), threads(bits.numel() * 8, num_threads)
+    )
+    return int(count)

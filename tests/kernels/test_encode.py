@@ -1,0 +1,37 @@
+"""`encode_` in C++: the bits of the plain torch implementation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from epi_ds.kernels import Stored, num_blocks
+from epi_ds.kernels.cpu.encode import encode_ as compiled
+from epi_ds.kernels.reference.encode import encode_ as reference
+
+from tests.support.operations import SIZES, STATES, runnable_variants, same_bits, state_of, values_of
+
+
+def blank(dtype: torch.dtype, numel: int, first_index: int) -> Stored:
+    blocks = num_blocks(first_index, numel) if dtype is torch.uint8 else 0
+    return Stored(torch.full((numel + 1,), 1, dtype=dtype)[1:], torch.ones(blocks), first_index)
+
+
+@pytest.mark.parametrize("variant", runnable_variants())
+@pytest.mark.parametrize("dtype", STATES)
+@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 4])
+def test_bits_are_those_of_the_reference(variant: str, dtype: torch.dtype, numel: int, num_threads: int) -> None:
+    for first_index in (0, 77, 2**34 - 100)[: 3 if numel < 2**20 else 1]:
+        expected, found = blank(dtype, numel, first_index), blank(dtype, numel, first_index)
+        reference(expected, values_of(numel), key=0xF0000001, step=3)
+        compiled(found, values_of(numel), key=0xF0000001, step=3, variant=variant, num_threads=num_threads)
+        assert same_bits(expected.codes, found.codes)
+        assert same_bits(expected.scales, found.scales)
+
+
+@pytest.mark.parametrize("dtype", STATES)
+def test_the_operation_is_registered_as_it_behaves(dtype: torch.dtype) -> None:
+    stored = state_of(dtype, 300, 0)
+    stored = stored._replace(codes=stored.codes.clone())
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.epi_ds.encode_, (*stored, values_of(300), 3, 4), test_utils=checks)

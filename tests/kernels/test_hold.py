@@ -1,0 +1,54 @@
+"""`hold`, `restore_`, `mask_` and `count_bits` in C++: the bits of the plain torch implementations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from epi_ds.kernels.cpu import hold as compiled
+from epi_ds.kernels.reference import hold as reference
+from torch import Tensor
+
+from tests.support.operations import SIZES, bits_of, mask_of, runnable_variants, same_bits
+
+
+def hostile(numel: int, dtype: torch.dtype) -> Tensor:
+    """Values in memory that begins one entry behind an aligned address; NaN and -0 are part of the bits."""
+    values = torch.randn(numel + 1, generator=torch.Generator().manual_seed(1)).to(dtype)[1:]
+    if numel > 2:
+        values[0], values[1], values[2] = torch.nan, -0.0, torch.inf
+    return values
+
+
+@pytest.mark.parametrize("variant", runnable_variants())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("numel", [*SIZES, 4095, 4096, 4097])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
+def test_bits_are_those_of_the_reference(variant: str, dtype: torch.dtype, numel: int, share: float) -> None:
+    bits, values = bits_of(mask_of(numel, share)), hostile(numel, dtype)
+    count = reference.count_bits(bits)
+    held = reference.hold(values, bits, count)
+    for num_threads in (1, 2, 3, 4):
+        settings = {"variant": variant, "num_threads": num_threads}
+        assert compiled.count_bits(bits, **settings) == count
+        assert same_bits(compiled.hold(values, bits, count, **settings), held)
+        moved = hostile(numel, dtype).add_(1.0)
+        expected = moved.clone()
+        reference.restore_(expected, bits, held)
+        compiled.restore_(moved, bits, held, **settings)
+        assert same_bits(expected, moved)
+        reference.mask_(expected, bits)
+        compiled.mask_(moved, bits, **settings)
+        assert same_bits(expected, moved)
+
+
+def test_the_operations_are_registered_as_they_behave() -> None:
+    checks = ("test_schema", "test_faketensor")
+    values, bits = torch.randn(300), bits_of(mask_of(300))
+    count = reference.count_bits(bits)
+    for operation, args in (
+        (torch.ops.epi_ds.hold, (values, bits, count)),
+        (torch.ops.epi_ds.restore_, (values.clone(), bits, torch.randn(count))),
+        (torch.ops.epi_ds.mask_, (values.clone(), bits)),
+        (torch.ops.epi_ds.count_bits, (bits,)),
+    ):
+        torch.library.opcheck(operation, args, test_utils=checks)
