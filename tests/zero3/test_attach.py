@@ -438,9 +438,10 @@ def check_handle() -> None:
                 assert torch.equal(epi.mask(name), epi.importance(name) >= epi.thresholds()[row.name])
         assert thresholds.keys() == epi.thresholds().keys()
         report = epi.memory_report()
-        # fp32 importance and one bit a parameter; padding makes up the rest in a model this small.
-        # fp32 and a bit; padding has a bit only, so the last rank may have less.
-        assert 3.5 < report.bytes_per_parameter_share < 4.3
+        # fp32 and a bit; padding has a bit only, so the last rank may have less. Two rows of 7 numbers say where the
+        # entries of a parameter and those behind them lie, which is much in a model this small.
+        tables = 2 * 7 * 8 * (len(epi.parameter_names) + 1) * report.world_size / report.covered_numel
+        assert 3.5 < report.bytes_per_parameter_share < 4.3 + tables
         with pytest.raises(ValueError, match=r"did you mean 'head.weight'"):
             epi.mask("head.weihgt")
         with pytest.raises(ValueError, match="nothing would ever be isolated"):

@@ -129,5 +129,18 @@ def test_a_step_runs_in_the_order_that_isolation_relies_on() -> None:
     assert positions == sorted(positions)
 
 
+def test_what_isolation_does_in_place_of_unscaling_is_what_zero3_does() -> None:
+    """The override multiplies by the same number in the pass that observes, and calls nothing."""
+    body = [ast.unparse(line) for line in _definition(DeepSpeedZeroOptimizer_Stage3, "unscale_and_clip_grads").body]
+    assert body == [
+        "combined_scale = self.loss_scale",
+        "if self.clip_grad > 0.0:\n"
+        "    clip = (total_norm / self.loss_scale + 1e-06) / self.clip_grad\n"
+        "    clip = torch.clamp(clip, min=1.0)\n"
+        "    combined_scale = clip * self.loss_scale",
+        "self.fp32_partitioned_groups_flat[sub_group_id].grad.mul_(1.0 / combined_scale)",
+    ]
+
+
 def test_the_installed_release_is_supported() -> None:
     assert Version(deepspeed.__version__) in SUPPORTED_DEEPSPEED
