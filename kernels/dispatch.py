@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import logging
 import os
 from enum import Enum
@@ -22,31 +22,47 @@ class Backend(str, Enum):
 
     REFERENCE = "reference"
     CPU = "cpu"
+    GPU = "gpu"
+
+
+# What runs on which type of device, but for the reference, which runs on all.
+_OF_DEVICE = {"cpu": Backend.CPU, "cuda": Backend.GPU}
 
 
 @functools.cache
 def backend_on(device_type: str) -> Backend:
-    """Return the backend for tensors of a device: the fastest there is, or what ``EPI_DS_KERNELS`` asks for.
+    """Return the backend for tensors of a type of device: the fastest there is, or what ``EPI_DS_KERNELS`` asks for.
 
-    Raises ValueError for a backend that does not exist, and RuntimeError for one that is asked for and cannot be had.
+    Raises ValueError for a backend that does not exist, and RuntimeError for one that is asked for, belongs to this
+    type of device and cannot be had.
     """
     asked = os.environ.get(VARIABLE, "auto")
     names = [backend.value for backend in Backend]
     if asked != "auto" and asked not in names:
         raise ValueError(f"{VARIABLE} is {asked!r}, but the kernels are auto, {', '.join(names)}; set one of them")
-    # One implementation for all other devices so far.
-    if asked == Backend.REFERENCE.value or device_type != "cpu":
+    own = _OF_DEVICE.get(device_type)
+    if asked == Backend.REFERENCE.value or own is None:
         return Backend.REFERENCE
     try:
-        library()
+        _prepare(own)
     except RuntimeError as error:
-        if asked != "auto":
+        if asked == own.value:
             raise RuntimeError(f"{VARIABLE}={asked} cannot be had: {error}") from error
         logger.warning(
-            "importance is measured by plain torch operations, which takes 3 (fp32) to 20 (u8) times as long: %s", error
+            "importance is measured by plain torch operations, which on a CPU takes 3 (fp32) to 25 (u8) times as "
+            "long: %s",
+            error,
         )
         return Backend.REFERENCE
-    return Backend.CPU
+    return own
+
+
+def _prepare(backend: Backend) -> None:
+    """Raise RuntimeError where a backend cannot be had."""
+    if backend is Backend.CPU:
+        library()
+    elif importlib.util.find_spec("triton") is None:
+        raise RuntimeError("Triton is not installed (pip install triton, or epi-ds[gpu])")
 
 
 @functools.cache

@@ -171,8 +171,8 @@ def test_without_a_compiler_the_reference_runs_and_says_so(tmp_path: Path) -> No
     assert "times as long" in found.stderr
     asked = run_in(tmp_path, PRINT_BACKEND, CXX="no-such-compiler", EPI_DS_KERNELS="cpu")
     assert "EPI_DS_KERNELS=cpu cannot be had" in asked.stderr
-    unknown = run_in(tmp_path, PRINT_BACKEND, EPI_DS_KERNELS="gpu")
-    assert "the kernels are auto, reference, cpu" in unknown.stderr
+    unknown = run_in(tmp_path, PRINT_BACKEND, EPI_DS_KERNELS="tpu")
+    assert "the kernels are auto, reference, cpu, gpu" in unknown.stderr
     assert run_in(tmp_path, PRINT_BACKEND, EPI_DS_KERNELS="reference").stdout == "reference\n"
 
 

@@ -1,0 +1,125 @@
+"""What tests of the GPU operations share: where they run, and partitions and masks that are hard to get right."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+from epi_ds.kernels.reference.codecs import Stored, num_blocks
+from epi_ds.kernels.reference.encode import encode_
+from epi_ds.kernels.reference.mask_bits import pack_bits
+from epi_ds.kernels.reference.runs import Run, table_of
+from torch import Tensor
+
+from tests.support.operations import values_of
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+# Around a block of 256, a prime, more than a tile; empty ones too.
+SIZES = [0, 1, 255, 256, 257, 1009, 4096 + 3]
+# On and off a border of a block, odd, and where the upper half of the index counts.
+FIRST_INDICES = [0, 1, 77, 2**34 - 100]
+
+
+class Partition(NamedTuple):
+    """Runs of several parameters, of which every other one has no importance, and the table of them."""
+
+    codes: Tensor
+    scales: Tensor
+    gradient: Tensor
+    runs: list[Run]
+
+    @property
+    def table(self) -> Tensor:
+        return table_of(self.runs, device=self.codes.device)
+
+    def clone(self, device: torch.device) -> Partition:
+        """Return a copy on a device."""
+        # Not every operation knows uint16.
+        codes = self.codes.view(torch.uint8).to(device, copy=True).view(self.codes.dtype)
+        scales, gradient = (tensor.to(device, copy=True) for tensor in (self.scales, self.gradient))
+        return Partition(codes, scales, gradient, self.runs)
+
+
+def special_values(numel: int) -> Tensor:
+    """`values_of`, with blocks that are zeros, all equal, denormal, at the least scale there is, and around codes."""
+    values = values_of(numel)
+    for block, value in enumerate((0.0, 0.75, 2.0**-140, 2.0**-110, 2.0**-111)):
+        values[(2 * block + 1) * 256 : (2 * block + 2) * 256] = value
+    # What uint8 codes stand for, and what misses that by a few roundings.
+    roundings = torch.randint(-12, 13, (256,), generator=torch.Generator().manual_seed(1))
+    around_codes = torch.arange(256).double().square() * (1 + roundings * 2.0**-23) / 255**2
+    room = values[11 * 256 : 12 * 256]
+    room.copy_(around_codes[: room.numel()])
+    return values
+
+
+def special_gradient(numel: int) -> Tensor:
+    """Many scales, zeros, and numbers whose square is none, or none that fp32 has."""
+    generator = torch.Generator().manual_seed(numel)
+    gradient = torch.randn(numel, generator=generator) * torch.randn(numel, generator=generator).mul(3).exp()
+    gradient[torch.rand(numel, generator=generator) < 0.1] = 0.0
+    specials = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, 1e-30, -(2.0**-149)])
+    gradient[7 : 7 + len(specials)] = specials[: max(0, numel - 7)]
+    return gradient
+
+
+def stored_of(dtype: torch.dtype, values: Tensor, first_index: int) -> Stored:
+    """Return values as they are stored, in memory that begins one entry behind an aligned address."""
+    numel = values.numel()
+    codes = torch.zeros(numel + 1, dtype=dtype)[1:]
+    stored = Stored(codes, torch.zeros(num_blocks(first_index, numel) if dtype is torch.uint8 else 0), first_index)
+    encode_(stored, values, key=3, step=0)
+    return stored
+
+
+def partition_of(dtype: torch.dtype) -> Partition:
+    """Return a partition of every size at every first index.
+
+    Between what is stored of two runs lies one entry, and one scale, that no run has.
+    """
+    codes, scales, gradients, runs = [], [], [], []
+    start = first_code = first_block = 0
+    for number, (first_index, numel) in enumerate((first, size) for first in FIRST_INDICES for size in SIZES):
+        stored = stored_of(dtype, special_values(numel), first_index)
+        gap = 1 + number % 5
+        runs += [
+            Run(start, numel, first_code, first_block, first_index, 0xF0000001 + number),
+            Run(start + numel, gap, -1, 0, number, 0),
+        ]
+        codes += [stored.codes.view(torch.uint8), torch.full((dtype.itemsize,), 7, dtype=torch.uint8)]
+        scales += [stored.scales, torch.tensor([7.0])]
+        gradients.append(special_gradient(numel + gap))
+        start += numel + gap
+        first_code += numel + 1
+        first_block += stored.scales.numel() + 1
+    return Partition(torch.cat(codes).view(dtype), torch.cat(scales), torch.cat(gradients), runs)
+
+
+def moved(stored: Stored) -> Stored:
+    """Return a copy of what is stored on the device under test, again one entry behind an aligned address."""
+    codes = stored.codes.view(torch.uint8)
+    room = torch.zeros(codes.numel() + stored.codes.element_size(), dtype=torch.uint8, device=DEVICE)
+    room = room[stored.codes.element_size() :]
+    room.copy_(codes)
+    return Stored(room.view(stored.codes.dtype), stored.scales.to(DEVICE, copy=True), stored.first_index)
+
+
+def random_mask(numel: int, share: float) -> Tensor:
+    return torch.rand(numel, generator=torch.Generator().manual_seed(numel)) < share
+
+
+def bits_of(mask: Tensor) -> Tensor:
+    bits = torch.empty(-(-mask.numel() // 8), dtype=torch.uint8)
+    pack_bits(mask, bits)
+    return bits
+
+
+def same_but_for_nan(one: Tensor, other: Tensor) -> bool:
+    """Whether two fp32 tensors are equal, bit for bit; processors differ in which NaN they make, so any equals any."""
+    numbers = ~one.isnan()
+    return torch.equal(numbers, ~other.isnan()) and torch.equal(
+        one[numbers].view(torch.int32), other[numbers].view(torch.int32)
+    )
