@@ -193,7 +193,7 @@ def bootstrap_ratio(
 
 def _engine(*, offload: bool, layers: int) -> Any:
     torch.manual_seed(0)
-    # 2.8 million parameters a layer and 6.7 million of embeddings; no size is a power of two.
+    # 1.9 million parameters a layer and 6.7 million of embeddings; no size is a power of two.
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
         hidden_size=416,

@@ -162,7 +162,7 @@ class IsolationController:
         inverse_scale: float,
         rescale: float,
         exceptions: Mapping[str, Tensor | None],
-        ema_decay: float | None = None,
+        ema_decay: float,
     ) -> None:
         """Let one sub-group's gradient enter the importance of the step about to be applied, then unscale it.
 
@@ -172,8 +172,10 @@ class IsolationController:
         rescale        multiplies the gradient in place
         exceptions     parameters whose part of ``gradient`` is not theirs in this window, by name: None for a gradient
                        of zero, or the gradient ([real_numel] or longer)
+        ema_decay      weight of the old importance
+
+        Raises RuntimeError where nothing is measured.
         """
-        ema_decay = self.config.ema_decay if ema_decay is None else ema_decay
         step = self.counters.observations
         stored = self._stored
         if stored is None:

@@ -37,10 +37,10 @@ class Masks:
         packed = self.bits[segment.sub_group][first_byte : -(-segment.stop // 8)].cpu()
         return unpack_bits(packed, segment.start - first_byte * 8, segment.stop - first_byte * 8)
 
-    def replace(self, sub_group: int, bits: Tensor) -> None:
-        """Put the bits of one partition in force."""
-        self.bits[sub_group] = bits
-        self.isolated_here[sub_group] = count_bits(bits)
+    def replace(self, sub_group: int, selected: Selected) -> None:
+        """Put the mask of one partition in force."""
+        self.bits[sub_group] = selected.bits
+        self.isolated_here[sub_group] = selected.isolated
 
     def load(self, masks: Mapping[str, Tensor]) -> Tensor:
         """Put given masks in force; return this rank's isolated entries by layer and by kind ([num_groups] int64).
@@ -64,6 +64,8 @@ class Selected(NamedTuple):
     """[ceil(numel / 8)] uint8, on the partition's device."""
     counts: Tensor
     """[2, num_groups] int64 on the CPU: isolated now, isolated before and now."""
+    isolated: int
+    """Entries isolated now, each counted once."""
 
 
 def empty_bits(numel: int, device: torch.device) -> Tensor:
@@ -89,7 +91,7 @@ def select_bits(
     """
     limits = [int(code) for code in threshold_codes]
     bits = torch.zeros_like(before)
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, Tensor] = {}
     for segment in segments:
         for start, stop in chunks(0, segment.real_numel):
             counts = select_(
@@ -99,13 +101,12 @@ def select_bits(
                 threshold_code=limits[segment.layer],
                 first_entry=segment.start + start,
             )
-            found.setdefault(segment.name, []).append(counts)
-    totals = torch.zeros((2, num_groups), dtype=torch.int64)
+            found[segment.name] = found[segment.name] + counts if start else counts
+    by_group, isolated = torch.zeros((2, num_groups), dtype=torch.int64), 0
     if found:
         # Fetched at once: every look at a device waits for all that it has to do.
-        for name, counts in zip(
-            found, torch.stack([torch.stack(pieces).sum(dim=0) for pieces in found.values()]).cpu(), strict=True
-        ):
+        for name, counts in zip(found, torch.stack(list(found.values())).cpu(), strict=True):
+            isolated += int(counts[0])
             for group in groups_of[name]:
-                totals[:, group] += counts
-    return Selected(bits, totals)
+                by_group[:, group] += counts
+    return Selected(bits, by_group, isolated)

@@ -153,7 +153,7 @@ class Refresher:
                     now=selected.bits,
                     importance=partition_reader(importance, segments, self._devices[sub_group]),
                 )
-            self.masks.replace(sub_group, selected.bits)
+            self.masks.replace(sub_group, selected)
             counts += selected.counts
         parts = counts.flatten(), self.first_mask.compare(self.masks.bits), overlaps.flatten()
         largest = self._layout.covered_numel if len(overlaps) else max(self._layout.group_numel)

@@ -154,13 +154,7 @@ class StoredImportance:
             self._codes.append(codes)
             self._scales.append(scales)
             for segment in segments:
-                run = self._runs[segment.name]
-                blocks = num_blocks(run.first_index, run.numel) if dtype is torch.uint8 else 0
-                self._stored[segment.name] = Stored(
-                    codes[run.first_code : run.first_code + run.numel],
-                    scales[run.first_block : run.first_block + blocks],
-                    run.first_index,
-                )
+                self._stored[segment.name] = self._runs[segment.name].stored_in(codes, scales)
 
     @property
     def num_bytes(self) -> int:

@@ -20,10 +20,11 @@ from epi_ds.isolation.schedule import largest_ratio
 from epi_ds.isolation.state import CODE_SHIFTS
 from epi_ds.isolation.threshold import budget_of
 from epi_ds.isolation.traffic import compare, pick, refresh_messages
+from epi_ds.zero3.context import IsolationContext
 from epi_ds.zero3.engine import IsolationEngineMixin, StateStore
 from epi_ds.zero3.guard import check_engine
 from epi_ds.zero3.handle import EPI
-from epi_ds.zero3.mixin import IsolationContext, IsolationMixin
+from epi_ds.zero3.mixin import IsolationMixin
 from epi_ds.zero3.second_moments import SecondMoments
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,7 @@ A skipped step never reaches the commit point, so it leaves no trace. The class 
 
 from __future__ import annotations
 
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,14 +24,13 @@ from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_no
 from deepspeed.runtime.zero.utils import get_norm_dtype
 from torch import Tensor
 
-from epi_ds.choices import Apply
-from epi_ds.isolation.controller import IsolationController
-from epi_ds.isolation.layout import Parameter, Span, build_layout, merge_spans
+from epi_ds.isolation.layout import Span, merge_spans
 from epi_ds.isolation.state import ReadPartition
 from epi_ds.kernels import hold, mask_, masked_sumsq, restore_
-from epi_ds.zero3.moments import ClippingAverage, clipping_factor, reset_moments, set_moments, state_age
+from epi_ds.zero3.context import IsolationContext, Rescale
+from epi_ds.zero3.moments import clipping_factor, reset_moments, set_moments, state_age
 from epi_ds.zero3.optimizer_state import optimizer_state, stepping_optimizer
-from epi_ds.zero3.step_energy import StepEnergy, UpdateSample
+from epi_ds.zero3.step_energy import UpdateSample
 from epi_ds.zero3.window import AccumulationWindow
 
 if TYPE_CHECKING:
@@ -44,49 +42,6 @@ else:
 
 # A sum of squares below which no precision that a norm is taken in can overflow, so plain ZeRO-3 would not skip.
 _CERTAINLY_VALID = 1e37
-
-
-class Rescale(NamedTuple):
-    """What the gradients of one step are multiplied by."""
-
-    norm: Tensor
-    """Of the step; kept, so that no other norm can be taken for it."""
-    factor: float
-
-
-class IsolationContext:
-    """What the overrides work with: the controller, the accumulation window and the optimizer's geometry."""
-
-    def __init__(self, optimizer: Any, controller: IsolationController) -> None:
-        self.controller = controller
-        self.window = AccumulationWindow()
-        self.masks_gradients = controller.config.apply is Apply.REDUCTION
-        self.clipping: list[ClippingAverage] = []
-        """One average per parameter group, for `apply: reduction`. See [Note: release] in moments.py."""
-        if self.masks_gradients:
-            self.clipping = [ClippingAverage(group["betas"][1]) for group in optimizer.optimizer.param_groups]
-        self.backward_scale = 1.0
-        """Loss scale of the gradients being applied; a dynamic scaler may raise its own before they are unscaled."""
-        self.offloaded_sumsq: dict[Any, Tensor] = {}
-        """With offload, by ZeRO-3's parameter id: `masked_sumsq` of a gradient when it left the accelerator."""
-        self.rescale: Rescale | None = None
-        # Under `apply: reduction` the update of isolated entries is not what they would have moved by.
-        self.step_energy = None if self.masks_gradients else StepEnergy(get_accelerator().current_device_name())
-        self.names: dict[Any, str] = dict(optimizer.param_names)
-        # Of every trainable parameter: the controller's layout has the covered ones only.
-        layout = build_layout(
-            [[Parameter(self.names[p], tuple(p.ds_shape)) for p in group] for group in optimizer.fp16_groups],
-            rank=dist.get_rank(optimizer.dp_process_group),
-            world_size=dist.get_world_size(optimizer.dp_process_group),
-            layer="tensor",
-        )
-        self.buffer_starts: list[int] = [0, *accumulate(layout.sub_group_numel)][:-1]
-        """Offsets of the sub-groups in the accumulation buffer, which holds all partitions in order."""
-        self.parameter_spans: list[list[tuple[Any, Span]]] = [
-            [(p, Span(s.start, s.stop)) for p, s in zip(group, segments, strict=True) if s.real_numel]
-            for group, segments in zip(optimizer.fp16_groups, layout.by_sub_group, strict=True)
-        ]
-        """Real entries of every trainable parameter in the flat partitions; empty ones left out."""
 
 
 class IsolationMixin(Zero3Optimizer):
@@ -165,19 +120,20 @@ class IsolationMixin(Zero3Optimizer):
         energy = context.step_energy
         sent = squares.flatten() if energy is None else torch.cat([squares.flatten(), energy.pending])
         dist.all_reduce(sent, group=self.dp_process_group)
-        whole, plastic = sent[: squares.numel()].view_as(squares).T
-        total = float(whole.sum())
-        if not total < _CERTAINLY_VALID:
+        # One look at the device for all that is decided and noted here.
+        on_host = sent.cpu()
+        whole, plastic = on_host[: squares.numel()].view_as(squares).sum(dim=0).tolist()
+        if not whole < _CERTAINLY_VALID:
             plain = super()._get_norm_groups()
             if is_invalid_grad_norm(combine_grad_norm_groups(plain)):
                 return plain
         if energy is not None:
             energy.settle()
-            self._note_step_energy(sent[squares.numel() :])
-        if total > 0:
-            context.controller.note_held_gradient_energy(1.0 - float(plastic.sum()) / total)
+            self._note_step_energy(on_host[squares.numel() :])
+        if whole > 0:
+            context.controller.note_held_gradient_energy(1.0 - plastic / whole)
         # As plain ZeRO-3 returns them.
-        norms = plastic.sqrt()
+        norms = sent[: squares.numel()].view_as(squares)[:, 1].sqrt()
         return list(norms.float().cpu() if self.offload_optimizer else norms.to(get_norm_dtype()))
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
@@ -276,9 +232,11 @@ class IsolationMixin(Zero3Optimizer):
             for parameter, _ in spans:
                 if self._was_copied_out(parameter):
                     param_id = self.get_param_id(parameter)
-                    whole = self.norm_for_param_grads[param_id].double() ** 2
-                    # Without a mask at that time, a refresh out of turn put one in force since: all entries count.
-                    total += context.offloaded_sumsq.get(param_id, torch.stack([whole, whole]))
+                    if param_id in context.offloaded_sumsq:
+                        total += context.offloaded_sumsq[param_id]
+                    else:
+                        # Without a mask at that time, a refresh out of turn put one in force since: all entries count.
+                        total += self.norm_for_param_grads[param_id].double() ** 2
             return total
         gradient = self._accumulated(sub_group_id, Span(0, self.fp16_partitioned_groups_flat_numel[sub_group_id]))
         bits = context.controller.masks.bits[sub_group_id]

@@ -28,12 +28,27 @@ def operation(name: str, variant: str | None) -> Callable[..., Any]:
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    """Return the address of a tensor's entries, null where there are none. Raises ValueError unless in one piece."""
+    """Return the address of a tensor's entries, null where there are none.
+
+    Raises ValueError for a tensor that is not in one piece, or not in the host's memory.
+    """
     if tensor is None or not tensor.numel():
         return ctypes.c_void_p(None)
+    if tensor.device.type != "cpu":
+        raise ValueError(f"a tensor on {tensor.device} cannot be read by a CPU operation; move it to the CPU")
     if not tensor.is_contiguous():
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} and stride {tensor.stride()} is not in one piece")
     return ctypes.c_void_p(tensor.data_ptr())
+
+
+def mask_pointer(bits: Tensor, num_entries: int) -> ctypes.c_void_p:
+    """Return the address of a mask. Raises ValueError for one of fewer entries: what follows it is other memory."""
+    if bits.dtype is not torch.uint8 or bits.numel() * 8 < num_entries:
+        raise ValueError(
+            f"a mask of {bits.numel()} entries of {bits.dtype} has no bit for each of {num_entries}; pass "
+            f"{-(-num_entries // 8)} bytes of torch.uint8"
+        )
+    return pointer(bits)
 
 
 def threads(numel: int, asked: int | None) -> ctypes.c_int:

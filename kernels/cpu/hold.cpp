@@ -14,7 +14,7 @@ inline void each_isolated(const Words &mask, int64_t first, int64_t numel, const
     for (uint64_t left = mask.words[word]; left; left &= left - 1) visit(first + word * 64 + __builtin_ctzll(left));
 }
 
-// Isolated entries in front of every piece.
+// Isolated entries in front of every piece, and of all.
 std::vector<int64_t> offsets_of(const uint8_t *bits, int64_t numel) {
   std::vector<int64_t> offsets;
   int64_t before = 0;
@@ -24,31 +24,36 @@ std::vector<int64_t> offsets_of(const uint8_t *bits, int64_t numel) {
     offsets.push_back(before);
     for (int64_t word = 0; word < (size + 63) / 64; word++) before += __builtin_popcountll(mask.words[word]);
   }
+  offsets.push_back(before);
   return offsets;
 }
 
 template <class Entry>
-void hold(const void *values, const uint8_t *bits, int64_t numel, void *held, int threads) {
+int64_t hold(const void *values, const uint8_t *bits, int64_t numel, void *held, int64_t num_held, int threads) {
   const std::vector<int64_t> offsets = offsets_of(bits, numel);
+  if (offsets.back() != num_held) return offsets.back();
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t piece = 0; piece < int64_t(offsets.size()); piece++) {
+  for (int64_t piece = 0; piece < int64_t(offsets.size()) - 1; piece++) {
     const int64_t first = piece * PIECE, size = std::min(PIECE, numel - first);
     const Entry *from = static_cast<const Entry *>(values);
     Entry *to = static_cast<Entry *>(held) + offsets[piece];
     each_isolated(Words(bits, first, size), first, size, [&](int64_t entry) { *to++ = from[entry]; });
   }
+  return num_held;
 }
 
 template <class Entry>
-void restore(void *values, const uint8_t *bits, int64_t numel, const void *held, int threads) {
+int64_t restore(void *values, const uint8_t *bits, int64_t numel, const void *held, int64_t num_held, int threads) {
   const std::vector<int64_t> offsets = offsets_of(bits, numel);
+  if (offsets.back() != num_held) return offsets.back();
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t piece = 0; piece < int64_t(offsets.size()); piece++) {
+  for (int64_t piece = 0; piece < int64_t(offsets.size()) - 1; piece++) {
     const int64_t first = piece * PIECE, size = std::min(PIECE, numel - first);
     const Entry *from = static_cast<const Entry *>(held) + offsets[piece];
     Entry *to = static_cast<Entry *>(values);
     each_isolated(Words(bits, first, size), first, size, [&](int64_t entry) { to[entry] = *from++; });
   }
+  return num_held;
 }
 
 template <class Entry>
@@ -66,14 +71,17 @@ void mask(void *values, const uint8_t *bits, int64_t numel, int threads) {
 // entry_bytes  2 or 4
 // values       [numel]
 // bits         [ceil(numel / 8)]
-// held         as many entries as bits are set, overwritten
-EPI_EXPORT(hold)(int entry_bytes, const void *values, const uint8_t *bits, int64_t numel, void *held, int threads) {
-  (entry_bytes == 4 ? hold<uint32_t> : hold<uint16_t>)(values, bits, numel, held, threads);
+// held         [num_held] overwritten
+// count        overwritten: bits that are set; if these are not `num_held`, nothing else is done
+EPI_EXPORT(hold)(int entry_bytes, const void *values, const uint8_t *bits, int64_t numel, void *held, int64_t num_held,
+                 int64_t *count, int threads) {
+  *count = (entry_bytes == 4 ? hold<uint32_t> : hold<uint16_t>)(values, bits, numel, held, num_held, threads);
 }
 
 // values       mutated
-EPI_EXPORT(restore)(int entry_bytes, void *values, const uint8_t *bits, int64_t numel, const void *held, int threads) {
-  (entry_bytes == 4 ? restore<uint32_t> : restore<uint16_t>)(values, bits, numel, held, threads);
+EPI_EXPORT(restore)(int entry_bytes, void *values, const uint8_t *bits, int64_t numel, const void *held,
+                    int64_t num_held, int64_t *count, int threads) {
+  *count = (entry_bytes == 4 ? restore<uint32_t> : restore<uint16_t>)(values, bits, numel, held, num_held, threads);
 }
 
 // values       mutated

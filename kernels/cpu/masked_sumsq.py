@@ -5,7 +5,7 @@ from __future__ import annotations
 from ctypes import c_int, c_int64
 
 import torch
-from epi_ds.kernels.cpu.call import VALUE_FORMATS, operation, pointer, threads
+from epi_ds.kernels.cpu.call import VALUE_FORMATS, mask_pointer, operation, pointer, threads
 from torch import Tensor
 
 
@@ -19,7 +19,7 @@ def masked_sumsq(
         c_int(VALUE_FORMATS[values.dtype]),
         pointer(values),
         c_int64(values.numel()),
-        pointer(bits),
+        mask_pointer(bits, first_entry + values.numel()),
         c_int64(first_entry),
         pointer(sums),
         threads(values.numel(), num_threads),

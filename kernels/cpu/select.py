@@ -5,7 +5,7 @@ from __future__ import annotations
 from ctypes import c_int32, c_int64
 
 import torch
-from epi_ds.kernels.cpu.call import operation, pointer, threads
+from epi_ds.kernels.cpu.call import mask_pointer, operation, pointer, threads
 from torch import Tensor
 
 
@@ -22,10 +22,10 @@ def select_(
     """See the reference, whose bits these are, and `observe_` for the arguments."""
     counts = torch.empty(2, dtype=torch.int64)
     operation("select", variant)(
-        pointer(bits),
+        mask_pointer(bits, first_entry + codes.numel()),
         pointer(codes),
         c_int64(codes.numel()),
-        pointer(before),
+        mask_pointer(before, first_entry + codes.numel()),
         c_int32(threshold_code),
         c_int64(first_entry),
         pointer(counts),

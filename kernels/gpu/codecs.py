@@ -11,9 +11,13 @@ only read or only write.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from epi_ds.kernels.gpu.launch import Specialisation
 from epi_ds.kernels.reference import codecs, runs
 from epi_ds.kernels.reference.codecs import Stored
 from torch import Tensor
@@ -138,3 +142,12 @@ def _root_codes(values, largest, random):
     above = values * (inverse * _BELOW_ONE)[None, :, None] - whole * whole
     up = random.to(tl.float32) * 2.0**-16 * (whole + whole + 1.0) < above
     return tl.where(up, whole + 1.0, whole).to(tl.int32).to(tl.uint8)
+
+
+def coded_specialisations(function: Any) -> Iterator[Specialisation]:
+    """Yield all that a kernel between coded importance and fp32 values may be launched for."""
+    for form in ("bf16", "u16"):
+        pointers = {"codes": ENTRIES[form], "values": "fp32"}
+        yield Specialisation(function, form, pointers, {"scales": None, "FORMAT": form})
+    pointers = {"codes": "u8", "scales": "fp32", "values": "fp32"}
+    yield Specialisation(function, "u8", pointers, {"FORMAT": "u8"})

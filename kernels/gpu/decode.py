@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 import triton.language as tl
-from epi_ds.kernels.gpu.codecs import ENTRIES, FORMATS, first_scale, load_tile, num_tiles, plain, tile_of
+from epi_ds.kernels.gpu.codecs import FORMATS, coded_specialisations, first_scale, load_tile, num_tiles, plain, tile_of
 from epi_ds.kernels.gpu.launch import Specialisation, kernel, launch
 from epi_ds.kernels.reference.codecs import Stored
 from torch import Tensor
@@ -46,9 +46,5 @@ def _decode(codes, scales, values, first_index: tl.int64, numel: tl.int64, FORMA
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """Yield all that `decode` may launch."""
-    for form in ("bf16", "u16"):
-        pointers = {"codes": ENTRIES[form], "values": "fp32"}
-        yield Specialisation(_decode, form, pointers, {"scales": None, "FORMAT": form})
-    pointers = {"codes": "u8", "scales": "fp32", "values": "fp32"}
-    yield Specialisation(_decode, "u8", pointers, {"FORMAT": "u8"})
+    """Return all that `decode` may launch."""
+    return coded_specialisations(_decode)

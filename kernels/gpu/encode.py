@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 import triton.language as tl
-from epi_ds.kernels.gpu.codecs import ENTRIES, FORMATS, first_scale, num_tiles, plain, store_tile, tile_of
+from epi_ds.kernels.gpu.codecs import FORMATS, coded_specialisations, first_scale, num_tiles, plain, store_tile, tile_of
 from epi_ds.kernels.gpu.dither import dither
 from epi_ds.kernels.gpu.launch import Specialisation, kernel, launch
 from epi_ds.kernels.reference.codecs import Stored
@@ -59,9 +59,5 @@ def _encode(
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """Yield all that `encode_` may launch."""
-    for form in ("bf16", "u16"):
-        pointers = {"codes": ENTRIES[form], "values": "fp32"}
-        yield Specialisation(_encode, form, pointers, {"scales": None, "FORMAT": form})
-    pointers = {"codes": "u8", "scales": "fp32", "values": "fp32"}
-    yield Specialisation(_encode, "u8", pointers, {"FORMAT": "u8"})
+    """Return all that `encode_` may launch."""
+    return coded_specialisations(_encode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from epi_ds.kernels.reference.chunks import chunks
 from torch import Tensor
 
 
@@ -36,8 +37,9 @@ def set_bits(bits: Tensor, mask: Tensor, first_entry: int) -> None:
     bits  [ceil(numel / 8)]  uint8, mutated
     mask  bool, the entries from ``first_entry`` on
     """
-    first_byte, last_byte = first_entry // 8, -(-(first_entry + mask.numel()) // 8)
-    # Whole bytes are rewritten: neighbours that share the first or the last byte keep their entries.
-    entries = unpack_bits(bits, first_byte * 8, last_byte * 8)
-    entries[first_entry - first_byte * 8 :][: mask.numel()] = mask
-    pack_bits(entries, bits[first_byte:last_byte])
+    for start, stop in chunks(first_entry, first_entry + mask.numel()):
+        first_byte, last_byte = start // 8, -(-stop // 8)
+        # Whole bytes are rewritten: neighbours that share the first or the last byte keep their entries.
+        entries = unpack_bits(bits, first_byte * 8, last_byte * 8)
+        entries[start - first_byte * 8 : stop - first_byte * 8] = mask[start - first_entry : stop - first_entry]
+        pack_bits(entries, bits[first_byte:last_byte])

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 from epi_ds.kernels.reference.chunks import chunks
-from epi_ds.kernels.reference.codecs import Stored, num_blocks
+from epi_ds.kernels.reference.codecs import Stored
 from epi_ds.kernels.reference.decode import decode
 from epi_ds.kernels.reference.encode import encode_
-from epi_ds.kernels.reference.runs import Run, runs_of
+from epi_ds.kernels.reference.runs import runs_of
 from torch import Tensor
 
 
@@ -47,19 +47,10 @@ def observe_(
     for run in runs_of(table):
         own = None if gradient is None else gradient[run.start : run.start + run.numel]
         if run.first_code >= 0:
-            stored = _stored(codes, scales, run)
+            stored = run.stored_in(codes, scales)
             observe_run_(stored, own, ema_decay=ema_decay, inverse_scale=inverse_scale, key=run.key, step=step)
         if own is not None and rescale != 1.0:
             own.mul_(rescale)
-
-
-def _stored(codes: Tensor, scales: Tensor, run: Run) -> Stored:
-    blocks = num_blocks(run.first_index, run.numel) if scales.numel() else 0
-    return Stored(
-        codes[run.first_code : run.first_code + run.numel],
-        scales[run.first_block : run.first_block + blocks],
-        run.first_index,
-    )
 
 
 def observe_run_(

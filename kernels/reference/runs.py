@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from epi_ds.kernels.reference.codecs import Stored, num_blocks
 from torch import Tensor
 
 TILE_NUMEL = 4096
@@ -32,6 +33,15 @@ class Run(NamedTuple):
     """Index of the first entry in the flattened parameter."""
     key: int
     """Of the parameter; see [Note: dither] in dither.py."""
+
+    def stored_in(self, codes: Tensor, scales: Tensor) -> Stored:
+        """Return what is stored of the run's importance; it must have some."""
+        blocks = num_blocks(self.first_index, self.numel) if codes.dtype is torch.uint8 else 0
+        return Stored(
+            codes[self.first_code : self.first_code + self.numel],
+            scales[self.first_block : self.first_block + blocks],
+            self.first_index,
+        )
 
     @property
     def num_tiles(self) -> int:

@@ -23,16 +23,13 @@ from tests.support.gpu_operations import (
     FIRST_INDICES,
     INTERPRETED,
     SIZES,
-    bits_of,
     moved,
     partition_of,
-    random_mask,
     same_but_for_nan,
     special_gradient,
     special_values,
-    stored_of,
 )
-from tests.support.operations import STATES, same_bits, values_of
+from tests.support.operations import STATES, bits_of, mask_of, same_bits, stored_of, values_of
 
 pytest.importorskip("triton", reason="Triton, which the GPU kernels are written in, is not installed")
 if not INTERPRETED and not torch.cuda.is_available():
@@ -174,7 +171,7 @@ def test_sketch_counts(numel: int, grid: int) -> None:
 def test_masked_sumsq(dtype: torch.dtype, numel: int) -> None:
     values = torch.randn(numel).to(dtype)
     for first_entry in (0, 1, 77):
-        mask = random_mask(first_entry + numel, 0.2)
+        mask = mask_of(first_entry + numel, 0.2)
         bits = bits_of(mask)
         found = masked_sumsq(values.to(DEVICE), bits.to(DEVICE), first_entry=first_entry).cpu()
         expected = reference_masked_sumsq(values, bits, first_entry=first_entry)
@@ -200,7 +197,7 @@ def test_masked_sumsq_leaves_isolated_entries_out_whatever_they_are() -> None:
 def test_select(numel: int, first_entry: int) -> None:
     codes = values_of(numel).view(torch.int32)
     # Neighbours on both sides have bits, which must stay.
-    expected, before = (bits_of(random_mask(first_entry + numel + extra, 0.5)) for extra in (13, 14))
+    expected, before = (bits_of(mask_of(first_entry + numel + extra, 0.5)) for extra in (13, 14))
     for threshold_code in (0, 0x3F800000, TOP):
         found = expected.to(DEVICE, copy=True)
         counts = select_(
@@ -223,7 +220,7 @@ def test_select(numel: int, first_entry: int) -> None:
 def test_hold_and_restore(dtype: torch.dtype, numel: int, share: float) -> None:
     # One entry behind an aligned address. NaN and the sign of zero are part of the bits.
     values = special_gradient(numel + 1).to(dtype).to(DEVICE)[1:]
-    mask = random_mask(numel, share)
+    mask = mask_of(numel, share)
     bits = bits_of(mask)
     before = values.cpu().clone()
     held = hold(values, bits.to(DEVICE), int(mask.sum()))
@@ -241,7 +238,7 @@ def test_hold_and_restore(dtype: torch.dtype, numel: int, share: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("numel", SIZES)
 def test_mask(dtype: torch.dtype, numel: int) -> None:
-    mask = random_mask(numel, 0.2)
+    mask = mask_of(numel, 0.2)
     values = torch.full((numel,), float("nan"), dtype=dtype, device=DEVICE)
     values[(~mask).to(DEVICE)] = -2.0
     mask_(values, bits_of(mask).to(DEVICE))

@@ -41,6 +41,19 @@ def test_bits_are_those_of_the_reference(variant: str, dtype: torch.dtype, numel
         assert same_bits(expected, moved)
 
 
+def test_a_count_that_is_not_that_of_the_mask_is_refused() -> None:
+    """One too few would be written behind the memory of the held entries."""
+    values, bits = torch.randn(5000), bits_of(mask_of(5000))
+    count = reference.count_bits(bits)
+    for wrong in (count - 1, count + 1):
+        with pytest.raises(ValueError, match=f"{count} entries are isolated, but there is room for {wrong}"):
+            compiled.hold(values, bits, wrong)
+        with pytest.raises(ValueError, match="pass their number"):
+            compiled.restore_(values, bits, torch.zeros(wrong))
+    with pytest.raises(ValueError, match="625 bytes"):
+        compiled.mask_(values, bits[:-1])
+
+
 def test_the_operations_are_registered_as_they_behave() -> None:
     checks = ("test_schema", "test_faketensor")
     values, bits = torch.randn(300), bits_of(mask_of(300))

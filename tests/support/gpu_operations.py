@@ -6,13 +6,11 @@ import os
 from typing import NamedTuple
 
 import torch
-from epi_ds.kernels.reference.codecs import Stored, num_blocks
-from epi_ds.kernels.reference.encode import encode_
-from epi_ds.kernels.reference.mask_bits import pack_bits
+from epi_ds.kernels.reference.codecs import Stored
 from epi_ds.kernels.reference.runs import Run, table_of
 from torch import Tensor
 
-from tests.support.operations import values_of
+from tests.support.operations import stored_of, values_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -66,15 +64,6 @@ def special_gradient(numel: int) -> Tensor:
     return gradient
 
 
-def stored_of(dtype: torch.dtype, values: Tensor, first_index: int) -> Stored:
-    """Return values as they are stored, in memory that begins one entry behind an aligned address."""
-    numel = values.numel()
-    codes = torch.zeros(numel + 1, dtype=dtype)[1:]
-    stored = Stored(codes, torch.zeros(num_blocks(first_index, numel) if dtype is torch.uint8 else 0), first_index)
-    encode_(stored, values, key=3, step=0)
-    return stored
-
-
 def partition_of(dtype: torch.dtype) -> Partition:
     """Return a partition of every size at every first index.
 
@@ -105,16 +94,6 @@ def moved(stored: Stored) -> Stored:
     room = room[stored.codes.element_size() :]
     room.copy_(codes)
     return Stored(room.view(stored.codes.dtype), stored.scales.to(DEVICE, copy=True), stored.first_index)
-
-
-def random_mask(numel: int, share: float) -> Tensor:
-    return torch.rand(numel, generator=torch.Generator().manual_seed(numel)) < share
-
-
-def bits_of(mask: Tensor) -> Tensor:
-    bits = torch.empty(-(-mask.numel() // 8), dtype=torch.uint8)
-    pack_bits(mask, bits)
-    return bits
 
 
 def same_but_for_nan(one: Tensor, other: Tensor) -> bool:

@@ -30,12 +30,18 @@ def values_of(numel: int) -> Tensor:
     return values
 
 
-def state_of(dtype: torch.dtype, numel: int, first_index: int) -> Stored:
-    """`values_of`, stored in memory that begins one entry behind an aligned address."""
+def stored_of(dtype: torch.dtype, values: Tensor, first_index: int) -> Stored:
+    """Values as they are stored, in memory that begins one entry behind an aligned address."""
+    numel = values.numel()
     codes = torch.zeros(numel + 1, dtype=dtype)[1:]
     stored = Stored(codes, torch.zeros(num_blocks(first_index, numel) if dtype is torch.uint8 else 0), first_index)
-    encode_(stored, values_of(numel), key=3, step=0)
+    encode_(stored, values, key=3, step=0)
     return stored
+
+
+def state_of(dtype: torch.dtype, numel: int, first_index: int) -> Stored:
+    """`values_of`, stored."""
+    return stored_of(dtype, values_of(numel), first_index)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -1,0 +1,60 @@
+"""What the overrides of mixin.py work with, and keep between two of their calls."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from epi_ds.choices import Apply
+from epi_ds.isolation.controller import IsolationController
+from epi_ds.isolation.layout import Parameter, Span, build_layout
+from epi_ds.zero3.moments import ClippingAverage
+from epi_ds.zero3.step_energy import StepEnergy
+from epi_ds.zero3.window import AccumulationWindow
+
+
+class Rescale(NamedTuple):
+    """What the gradients of one step are multiplied by."""
+
+    norm: Tensor
+    """Of the step; kept, so that no other norm can be taken for it."""
+    factor: float
+
+
+class IsolationContext:
+    """What the overrides work with: the controller, the accumulation window and the optimizer's geometry."""
+
+    def __init__(self, optimizer: Any, controller: IsolationController) -> None:
+        self.controller = controller
+        self.window = AccumulationWindow()
+        self.masks_gradients = controller.config.apply is Apply.REDUCTION
+        self.clipping: list[ClippingAverage] = []
+        """One average per parameter group, for `apply: reduction`. See [Note: release] in moments.py."""
+        if self.masks_gradients:
+            self.clipping = [ClippingAverage(group["betas"][1]) for group in optimizer.optimizer.param_groups]
+        self.backward_scale = 1.0
+        """Loss scale of the gradients being applied; a dynamic scaler may raise its own before they are unscaled."""
+        self.offloaded_sumsq: dict[Any, Tensor] = {}
+        """With offload, by ZeRO-3's parameter id: `masked_sumsq` of a gradient when it left the accelerator."""
+        self.rescale: Rescale | None = None
+        # Under `apply: reduction` the update of isolated entries is not what they would have moved by.
+        self.step_energy = None if self.masks_gradients else StepEnergy(get_accelerator().current_device_name())
+        self.names: dict[Any, str] = dict(optimizer.param_names)
+        # Of every trainable parameter: the controller's layout has the covered ones only.
+        layout = build_layout(
+            [[Parameter(self.names[p], tuple(p.ds_shape)) for p in group] for group in optimizer.fp16_groups],
+            rank=dist.get_rank(optimizer.dp_process_group),
+            world_size=dist.get_world_size(optimizer.dp_process_group),
+            layer="tensor",
+        )
+        self.buffer_starts: list[int] = [0, *accumulate(layout.sub_group_numel)][:-1]
+        """Offsets of the sub-groups in the accumulation buffer, which holds all partitions in order."""
+        self.parameter_spans: list[list[tuple[Any, Span]]] = [
+            [(p, Span(s.start, s.stop)) for p, s in zip(group, segments, strict=True) if s.real_numel]
+            for group, segments in zip(optimizer.fp16_groups, layout.by_sub_group, strict=True)
+        ]
+        """Real entries of every trainable parameter in the flat partitions; empty ones left out."""
