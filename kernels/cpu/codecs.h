@@ -50,21 +50,33 @@ typedef Upper16<16> BF16;
 struct U8 {
   typedef uint8_t Code;
 
-  static f32 decode(const Code *codes, float unit) {
+  static f32 decode(const Code *codes, float unit) { return min_of(decode_unbounded(codes, unit), splat(LARGEST)); }
+
+  // Infinity where `decode` would saturate.
+  static f32 decode_unbounded(const Code *codes, float unit) {
     const f32 code = to_float(as<i32>(widen(load<u8>(codes))));
-    return min_of(code * code * unit, splat(LARGEST));
+    return code * code * unit;
   }
 
-  // Returns the scale.
+  // Returns the scale. Most blocks are finite without bounds on anything, which would be a fifth of the work.
   template <class Values>
   static float encode(Code *codes, Values values, Dither &dither) {
     // Rounding starts from the largest of all values, so they are kept.
-    f32 kept[BLOCK / LANES], lanes = {};
+    f32 kept[BLOCK / LANES];
+    u32 lanes{};
     for (int part = 0; part < BLOCK / LANES; part++) {
-      kept[part] = values(part);
-      lanes = max_of(lanes, kept[part]);
+      kept[part] = values.unbounded(part);
+      lanes = max_of(lanes, as<u32>(kept[part]));
     }
-    float largest = largest_of(lanes);
+    // The order of patterns is that of values, infinity and NaN being the largest.
+    if (largest_of(lanes) >= 0x7F800000u) {
+      lanes = u32{};
+      for (int part = 0; part < BLOCK / LANES; part++) {
+        kept[part] = values(part);
+        lanes = max_of(lanes, as<u32>(kept[part]));
+      }
+    }
+    float largest = as<float>(largest_of(lanes));
     // Codes of a smaller block would stand for denormal numbers, which round too coarsely to decay.
     if (largest < 0x1p-110f) largest = 0;
     const float inverse = largest > 0 ? 65025.0f / largest : 0.0f;
@@ -74,12 +86,13 @@ struct U8 {
       dither.next(random[0], random[1]);
       for (int half = 0; half < 2; half++) {
         const f32 value = kept[part + half];
-        const f32 square = value * upper;
-        const f32 below = whole_root(square);
-        const f32 uniform = to_float(as<i32>(random[half])) * 0x1p-16f;
-        const f32 above = value * lower - below * below;
-        const f32 code = uniform * (below + below + 1.0f) < above ? below + 1.0f : below;
-        store(codes + (part + half) * LANES, narrow8(as<u32>(to_int(code))));
+        const i32 whole = to_int(root_of(value * upper));
+        const f32 below = to_float(whole);
+        // A random share of the gap to the next square; 2^-16 is exact anywhere in the product.
+        const f32 gap = exact_product_plus(below, splat(0x1p-15f), splat(0x1p-16f));
+        const f32 above = exact_product_plus(-below, below, value * lower);
+        const i32 code = plus_one_where_less(whole, to_float(as<i32>(random[half])) * gap, above);
+        store(codes + (part + half) * LANES, narrow8(as<u32>(code)));
       }
     }
     return largest;

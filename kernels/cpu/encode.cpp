@@ -7,6 +7,12 @@
 
 namespace {
 
+struct Given {
+  const float *values;
+  f32 operator()(int part) const { return load<f32>(values + part * LANES); }
+  f32 unbounded(int part) const { return (*this)(part); }
+};
+
 template <class State>
 void encode(void *codes, float *scales, const float *values, int64_t numel, int64_t first_index, uint32_t key,
             uint16_t phase, int threads) {
@@ -21,7 +27,7 @@ void encode(void *codes, float *scales, const float *values, int64_t numel, int6
     std::copy_n(values + (first - first_index), last - first, padded + (first - begin));
     Code whole[BLOCK];
     Dither dither(key, begin, phase);
-    const float scale = State::encode(whole, [&](int part) { return load<f32>(padded + part * LANES); }, dither);
+    const float scale = State::encode(whole, Given{padded}, dither);
     std::copy_n(whole + (first - begin), last - first, static_cast<Code *>(codes) + (first - first_index));
     if (scales != nullptr) scales[block] = scale;
   }

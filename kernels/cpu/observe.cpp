@@ -34,33 +34,51 @@ struct Bf16Gradient {
   static f32 at(const Entry *gradient) { return as<f32>(widen(load<u16>(gradient)) << 16); }
 };
 
-// The new values of a whole block, each vector asked for once.
+// The new values of a whole block.
 template <class State, class Gradient>
 struct Average {
   const typename State::Code *codes;
-  typename Gradient::Entry *gradient;
+  const typename Gradient::Entry *gradient;
   float unit;
-  const Update &update;
+  const Update update;
 
   f32 operator()(int part) const {
     const f32 decayed = State::decode(codes + part * LANES, unit) * update.decay;
     if constexpr (Gradient::IS_ZERO) {
       return decayed;
     } else {
-      const f32 raw = Gradient::at(gradient + part * LANES);
-      if constexpr (Gradient::RESCALES) store(gradient + part * LANES, raw * update.rescale);
-      const f32 scaled = raw * update.inverse_scale;
       // NaN counts as zero, infinity as the largest finite value.
-      const f32 squared = min_of(max_of(scaled * scaled, f32{}), splat(LARGEST));
+      const f32 squared = min_of(max_of(square(part), f32{}), splat(LARGEST));
       return min_of(decayed + squared * update.share, splat(LARGEST));
     }
+  }
+
+  // The same where all is finite, else infinity or NaN somewhere in the block.
+  f32 unbounded(int part) const {
+    const f32 decayed = State::decode_unbounded(codes + part * LANES, unit) * update.decay;
+    if constexpr (Gradient::IS_ZERO) {
+      return decayed;
+    } else {
+      return decayed + square(part) * update.share;
+    }
+  }
+
+ private:
+  f32 square(int part) const {
+    const f32 scaled = Gradient::at(gradient + part * LANES) * update.inverse_scale;
+    return scaled * scaled;
   }
 };
 
 template <class State, class Gradient>
 inline float observe_whole(typename State::Code *codes, float scale, typename Gradient::Entry *gradient,
                            const Update &update, Dither &dither) {
-  return State::encode(codes, Average<State, Gradient>{codes, gradient, scale / 65025.0f, update}, dither);
+  const Average<State, Gradient> average = {codes, gradient, scale / 65025.0f, update};
+  const float updated = State::encode(codes, average, dither);
+  if constexpr (Gradient::RESCALES)
+    for (int part = 0; part < BLOCK / LANES; part++)
+      store(gradient + part * LANES, Gradient::at(gradient + part * LANES) * update.rescale);
+  return updated;
 }
 
 // Entries [first, last) of the parameter, all within one block; `codes` and `gradient` begin at `first`.

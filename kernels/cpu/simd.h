@@ -80,6 +80,14 @@ inline f32 max_of(f32 a, f32 b) {
 
 inline i32 min_of(i32 a, i32 b) { return a < b ? a : b; }
 
+inline u32 max_of(u32 a, u32 b) {
+#if defined(EPI_AVX512)
+  return (u32)_mm512_max_epu32((__m512i)a, (__m512i)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 inline f32 to_float(i32 v) {
 #if defined(EPI_AVX512)
   return (f32)_mm512_cvtepi32_ps((__m512i)v);
@@ -98,30 +106,45 @@ inline i32 to_int(f32 v) {
 }
 
 // The largest lane.
-inline float largest_of(f32 v) {
+inline uint32_t largest_of(u32 v) {
 #if defined(EPI_AVX512)
-  return _mm512_reduce_max_ps((__m512)v);
+  return _mm512_reduce_max_epu32((__m512i)v);
 #else
-  float largest = v[0];
+  uint32_t largest = v[0];
   for (int lane = 1; lane < LANES; lane++) largest = v[lane] > largest ? v[lane] : largest;
   return largest;
 #endif
 }
 
-// The whole part of the root of numbers up to 2^20, exactly.
-inline f32 whole_root(f32 v) {
+// Correctly rounded.
+inline f32 root_of(f32 v) {
 #if defined(EPI_AVX512)
-  f32 root = v * (f32)_mm512_rsqrt14_ps((__m512)max_of(v, splat(0x1p-100f)));
+  return (f32)_mm512_sqrt_ps((__m512)v);
 #elif defined(EPI_AVX2)
-  f32 root = v * (f32)_mm256_rsqrt_ps((__m256)max_of(v, splat(0x1p-100f)));
+  return (f32)_mm256_sqrt_ps((__m256)v);
 #else
-  f32 root = v;
-  for (int lane = 0; lane < LANES; lane++) root[lane] = std::sqrt(v[lane]);
+  for (int lane = 0; lane < LANES; lane++) v[lane] = std::sqrt(v[lane]);
+  return v;
 #endif
-  // Made smaller than the root by more than the worst of these is off, so that it can only be one too small.
-  root = to_float(to_int(root * (1.0f - 0x1p-11f)));
-  const f32 next = root + 1.0f;
-  return next * next <= v ? next : root;
+}
+
+// a * b + c, of numbers whose product is exact, so that a fused operation rounds the same.
+inline f32 exact_product_plus(f32 a, f32 b, f32 c) {
+#if defined(EPI_AVX512)
+  return (f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// v + 1 in the lanes where a < b.
+inline i32 plus_one_where_less(i32 v, f32 a, f32 b) {
+#if defined(EPI_AVX512)
+  const __mmask16 less = _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+  return (i32)_mm512_mask_add_epi32((__m512i)v, less, (__m512i)v, _mm512_set1_epi32(1));
+#else
+  return v - (a < b);
+#endif
 }
 
 // The lanes of a comparison as bits.

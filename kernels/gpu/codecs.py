@@ -133,11 +133,16 @@ def _upper_16(values, random, SHIFT: tl.constexpr):  # noqa: N803
 def _root_codes(values, largest, random):
     inverse = tl.where(largest > 0, tl.div_rn(_LARGEST_SQUARE, largest), 0.0)
     square = values * (inverse * _ABOVE_ONE)[None, :, None]
-    # Any root is good enough here, also the processor's approximate one: made smaller than the true one by more than
-    # it may be off, and by less than one, it can only be one whole number too small.
+    # The whole part of the correctly rounded root. An exact one takes a subroutine, which spills registers. Any root is
+    # good enough to start from, also the approximate one of the processor: made smaller by more than it may be off, and
+    # by less than one, it can only be one whole number too small.
     whole = tl.floor(tl.sqrt(square) * (1.0 - 2.0**-11))
-    above_whole = whole + 1.0
-    whole = tl.where(above_whole * above_whole <= square, above_whole, whole)
+    next_whole = whole + 1.0
+    # Numbers right below the square of m * 2^k have roots that are rounded up to it where m is between 1 and sqrt(2).
+    fraction = next_whole.to(tl.int32, bitcast=True) & 0x7FFFFF
+    rounds_up = (fraction > 0) & (fraction < 0x3504F3)
+    least = (next_whole * next_whole).to(tl.int32, bitcast=True) - rounds_up.to(tl.int32)
+    whole = tl.where(square.to(tl.int32, bitcast=True) >= least, next_whole, whole)
     # Up with a probability linear in the value, not in its root, so that the decoded value is right on average.
     above = values * (inverse * _BELOW_ONE)[None, :, None] - whole * whole
     up = random.to(tl.float32) * 2.0**-16 * (whole + whole + 1.0) < above

@@ -49,10 +49,9 @@ def _encode_blocks_(stored: Stored, values: Tensor, random: Tensor) -> None:
     inverse = torch.where(largest > 0, largest_square(largest) / largest, 0.0)
     # What stands for a code may miss its square by a few roundings, upwards or downwards: it must keep the code.
     square = values * per_entry(stored, inverse * (1.0 + TOLERANCE))
-    whole = square.sqrt().floor()
-    # The root may have been rounded to the next whole number, up or, by vector libraries, down.
-    whole -= (whole * whole > square).float()
-    whole += ((whole + 1.0).square() <= square).float()
+    # The fp32 root, correctly rounded: torch's own may be one unit off. Where it was rounded up to a whole number, that
+    # one is the nearer code by far.
+    whole = square.double().sqrt().float().floor()
     # Up with a probability linear in the value, not in its root, so that the decoded value is right on average.
     above = values * per_entry(stored, inverse * (1.0 - TOLERANCE)) - whole * whole
     stored.codes.copy_(whole + (random.float() * 2.0**-16 * (whole + whole + 1.0) < above))

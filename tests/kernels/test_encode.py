@@ -8,7 +8,15 @@ from epi_ds.kernels import Stored, num_blocks
 from epi_ds.kernels.cpu.encode import encode_ as compiled
 from epi_ds.kernels.reference.encode import encode_ as reference
 
-from tests.support.operations import SIZES, STATES, runnable_variants, same_bits, state_of, values_of
+from tests.support.operations import (
+    SIZES,
+    STATES,
+    runnable_variants,
+    same_bits,
+    state_of,
+    values_around_codes,
+    values_of,
+)
 
 
 def blank(dtype: torch.dtype, numel: int, first_index: int) -> Stored:
@@ -27,6 +35,19 @@ def test_bits_are_those_of_the_reference(variant: str, dtype: torch.dtype, numel
         compiled(found, values_of(numel), key=0xF0000001, step=3, variant=variant, num_threads=num_threads)
         assert same_bits(expected.codes, found.codes)
         assert same_bits(expected.scales, found.scales)
+
+
+@pytest.mark.parametrize("variant", runnable_variants())
+def test_values_around_codes_are_rounded_as_by_the_reference(variant: str) -> None:
+    """Another rule for roots would give other codes here."""
+    values = values_around_codes(repeats=700)
+    expected, found = blank(torch.uint8, len(values), 0), blank(torch.uint8, len(values), 0)
+    reference(expected, values, key=5, step=3)
+    compiled(found, values, key=5, step=3, variant=variant)
+    assert same_bits(expected.codes, found.codes)
+    # A value that a code stands for keeps it.
+    exact = expected.codes.view(700, 7, 256)[:, 0]
+    assert torch.equal(exact, torch.arange(256).to(torch.uint8).expand(700, 256))
 
 
 @pytest.mark.parametrize("dtype", STATES)

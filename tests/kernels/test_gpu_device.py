@@ -29,7 +29,7 @@ from tests.support.gpu_operations import (
     special_gradient,
     special_values,
 )
-from tests.support.operations import STATES, bits_of, mask_of, same_bits, stored_of, values_of
+from tests.support.operations import STATES, bits_of, mask_of, same_bits, stored_of, values_around_codes, values_of
 
 pytest.importorskip("triton", reason="Triton, which the GPU kernels are written in, is not installed")
 if not INTERPRETED and not torch.cuda.is_available():
@@ -138,6 +138,15 @@ def test_encode(dtype: torch.dtype, numel: int) -> None:
             encode_(found, values.to(DEVICE), key=key, step=step)
             assert same_bits(found.codes.cpu(), expected.codes.clone())
             assert same_bits(found.scales.cpu(), expected.scales)
+
+
+def test_encode_rounds_values_around_codes_as_the_reference() -> None:
+    values = values_around_codes(repeats=700)
+    expected = stored_of(torch.uint8, torch.zeros(len(values)), 0)
+    found = moved(expected)
+    reference_encode(expected, values, key=5, step=3)
+    encode_(found, values.to(DEVICE), key=5, step=3)
+    assert same_bits(found.codes.cpu(), expected.codes.clone())
 
 
 # --- sketch_counts ---

@@ -30,6 +30,20 @@ def values_of(numel: int) -> Tensor:
     return values
 
 
+def values_around_codes(repeats: int) -> Tensor:
+    """Where rounding to uint8 is a matter of one unit: what codes stand for, and where roots come out whole.
+
+    Few random numbers tell one rule for these from another, so they are many. [repeats * 1792]
+    """
+    squares = torch.arange(256).double().square()
+    whole_roots = squares / (255**2 * (1 + 2.0**-21))
+    units = torch.arange(-3, 3).double().unsqueeze(1)
+    values = torch.cat([squares.unsqueeze(0) / 255**2, whole_roots * (1 + units * 2.0**-24)])
+    # The largest value of a block is what its codes are relative to.
+    values[:, -1] = 1.0
+    return values.float().flatten().repeat(repeats)
+
+
 def stored_of(dtype: torch.dtype, values: Tensor, first_index: int) -> Stored:
     """Values as they are stored, in memory that begins one entry behind an aligned address."""
     numel = values.numel()
