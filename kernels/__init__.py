@@ -5,6 +5,7 @@ any faster one and what runs where none is available (`dispatch` decides). Calle
 """
 
 from epi_ds.kernels.ops import (
+    code_histogram_,
     count_bits,
     decode,
     encode_,
@@ -25,6 +26,7 @@ __all__ = [
     "Run",
     "Stored",
     "chunks",
+    "code_histogram_",
     "count_bits",
     "decode",
     "encode_",

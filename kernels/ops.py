@@ -121,6 +121,26 @@ _register(
 )
 
 
+# --- code_histogram_ ---
+
+
+def code_histogram_(bins: Tensor, codes: Tensor) -> Tensor:
+    """Count 16-bit codes in place; return the smallest and the largest. [2] int64, on the CPU.
+
+    See `epi_ds.kernels.reference.code_histogram`. There is none for GPUs: they read memory faster than they add to the
+    few places that codes fall on.
+    """
+    extremes: Tensor = torch.ops.epi_ds.code_histogram_(bins, codes)
+    return extremes
+
+
+_register(
+    "code_histogram_(Tensor(a!) bins, Tensor codes) -> Tensor",
+    lambda bins, codes: implementation("code_histogram", codes).code_histogram_(bins, codes),
+    lambda bins, codes: torch.empty(2, dtype=torch.int64),
+)
+
+
 # --- masked_sumsq ---
 
 

@@ -20,8 +20,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from epi_ds.bench.one_rank import OneRank
+from epi_ds.choices import Normalizer, Selection, StateFormat
 from epi_ds.isolation.importance import TOP_CODE
+from epi_ds.isolation.layout import Layout, Segment
+from epi_ds.isolation.selector import sketch_of
+from epi_ds.isolation.state import CODE_SHIFTS, StoredImportance
+from epi_ds.isolation.threshold import find_thresholds
 from epi_ds.kernels import Run, Stored, chunks, encode_, num_blocks, pack_bits, table_of
+from epi_ds.kernels.reference.code_histogram import NUM_CODES
 from epi_ds.kernels.reference.codecs import BLOCK_NUMEL
 
 _STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "u16": torch.uint16, "u8": torch.uint8}
@@ -149,7 +156,7 @@ def _observe_run(module: Any, entries: _Entries) -> None:
     entries.gradient.mul_(0.999)
 
 
-def _operations(state: str) -> Iterator[_Operation]:
+def _operations(state: str, device: torch.device) -> Iterator[_Operation]:
     size = _BYTES[state]
     yield _Operation("observe_", "observe", 8 + 2 * size, _observe, _observe_run)
     if state != "fp32":
@@ -157,6 +164,14 @@ def _operations(state: str) -> Iterator[_Operation]:
         yield _Operation(
             "encode_", "encode", size + 4, lambda module, of: module.encode_(of.stored, of.values, key=1, step=1)
         )
+        if state != "u8" and device.type == "cpu":
+            bins = torch.zeros(NUM_CODES, dtype=torch.int64)
+            yield _Operation(
+                "code_histogram_",
+                "code_histogram",
+                size,
+                lambda module, of: module.code_histogram_(bins, of.stored.codes),
+            )
         return
     yield _Operation(
         "masked_sumsq",
@@ -215,7 +230,7 @@ def _cases(numel: int, device: torch.device) -> Iterator[_Case]:
     for state in _STATES:
         entries = _entries(state, numel, device)
         pieces = [entries.piece(start, stop) for start, stop in chunks(0, numel)]
-        for operation in _operations(state):
+        for operation in _operations(state, device):
             for backend in (ours, "reference", _COMPILED):
                 module = importlib.import_module(
                     f"epi_ds.kernels.{'reference' if backend == _COMPILED else backend}.{operation.module}"
@@ -229,12 +244,44 @@ def _cases(numel: int, device: torch.device) -> Iterator[_Case]:
                 else:
                     run = partial(operation.call, module, entries)
                 yield _Case(operation.name, state, backend, operation.bytes_per_entry, run)
+        yield _Case("global search", state, ours, _BYTES[state], partial(_search, *_importance(state, numel, device)))
     yield from _optimizers(numel, device)
 
 
 def _each(call: Callable[[Any, _Entries], object], module: Any, pieces: Sequence[_Entries]) -> None:
     for piece in pieces:
         call(module, piece)
+
+
+def _importance(state: str, numel: int, device: torch.device) -> tuple[StoredImportance, Layout, StateFormat]:
+    """Return log-normal importance of one parameter on one rank."""
+    segment = Segment(
+        name="weight",
+        layer=0,
+        sub_group=0,
+        start=0,
+        real_numel=numel,
+        partition_numel=numel,
+        global_start=0,
+        shape=(numel,),
+    )
+    layout = Layout(segments=(segment,), layer_names=("weight",), sub_group_numel=(numel,))
+    importance = StoredImportance(layout, StateFormat(state), devices=[device], seed=0, purpose="bench")
+    encode_(importance.stored(segment), torch.randn(numel, device=device).mul_(2).exp_(), key=1, step=0)
+    return importance, layout, StateFormat(state)
+
+
+def _search(importance: StoredImportance, layout: Layout, state: StateFormat) -> None:
+    """Find the threshold of a refresh: all counting there is in one, and nothing else."""
+    find_thresholds(
+        sketch_of(importance, layout, state=state),
+        OneRank(),
+        ratio=0.01,
+        layer_numel=layout.layer_numel,
+        selection=Selection.NORMALIZED_GLOBAL,
+        normalizer=Normalizer.MINMAX,
+        code_shift=CODE_SHIFTS[state],
+    )
 
 
 def _optimizers(numel: int, device: torch.device) -> Iterator[_Case]:

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from epi_ds.bench.one_rank import OneRank
 from epi_ds.bench.training import Trained
 from epi_ds.choices import Normalizer, Selection, StateFormat
-from epi_ds.isolation.bracket import Answers, choose
-from epi_ds.isolation.sketch import PartitionSketch, Piece
+from epi_ds.isolation.selector import sketch_of
 from epi_ds.isolation.state import CODE_SHIFTS, Importance, code_chunks
 from epi_ds.isolation.threshold import Thresholds, find_thresholds
 from epi_ds.isolation.traffic import compare, pick, refresh_messages
@@ -43,7 +43,7 @@ class SketchRow(NamedTuple):
     code_mass: float
     """Share of all entries that the next smaller threshold would isolate on top: ties, which are not broken."""
     passes: int
-    """Times that importance is read."""
+    """Exchanges, each of which asks about all entries."""
     ns_per_element: float
     """Of all passes, in one process: median of three."""
     world_size: int
@@ -51,25 +51,6 @@ class SketchRow(NamedTuple):
     """Sent by each rank of ``world_size`` by the transport that ``auto`` picks: the model of `epi-ds estimate`."""
     jaccard: float
     """Overlap of the mask with the one of fp32 importance."""
-
-
-class _OneRank:
-    """The exchange of a world of one; counts what a rank would read its entries for."""
-
-    def __init__(self) -> None:
-        self.passes = 0
-
-    def maximum(self, values: Tensor) -> Tensor:
-        self.passes += 1
-        return values
-
-    def total(self, values: Tensor) -> Tensor:
-        self.passes += 1
-        return values
-
-    def answers(self, counts: Tensor, budgets: Tensor) -> Answers:
-        self.passes += 1
-        return choose(counts, budgets)
 
 
 def measure_sketches(
@@ -96,16 +77,11 @@ def _search(
     trained: Trained, state: StateFormat, *, selection: Selection, normalizer: Normalizer, ratio: float
 ) -> _Searched:
     layout, importance = trained.layout, trained.states[state]
-    sketch = PartitionSketch(
-        [
-            Piece(segment.layer, index, partial(code_chunks, importance, segment))
-            for index, segment in enumerate(layout.segments)
-        ],
-        num_layers=len(layout.layer_names),
-    )
     seconds = []
     for _ in range(_REPETITIONS):
-        exchange, started = _OneRank(), time.perf_counter()
+        exchange, started = OneRank(), time.perf_counter()
+        # Made anew each time: a sketch may remember.
+        sketch = sketch_of(importance, layout, state=state)
         thresholds = find_thresholds(
             sketch,
             exchange,

@@ -12,21 +12,24 @@ from torch import Tensor
 from epi_ds.choices import ADAPTIVE, Memory, Protects, Selection, StateFormat
 from epi_ds.config import EPIConfig, RatioSchedule
 from epi_ds.isolation.adaptive import Drift, covering_budgets, drift_of
+from epi_ds.isolation.exchange import Exchange
+from epi_ds.isolation.histogram_sketch import CodePiece, HistogramSketch
 from epi_ds.isolation.layout import Layout
 from epi_ds.isolation.remembered import MAXIMUM, Remembered
 from epi_ds.isolation.schedule import ratio_at
-from epi_ds.isolation.sketch import Extremes, PartitionSketch, Piece
+from epi_ds.isolation.sketch import Extremes, PartitionSketch, Piece, Sketch
 from epi_ds.isolation.state import (
     CODE_SHIFTS,
     Favoured,
     Importance,
     Larger,
     Nothing,
+    StoredImportance,
     code_chunks,
     isolated_code_chunks,
 )
 from epi_ds.isolation.tasks import Task, TaskScores
-from epi_ds.isolation.threshold import Exchange, Preview, Thresholds, ThresholdSearch
+from epi_ds.isolation.threshold import Preview, Thresholds, ThresholdSearch
 
 # Scores of tasks are about 1 at the threshold.
 _CODE_OF_ONE = 0x3F800000
@@ -53,6 +56,25 @@ class Decision(NamedTuple):
     """Of the mask in force; None unless ``refresh_interval: adaptive``, and where nothing is isolated."""
     thresholds: Thresholds | None
     """None where the mask stays."""
+
+
+def sketch_of(importance: Importance, layout: Layout, *, state: StateFormat) -> Sketch:
+    """Return the sketch of a rank's covered entries; ``state`` is the format of importance that is stored."""
+    num_layers = len(layout.layer_names)
+    if isinstance(importance, StoredImportance) and importance.is_counted_by_code:
+        pieces = [
+            CodePiece(segment.layer, index, importance.stored(segment).codes)
+            for index, segment in enumerate(layout.segments)
+        ]
+        return HistogramSketch(pieces, num_layers=num_layers, code_shift=CODE_SHIFTS[state])
+    return _sketch_of([partial(code_chunks, importance, segment) for segment in layout.segments], layout)
+
+
+def _sketch_of(codes: Sequence[Callable[[], Iterable[Tensor]]], layout: Layout) -> PartitionSketch:
+    """Return the sketch of one reader of codes per segment."""
+    readers = enumerate(zip(layout.segments, codes, strict=True))
+    pieces = [Piece(segment.layer, index, read) for index, (segment, read) in readers]
+    return PartitionSketch(pieces, num_layers=len(layout.layer_names))
 
 
 class Selector:
@@ -121,9 +143,9 @@ class Selector:
         )
         return Candidates(scores, scores, scores, scores.extremes(search.extremes))
 
-    def sketch(self, importance: Importance) -> PartitionSketch:
+    def sketch(self, importance: Importance) -> Sketch:
         """Return the sketch of this rank's covered entries."""
-        return self._sketch([partial(code_chunks, importance, segment) for segment in self._layout.segments])
+        return sketch_of(importance, self._layout, state=self._config.state)
 
     def decide(
         self,
@@ -150,7 +172,7 @@ class Selector:
                 partial(isolated_code_chunks, candidates.compared, segment, masks[segment.sub_group])
                 for segment in self._layout.segments
             ]
-            preview = search.preview(self._sketch(pieces), near=self._near(candidates))
+            preview = search.preview(_sketch_of(pieces, self._layout), near=self._near(candidates))
         elif candidates.tasks is not None and config.selection is not Selection.PER_LAYER:
             # It is known where the threshold lies, which saves a round.
             search.preview(None, near=self._near(candidates))
@@ -171,10 +193,13 @@ class Selector:
             # Normalised already, and no code of the state.
             selection = selection if selection is Selection.PER_LAYER else Selection.RAW_GLOBAL
             state = StateFormat.FP32
+        # One sketch for both where they are the same: it may know already what it is asked.
+        compared = self.sketch(candidates.compared)
+        same = candidates.compared is candidates.importance
         return ThresholdSearch(
-            self.sketch(candidates.compared),
+            compared,
             exchange,
-            normalized_by=self.sketch(candidates.importance),
+            normalized_by=compared if same else self.sketch(candidates.importance),
             layer_numel=self._layout.layer_numel,
             selection=selection,
             normalizer=config.normalizer,
@@ -204,9 +229,3 @@ class Selector:
         covering = covering_budgets(preview, coverage=config.coverage)
         budgets = torch.minimum(search.budgets(config.max_ratio), covering)
         return int(budgets.sum()) / self._layout.covered_numel, budgets
-
-    def _sketch(self, codes: Sequence[Callable[[], Iterable[Tensor]]]) -> PartitionSketch:
-        """Return the sketch of one reader of codes per segment."""
-        segments = self._layout.segments
-        pieces = [Piece(s.layer, index, read) for index, (s, read) in enumerate(zip(segments, codes, strict=True))]
-        return PartitionSketch(pieces, num_layers=len(self._layout.layer_names))

@@ -8,7 +8,7 @@ transport, or on the order of a reduction.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,52 @@ def read_extremes(merged: Tensor) -> Extremes:
     return Extremes(*(column.masked_fill(empty, -1) for column in columns))
 
 
+class Sketch(Protocol):
+    """What a search asks about the codes of one rank."""
+
+    num_layers: int
+
+    def extremes(self) -> Tensor:
+        """See `PartitionSketch.extremes`."""
+
+    def fixed_point_sums(self, max_codes: Tensor) -> Tensor:
+        """See `PartitionSketch.fixed_point_sums`."""
+
+    def counts(self, edges: Tensor, *, dtype: torch.dtype = torch.int64) -> Tensor:
+        """See `PartitionSketch.counts`."""
+
+
+def empty_extremes(num_layers: int) -> Tensor:
+    """Return the extremes of no entries. ``[2, num_layers]`` int64 on the CPU"""
+    return torch.full((2, num_layers), EMPTY, dtype=torch.int64)
+
+
+def take_extremes(extremes: Tensor, smallest: int, largest: int, *, layer: int, parameter: int) -> None:
+    """Let the smallest and the largest code of some entries enter ``extremes``, in place."""
+    packed = largest << _PARAMETER_BITS | _LAST_PARAMETER - parameter
+    extremes[0, layer] = max(int(extremes[0, layer]), packed)
+    extremes[1, layer] = max(int(extremes[1, layer]), -smallest)
+
+
+def add_fixed_point(
+    sums: Tensor, codes: Tensor, *, layer: int, max_code: int, occurrences: Tensor | None = None
+) -> None:
+    """Add the values of codes to a layer's limbs in ``sums``, in place. See `PartitionSketch.fixed_point_sums`.
+
+    occurrences  int64, how often each code counts; None is once
+    """
+    largest_exponent = max(1, max_code >> 23)
+    wide = codes.long()
+    exponent = wide >> 23
+    hidden_bit = (exponent > 0).long() << 23
+    significand = (wide & ((1 << 23) - 1)) | hidden_bit
+    distance = largest_exponent - exponent.clamp(min=1)
+    shifted = significand << (FRACTION_BITS + 1 - _SIGNIFICAND_BITS)
+    fixed = torch.where(distance > FRACTION_BITS + 1, 0, shifted >> distance.clamp(max=63))
+    for row, limb in enumerate((fixed >> LOW_BITS, fixed & ((1 << LOW_BITS) - 1))):
+        sums[row, layer] += int((limb if occurrences is None else limb * occurrences).sum())
+
+
 class PartitionSketch:
     """Answers questions about the codes of one rank's partitions, layer by layer. Reads them, keeps nothing."""
 
@@ -85,14 +131,12 @@ class PartitionSketch:
 
     def extremes(self) -> Tensor:
         """Return ``[2, num_layers]`` int64 on the CPU, to merge by MAX and to read by `read_extremes`."""
-        result = torch.full((2, self.num_layers), EMPTY, dtype=torch.int64)
+        result = empty_extremes(self.num_layers)
         for piece in (piece for pieces in self._pieces.values() for piece in pieces):
             for codes in piece.codes():
                 if codes.numel():
                     smallest, largest = (int(extreme) for extreme in torch.aminmax(codes))
-                    packed = largest << _PARAMETER_BITS | _LAST_PARAMETER - piece.parameter
-                    result[0, piece.layer] = max(int(result[0, piece.layer]), packed)
-                    result[1, piece.layer] = max(int(result[1, piece.layer]), -smallest)
+                    take_extremes(result, smallest, largest, layer=piece.layer, parameter=piece.parameter)
         return result
 
     def fixed_point_sums(self, max_codes: Tensor) -> Tensor:
@@ -106,16 +150,7 @@ class PartitionSketch:
         """
         result = torch.zeros((2, self.num_layers), dtype=torch.int64)
         for layer, codes in self._chunks():
-            largest_exponent = max(1, int(max_codes[layer]) >> 23)
-            wide = codes.long()
-            exponent = wide >> 23
-            hidden_bit = (exponent > 0).long() << 23
-            significand = (wide & ((1 << 23) - 1)) | hidden_bit
-            distance = largest_exponent - exponent.clamp(min=1)
-            shifted = significand << (FRACTION_BITS + 1 - _SIGNIFICAND_BITS)
-            fixed = torch.where(distance > FRACTION_BITS + 1, 0, shifted >> distance.clamp(max=63))
-            result[0, layer] += int((fixed >> LOW_BITS).sum())
-            result[1, layer] += int((fixed & ((1 << LOW_BITS) - 1)).sum())
+            add_fixed_point(result, codes, layer=layer, max_code=int(max_codes[layer]))
         return result
 
     def counts(self, edges: Tensor, *, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -161,6 +161,11 @@ class StoredImportance:
         """Bytes on this rank."""
         return sum(flat.numel() * flat.element_size() for flat in (*self._codes, *self._scales, *self._tables))
 
+    @property
+    def is_counted_by_code(self) -> bool:
+        """Whether a refresh had better count codes than entries. See [Note: histograms] in histogram_sketch.py."""
+        return all(codes.element_size() == 2 and codes.device.type == "cpu" for codes in self._codes)
+
     def read(self, segment: Segment, start: int, stop: int) -> Tensor:
         """See `Importance.read`."""
         return decode(self._stored[segment.name].piece(start, stop))

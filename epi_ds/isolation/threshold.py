@@ -29,15 +29,17 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from epi_ds.choices import Normalizer, Selection
-from epi_ds.isolation.bracket import Answers, Brackets, choose, count_dtype, round_widths
-from epi_ds.isolation.importance import TOP_CODE, ceil_code, decode
-from epi_ds.isolation.sketch import FRACTION_BITS, LOW_BITS, Extremes, PartitionSketch, read_extremes
+from epi_ds.isolation.bracket import Brackets, choose, count_dtype, round_widths
+from epi_ds.isolation.exchange import Exchange
+from epi_ds.isolation.importance import TOP_CODE, decode
+from epi_ds.isolation.sketch import Extremes, Sketch, read_extremes
+from epi_ds.isolation.tau_map import TauMap, normalizing_map, raw_map
 
 CODE_BITS = 31
 # See [Note: rounds].
@@ -58,23 +60,6 @@ _LAYER_COARSE_EDGES = 256
 
 # Rounds of a `Scale`: 14 bits of a threshold, which is 1/64 binade.
 _SCALE_WIDTHS = (128, 128)
-
-
-class Exchange(Protocol):
-    """Merges integer tensors over all ranks. Every rank gets the same bits."""
-
-    def maximum(self, values: Tensor) -> Tensor:
-        """Element-wise maximum over the ranks."""
-
-    def total(self, values: Tensor) -> Tensor:
-        """Element-wise sum over the ranks, of the values' dtype, which must hold it."""
-
-    def answers(self, counts: Tensor, budgets: Tensor) -> Answers:
-        """Return `choose` of the element-wise sum over the ranks of ``counts``, for all rows, to every rank.
-
-        counts   [rows, edges] of a dtype that holds the sums; may be overwritten
-        budgets  [rows] int64, the same on all ranks
-        """
 
 
 class Thresholds(NamedTuple):
@@ -107,25 +92,6 @@ def budget_of(ratio: float, numel: int) -> int:
     return math.floor(Fraction(str(ratio)) * numel)
 
 
-class _Mapping(NamedTuple):
-    """The affine map from tau to a layer's importance, ``y = minimum + tau * scale``, as fp64 ``[num_layers]``."""
-
-    minimum: Tensor
-    scale: Tensor
-    lowest_code: Tensor
-    """[num_layers] int64: below it nothing is isolated; `TOP_CODE` where a layer can never isolate."""
-
-    def edges(self, tau_codes: Tensor) -> Tensor:
-        """Return ``T_l(tau)``: [num_layers, num_taus] int64, never falling along the second dimension.
-
-        tau_codes  [rows, num_taus] int64: every row is of equally many layers, one after another
-        """
-        tau = decode(tau_codes)
-        values = tau.repeat_interleave(len(self.scale) // len(tau), dim=0)
-        values = self.minimum.unsqueeze(1) + values.mul_(self.scale.unsqueeze(1))
-        return torch.maximum(ceil_code(values), self.lowest_code.unsqueeze(1))
-
-
 def search_widths(selection: Selection, *, code_shift: int) -> tuple[int, ...]:
     """Return the edges of every round of a search. See [Note: rounds] and [Note: lattice]."""
     if selection is Selection.PER_LAYER:
@@ -153,14 +119,14 @@ class ThresholdSearch:
 
     def __init__(
         self,
-        sketch: PartitionSketch,
+        sketch: Sketch,
         exchange: Exchange,
         *,
         layer_numel: tuple[int, ...],
         selection: Selection,
         normalizer: Normalizer,
         code_shift: int = 0,
-        normalized_by: PartitionSketch | None = None,
+        normalized_by: Sketch | None = None,
         extremes: Extremes | None = None,
         tasks: int = 1,
     ) -> None:
@@ -175,11 +141,11 @@ class ThresholdSearch:
         # Only the normalisers compute with them; the report of a refresh wants them for every selection.
         normalized_by = normalized_by or sketch
         self.extremes = read_extremes(exchange.maximum(normalized_by.extremes())) if extremes is None else extremes
-        self._mapping: _Mapping | None = None
+        self._mapping: TauMap | None = None
         if selection is Selection.RAW_GLOBAL:
-            self._mapping = _raw_mapping(len(layer_numel))
+            self._mapping = raw_map(len(layer_numel))
         elif selection is Selection.NORMALIZED_GLOBAL:
-            self._mapping = _normalizing_mapping(
+            self._mapping = normalizing_map(
                 normalized_by, exchange, self.extremes, normalizer=normalizer, layer_numel=layer_numel
             )
         totals = torch.tensor(layer_numel, dtype=torch.int64)
@@ -194,7 +160,7 @@ class ThresholdSearch:
         """Return what a ratio allows: [num_layers] int64 for ``per_layer``, else [tasks]."""
         return torch.tensor([budget_of(ratio, numel) for numel in self._totals.tolist()], dtype=torch.int64)
 
-    def preview(self, isolated: PartitionSketch | None, *, near: Tensor | None) -> Preview:
+    def preview(self, isolated: Sketch | None, *, near: Tensor | None) -> Preview:
         """Count at the edges of a first grid, all entries and the isolated ones apart. See [Note: previews].
 
         isolated  the sketch of the entries isolated now; None leaves their counts zero
@@ -246,7 +212,7 @@ class ThresholdSearch:
         edges = brackets.edges(width, unit=self._unit)
         return brackets.narrow(edges, self._exchange.answers(self._count(edges, self._sketch), budgets))
 
-    def _count(self, edges: Tensor, sketch: PartitionSketch) -> Tensor:
+    def _count(self, edges: Tensor, sketch: Sketch) -> Tensor:
         """Return this rank's entries at or above edges: [rows, edges] -> the same shape, of `count_dtype`."""
         if self._mapping is None:
             return sketch.counts(edges, dtype=count_dtype(max(self._layer_numel)))
@@ -295,7 +261,7 @@ def _fine_edges(near: Tensor, count: int, *, unit: int) -> Tensor:
 
 
 def find_thresholds(
-    sketch: PartitionSketch,
+    sketch: Sketch,
     exchange: Exchange,
     *,
     ratio: float,
@@ -315,42 +281,3 @@ def find_thresholds(
         sketch, exchange, layer_numel=layer_numel, selection=selection, normalizer=normalizer, code_shift=code_shift
     )
     return search.finish(search.budgets(ratio))
-
-
-def _raw_mapping(num_layers: int) -> _Mapping:
-    zeros = torch.zeros(num_layers, dtype=torch.float64)
-    return _Mapping(zeros, zeros + 1.0, torch.ones(num_layers, dtype=torch.int64))
-
-
-def _normalizing_mapping(
-    sketch: PartitionSketch,
-    exchange: Exchange,
-    extremes: Extremes,
-    *,
-    normalizer: Normalizer,
-    layer_numel: tuple[int, ...],
-) -> _Mapping:
-    max_codes, min_codes, _ = extremes
-    never = torch.full_like(max_codes, TOP_CODE)
-    # An empty layer (a parameter of no entries) has no extremes; it is flat, so any finite stand-in will do.
-    flat = max_codes == min_codes
-    low, high = decode(min_codes.clamp(min=0)), decode(max_codes.clamp(min=0))
-    if normalizer is Normalizer.MINMAX:
-        # fp64 may round min + tau * range down to min for a tiny tau; the clamp keeps normalised zeros plastic.
-        return _Mapping(low, high - low, torch.where(flat, never, min_codes + 1))
-    limbs = exchange.total(sketch.fixed_point_sums(max_codes))
-    means = [
-        _exact_mean(int(limbs[0, layer]), int(limbs[1, layer]), numel, int(max_codes[layer]))
-        for layer, numel in enumerate(layer_numel)
-    ]
-    zeros = torch.zeros_like(low)
-    scale = torch.tensor(means, dtype=torch.float64)
-    return _Mapping(zeros, scale, torch.where(flat, never, torch.ones_like(never)))
-
-
-def _exact_mean(high: int, low: int, numel: int, max_code: int) -> float:
-    """Undo the fixed point of `PartitionSketch.fixed_point_sums`; Python's int / int rounds correctly."""
-    if numel == 0:
-        return 0.0
-    exponent = max(1, max_code >> 23)
-    return math.ldexp(((high << LOW_BITS) + low) / numel, exponent - 126 - (FRACTION_BITS + 1))

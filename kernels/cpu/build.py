@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_OPERATIONS = ("decode", "encode", "hold", "masked_sumsq", "observe", "select", "sketch_counts")
+_OPERATIONS = ("code_histogram", "decode", "encode", "hold", "masked_sumsq", "observe", "select", "sketch_counts")
 # One rounding per operation, whatever the instruction set: nothing may be contracted to a fused multiply-add.
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),

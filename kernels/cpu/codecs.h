@@ -8,8 +8,11 @@ namespace {
 constexpr int BLOCK = 256;
 constexpr float LARGEST = 3.40282346638528859812e38f;
 
+// Their `encode` returns the scale of a block, zero where the format has none. `values(part)` are its vectors, and
+// ASKS_ONCE says that each is asked for once.
 struct Fp32 {
   typedef float Code;
+  static constexpr bool ASKS_ONCE = true;
 
   static f32 decode(const Code *codes, float) { return load<f32>(codes); }
 
@@ -24,6 +27,7 @@ struct Fp32 {
 template <int SHIFT>
 struct Upper16 {
   typedef uint16_t Code;
+  static constexpr bool ASKS_ONCE = true;
 
   static f32 decode(const Code *codes, float) { return as<f32>(widen(load<u16>(codes)) << SHIFT); }
 
@@ -49,6 +53,7 @@ typedef Upper16<16> BF16;
 // The square root of the value relative to the block's largest, in 255 steps.
 struct U8 {
   typedef uint8_t Code;
+  static constexpr bool ASKS_ONCE = false;
 
   static f32 decode(const Code *codes, float unit) { return min_of(decode_unbounded(codes, unit), splat(LARGEST)); }
 
@@ -58,7 +63,7 @@ struct U8 {
     return code * code * unit;
   }
 
-  // Returns the scale. Most blocks are finite without bounds on anything, which would be a fifth of the work.
+  // Most blocks are finite without bounds on anything, which would be a fifth of the work.
   template <class Values>
   static float encode(Code *codes, Values values, Dither &dither) {
     // Rounding starts from the largest of all values, so they are kept.

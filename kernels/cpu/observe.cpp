@@ -34,11 +34,12 @@ struct Bf16Gradient {
   static f32 at(const Entry *gradient) { return as<f32>(widen(load<u16>(gradient)) << 16); }
 };
 
-// The new values of a whole block.
+// The new values of a whole block. Where each is asked for once, its gradient is rescaled on the way.
 template <class State, class Gradient>
 struct Average {
+  static constexpr bool RESCALES = Gradient::RESCALES && State::ASKS_ONCE;
   const typename State::Code *codes;
-  const typename Gradient::Entry *gradient;
+  typename Gradient::Entry *gradient;
   float unit;
   const Update update;
 
@@ -47,8 +48,10 @@ struct Average {
     if constexpr (Gradient::IS_ZERO) {
       return decayed;
     } else {
+      const f32 raw = Gradient::at(gradient + part * LANES);
+      if constexpr (RESCALES) store(gradient + part * LANES, raw * update.rescale);
       // NaN counts as zero, infinity as the largest finite value.
-      const f32 squared = min_of(max_of(square(part), f32{}), splat(LARGEST));
+      const f32 squared = min_of(max_of(square(raw), f32{}), splat(LARGEST));
       return min_of(decayed + squared * update.share, splat(LARGEST));
     }
   }
@@ -59,13 +62,13 @@ struct Average {
     if constexpr (Gradient::IS_ZERO) {
       return decayed;
     } else {
-      return decayed + square(part) * update.share;
+      return decayed + square(Gradient::at(gradient + part * LANES)) * update.share;
     }
   }
 
  private:
-  f32 square(int part) const {
-    const f32 scaled = Gradient::at(gradient + part * LANES) * update.inverse_scale;
+  f32 square(f32 raw) const {
+    const f32 scaled = raw * update.inverse_scale;
     return scaled * scaled;
   }
 };
@@ -75,7 +78,7 @@ inline float observe_whole(typename State::Code *codes, float scale, typename Gr
                            const Update &update, Dither &dither) {
   const Average<State, Gradient> average = {codes, gradient, scale / 65025.0f, update};
   const float updated = State::encode(codes, average, dither);
-  if constexpr (Gradient::RESCALES)
+  if constexpr (Gradient::RESCALES && !average.RESCALES)
     for (int part = 0; part < BLOCK / LANES; part++)
       store(gradient + part * LANES, Gradient::at(gradient + part * LANES) * update.rescale);
   return updated;
