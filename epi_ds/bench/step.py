@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import epi_ds
 from epi_ds.bench.ranks import run_on_ranks
-from epi_ds.bench.step_clock import OURS, TimedClasses
+from epi_ds.bench.step_clock import Owner, TimedClasses
 from epi_ds.choices import Apply, StateFormat
 from epi_ds.zero3.attach import detach
 
@@ -32,7 +32,7 @@ _RATIO = 0.01
 _VOCABULARY = 8009
 _BATCH, _LENGTH = 2, 257
 # Steps of which the primary figure is the median, and as many plain ones.
-_STEPS = 5
+_STEPS = 15
 _REFRESHES = 3
 _RESAMPLES = 2000
 
@@ -68,6 +68,10 @@ class StepRow(NamedTuple):
     plain_ms: float
     """A plain step: forward, backward and update."""
     overhead: float
+    own_parts_ms: dict[str, float]
+    """By override, without refreshes."""
+    replaced_parts_ms: dict[str, float]
+    """By method of ZeRO-3."""
     ratio_median: float | None
     """Median isolating step / median plain step of as many ``pairs``, and its bootstrap 95 % interval."""
     ci_low: float | None
@@ -123,11 +127,11 @@ def _measure(engine: Any, case: Case, *, pairs: int, steps: int) -> StepRow:
         plain_parts.append(classes.clock.take())
         run_isolating()
         isolating_parts.append(classes.clock.take())
-    own = statistics.median(parts[OURS] for parts in isolating_parts)
-    instead = [name for name in plain_parts[0] if name not in isolating_parts[0]]
-    replaced = sum(statistics.median(parts[name] for parts in plain_parts) for name in instead)
+    ours = [owner for owner in isolating_parts[0] if owner.is_ours]
+    instead = [owner for owner in plain_parts[0] if owner not in isolating_parts[0]]
     refresh = statistics.median(refreshes)
-    own += refresh / REFRESH_INTERVAL
+    own = _median(isolating_parts, ours) + refresh / REFRESH_INTERVAL
+    replaced = _median(plain_parts, instead)
     engine.optimizer.__class__ = classes.untimed
     confirmation = _confirm(engine, classes.untimed, pairs) if pairs else (None,) * 3
     plain = statistics.median(plain_seconds)
@@ -145,11 +149,24 @@ def _measure(engine: Any, case: Case, *, pairs: int, steps: int) -> StepRow:
         replaced_ms=replaced * 1e3,
         plain_ms=plain * 1e3,
         overhead=(own - replaced) / plain,
+        own_parts_ms=_parts_in_ms(isolating_parts, ours),
+        replaced_parts_ms=_parts_in_ms(plain_parts, instead),
         ratio_median=confirmation[0],
         ci_low=confirmation[1],
         ci_high=confirmation[2],
         pairs=pairs or None,
     )
+
+
+def _median(steps: Sequence[dict[Owner, float]], owners: Sequence[Owner]) -> float:
+    """Return the median of the seconds that some owners have of a step together."""
+    return statistics.median(sum(parts[owner] for owner in owners) for parts in steps)
+
+
+def _parts_in_ms(steps: Sequence[dict[Owner, float]], owners: Sequence[Owner]) -> dict[str, float]:
+    """Return every owner's median, the largest first."""
+    parts = {owner.method: _median(steps, [owner]) * 1e3 for owner in owners}
+    return dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 
 def _step(engine: Any, optimizer_class: type) -> float:

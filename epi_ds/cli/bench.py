@@ -118,4 +118,6 @@ def _show(rows: list[dict[str, Any]], *, json: bool) -> None:
 def _shown(name: str, value: Any) -> str:
     if "_bytes" in name:
         return f"{value / 1e6:.3f}"
+    if isinstance(value, dict):
+        return "\n".join(f"{_shown(part, number)} {part}" for part, number in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)

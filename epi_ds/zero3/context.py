@@ -40,6 +40,8 @@ class IsolationContext:
         """Loss scale of the gradients being applied; a dynamic scaler may raise its own before they are unscaled."""
         self.offloaded_sumsq: dict[Any, Tensor] = {}
         """With offload, by ZeRO-3's parameter id: `masked_sumsq` of a gradient when it left the accelerator."""
+        self.boundary_norm: Tensor | None = None
+        """Of the gradient that is leaving the accelerator just now, where it is known already."""
         self.rescale: Rescale | None = None
         # Under `apply: reduction` the update of isolated entries is not what they would have moved by.
         self.step_energy = None if self.masks_gradients else StepEnergy(get_accelerator().current_device_name())

@@ -3,7 +3,8 @@
 [Note: step] What happens in one optimizer step, and where this mixin stands in it:
 
     backward     partition_grads          records which parameters were reduced
-                 _offload_grad_...        with offload: the sum of squares of the entries that will move
+                 _offload_grad_...        with offload: the sums of squares of all entries and of those that will move
+                 _constant_buffered_norm2     and the first of these is ZeRO-3's own norm
     step         _get_norm_groups         the norm is over the entries that will move; whether to skip is plain ZeRO-3's
     sub-group    unscale_and_clip_grads   the commit point: importance observes the raw gradient, in the same pass
                  _optimizer_step          isolated weights keep their bits, and no momentum builds up behind them
@@ -68,16 +69,26 @@ class IsolationMixin(Zero3Optimizer):
         offload_fp32_offsets: dict[int, list[int]],
     ) -> None:
         """Take the masked norm of a parameter where ZeRO-3 takes its norm: afterwards NVMe may have the gradient."""
-        super()._offload_grad_partition_at_boundary(param, grad_buffer, offload_fp32_gradients, offload_fp32_offsets)
         context = self.isolation
         if context.controller.is_active:
             param_id = self.get_param_id(param)
             sub_group, start, _ = self.grad_position[param_id]
             # Moved as bits, an eighth of what the mask would be.
             bits = context.controller.masks.bits[sub_group][start // 8 : -(-(start + grad_buffer.numel()) // 8)]
-            context.offloaded_sumsq[param_id] = masked_sumsq(
-                grad_buffer, bits.to(grad_buffer.device), first_entry=start % 8
+            sums = masked_sumsq(grad_buffer, bits.to(grad_buffer.device), first_entry=start % 8)
+            context.offloaded_sumsq[param_id] = sums
+            context.boundary_norm = sums[0].sqrt()
+        try:
+            super()._offload_grad_partition_at_boundary(
+                param, grad_buffer, offload_fp32_gradients, offload_fp32_offsets
             )
+        finally:
+            context.boundary_norm = None
+
+    def _constant_buffered_norm2(self, input: Tensor, buffer_size: int = 250000000) -> Tensor:  # noqa: A002
+        """Return the norm of a gradient at the boundary without reading it again: the masked one's pass took it too."""
+        norm = self.isolation.boundary_norm
+        return super()._constant_buffered_norm2(input, buffer_size) if norm is None else norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the open window along with its gradients."""

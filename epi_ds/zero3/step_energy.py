@@ -1,7 +1,7 @@
 """How much of the optimizer's update a mask holds back, for ``apply: update``, where all of it is computed.
 
 [Note: step energy] ``|held update|^2 / |update|^2`` needs the weights before and after the update. A copy of all of
-them would take as much room as the weights, so the sums are over at most 2^16 entries of a sub-group, equally far
+them would take as much room as the weights, so the sums are over at most 2^14 entries of a sub-group, equally far
 apart, from another offset in every step. The ranks' sums travel with the norm of the next step under a mask instead of
 in a collective of their own.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from epi_ds.isolation.layout import Span
 
-SAMPLE_NUMEL = 1 << 16
+SAMPLE_NUMEL = 1 << 14
 
 
 class UpdateSample:

@@ -7,12 +7,14 @@ import time
 from contextlib import suppress
 
 from epi_ds.bench.step import bootstrap_ratio
-from epi_ds.bench.step_clock import OURS, StepClock
+from epi_ds.bench.step_clock import Owner, StepClock
+
+OURS, STEP, NORM = Owner(True, "step"), Owner(False, "step"), Owner(False, "norm")
 
 
 def test_time_belongs_to_the_innermost_method() -> None:
     clock = StepClock()
-    norm = clock.timed(lambda: time.sleep(0.02), "norm")
+    norm = clock.timed(lambda: time.sleep(0.02), NORM)
 
     def override() -> None:
         time.sleep(0.01)
@@ -25,12 +27,12 @@ def test_time_belongs_to_the_innermost_method() -> None:
         time.sleep(0.04)
         ours()
 
-    clock.timed(step, "step")()
+    clock.timed(step, STEP)()
     taken = clock.take()
-    assert set(taken) == {"step", "norm", OURS}
+    assert set(taken) == {STEP, NORM, OURS}
     # A sleep lasts at least as long as asked for; a busy machine makes it longer.
-    assert taken["step"] >= 0.04
-    assert taken["norm"] >= 0.02
+    assert taken[STEP] >= 0.04
+    assert taken[NORM] >= 0.02
     assert taken[OURS] >= 0.02
     assert clock.take() == {}
 
@@ -43,9 +45,9 @@ def test_a_method_that_raises_leaves_the_clock_right() -> None:
 
     for _ in range(2):
         with suppress(KeyError):
-            clock.timed(fail, "fail")()
+            clock.timed(fail, STEP)()
     clock.timed(lambda: None, OURS)()
-    assert set(clock.take()) == {"fail", OURS}
+    assert set(clock.take()) == {STEP, OURS}
 
 
 def test_the_interval_holds_the_ratio_and_narrows_with_pairs() -> None:

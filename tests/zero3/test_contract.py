@@ -25,6 +25,7 @@ OPTIMIZER_OVERRIDES = {
         "offload_fp32_gradients",
         "offload_fp32_offsets",
     ],
+    "_constant_buffered_norm2": ["self", "input", "buffer_size"],
     "zero_grad": ["self", "set_to_none"],
     "step": ["self", "closure"],
     "_get_norm_groups": ["self"],
@@ -140,6 +141,13 @@ def test_what_isolation_does_in_place_of_unscaling_is_what_zero3_does() -> None:
         "    combined_scale = clip * self.loss_scale",
         "self.fp32_partitioned_groups_flat[sub_group_id].grad.mul_(1.0 / combined_scale)",
     ]
+
+
+def test_the_norm_at_the_boundary_is_taken_where_it_is_replaced() -> None:
+    source = ast.unparse(_definition(DeepSpeedZeroOptimizer_Stage3, "_offload_grad_partition_at_boundary"))
+    taken = "self.norm_for_param_grads[self.get_param_id(param)] = self._constant_buffered_norm2(grad_buffer)"
+    assert taken in source
+    assert source.count("norm2(") == 1
 
 
 def test_the_installed_release_is_supported() -> None:
