@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import hjson
 
-from epi_ds.checkpoint.store import FileStateStore, load_masks
+from epi_ds.checkpoint.store import load_masks
 from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, EPIConfig, parse_config
 from epi_ds.errors import UserError, summarize
@@ -92,7 +92,7 @@ def attach(engine: Any, config: EPIConfig | Mapping[str, Any] | None = None) -> 
     """
     check_is_engine(engine)
     parsed = read_section(engine._config._param_dict) if config is None else parse_config(config)
-    epi = attach_to_engine(engine, parsed, state_store=FileStateStore())
+    epi = attach_to_engine(engine, parsed)
     if parsed.mask_from is not None:
         try:
             load_masks(parsed.mask_from, epi.controller)

@@ -79,6 +79,13 @@ class MissingState(str, Enum):
     FRESH = "fresh"
 
 
+class OnFailure(str, Enum):
+    """What to do when a checkpoint cannot be saved."""
+
+    CONTINUE = "continue"
+    STOP = "stop"
+
+
 class Curve(str, Enum):
     """How a scheduled ratio goes from its start to its end."""
 

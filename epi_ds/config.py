@@ -15,6 +15,7 @@ from epi_ds.choices import (
     Memory,
     MissingState,
     Normalizer,
+    OnFailure,
     PolicyName,
     Protects,
     Selection,
@@ -43,6 +44,37 @@ class RatioSchedule(BaseModel):
 
     steps: int = Field(ge=1)
     """Applied steps from the one to the other."""
+
+
+class CheckpointConfig(BaseModel):
+    """How a run's checkpoints are kept and read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keep_last: int | None = Field(None, ge=1)
+    """Complete checkpoints to keep; older ones are removed once a newer one is complete. None keeps all."""
+
+    keep_every: int | None = Field(None, ge=1)
+    """With ``keep_last``: keep those of every so many steps for good."""
+
+    on_failure: OnFailure = OnFailure.CONTINUE
+    """When a checkpoint cannot be saved (a full disk, say): say so and ``continue`` training, or ``stop`` with an error
+    on all ranks. What was saved before is untouched either way."""
+
+    trust: bool = False
+    """Read the files of a checkpoint that is not of the run whose folder it lies in. DeepSpeed's are pickles: reading
+    them runs whatever their author put there."""
+
+    allow_new_batch_size: bool = False
+    """Resume although a step has another number of rows now (micro-batch x accumulation x ranks)."""
+
+    @model_validator(mode="after")
+    def _keep_every_is_used(self) -> CheckpointConfig:
+        if self.keep_every is not None and self.keep_last is None:
+            raise UserError(
+                "keep_every says which of the older checkpoints to keep, and without keep_last all are kept"
+            )
+        return self
 
 
 class EPIConfig(BaseModel):
@@ -131,13 +163,21 @@ class EPIConfig(BaseModel):
     """Accept a planned run too short for a mask ever to become active."""
 
     mask_from: str | None = None
-    """``static`` only: a checkpoint tag folder (or its ``epi`` folder) whose mask is loaded."""
+    """``static`` only: a checkpoint whose mask is loaded: a tag folder, or a trainer's with a tag in it."""
 
     probe_steps: int | None = Field(None, ge=1)
     """``static`` only: batches over which squared gradients are averaged before the first step."""
 
     missing_state: MissingState = MissingState.ERROR
-    """Loading a checkpoint without isolation state is an error, or starts with empty importance."""
+    """Loading a checkpoint without isolation state is an error, or starts with empty importance (``fresh``, which wants
+    ``checkpoint.trust`` too: nothing vouches for such a checkpoint)."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """How the run's checkpoints are kept and read."""
+
+    max_skipped_steps: int = Field(50, ge=1)
+    """Steps skipped in a row, because their gradients were not finite, after which the run stops with a diagnosis. Loss
+    scaling in fp16 may skip some 20 at the start."""
 
     @property
     def selection_interval(self) -> int:

@@ -1,27 +1,27 @@
 """Prove, from checkpoints alone, that isolated master weights did not move in one bit.
 
-Two checkpoints saved in the same refresh window were written under the same mask, so every entry that it isolates must
-have the same fp32 master weight in both. A pair without an isolated entry, or in which no other entry moved, proves
-nothing. Reads DeepSpeed's own optimizer shards: trust them as you trust code.
+Two checkpoints saved in the same refresh window were written under the same mask, so every entry that it isolates
+must have the same fp32 master weight in both, whatever numbers of ranks saved them. A pair without an isolated entry,
+or in which no other entry moved, proves nothing.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from epi_ds.checkpoint.manifest import FOLDER, Manifest, check_record, read_manifest
-from epi_ds.checkpoint.shard import Shard, shard_name
+from epi_ds.checkpoint.digest import problems_of_files
+from epi_ds.checkpoint.manifest import PATH, Kind, Manifest, read_manifest
+from epi_ds.checkpoint.partitions import WEIGHTS, SavedPartitions
+from epi_ds.checkpoint.run_id import check_trusted
+from epi_ds.checkpoint.shards import TagShards
 from epi_ds.errors import UserError
-
-_OPTIMIZER_SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 
 
 class Moved(NamedTuple):
@@ -63,37 +63,43 @@ class Tag:
     @property
     def window(self) -> int:
         """Number of the refresh whose mask was in force; 0 before the first, where a mask may have been loaded."""
-        return int(self.manifest.counters["refreshes"])
+        return int(self.manifest.isolation.counters["refreshes"])
 
     @property
     def step(self) -> int:
         """Applied steps before the save."""
-        return int(self.manifest.counters["applied_steps"])
+        return int(self.manifest.isolation.counters["applied_steps"])
 
 
 def find_tags(paths: Sequence[Path]) -> list[Tag]:
     """Find the checkpoint tags with isolation state at or below ``paths``, by step.
 
-    Raises ValueError for a path below which there is none.
+    Raises UserError for a path below which there is none, and RuntimeError for a damaged manifest.
     """
     tags: dict[Path, Tag] = {}
     for path in paths:
-        manifests = sorted(path.rglob(f"{FOLDER}/manifest.json"))
-        if not manifests:
-            raise UserError(f"{path} holds no checkpoint with isolation state (no {FOLDER}/manifest.json below it)")
-        for file in manifests:
-            manifest = read_manifest(file.parent)
-            if manifest is not None:
-                tags[file.parent.parent] = Tag(file.parent.parent, manifest)
+        found = sorted(path.rglob(PATH))
+        if not found:
+            raise UserError(f"{path} holds no checkpoint with isolation state (no {PATH} below it)")
+        for file in found:
+            folder = file.parent.parent
+            manifest = read_manifest(folder)
+            if manifest is not None and manifest.kind is Kind.TAG:
+                tags[folder] = Tag(folder, manifest)
     return sorted(tags.values(), key=lambda tag: (tag.step, tag.path))
 
 
-def audit(paths: Sequence[Path]) -> AuditReport:
+def audit(paths: Sequence[Path], *, trust: bool = False) -> AuditReport:
     """Compare neighbouring checkpoints of every refresh window below ``paths``.
 
-    Raises UserError when no window holds two checkpoints that prove something, and RuntimeError for damaged shards.
+    trust  read checkpoints that are not of the run whose folder they lie in: see [Note: trust] in run_id.py
+
+    Raises UserError when no window holds two checkpoints that prove something or one is not trusted, and RuntimeError
+    for damaged files.
     """
     tags = find_tags(paths)
+    for tag in tags:
+        check_trusted(tag.path, tag.manifest.run_id, trust=trust, remedy="pass --trust")
     pairs = [
         (first, second)
         for first, second in pairwise(tags)
@@ -147,51 +153,25 @@ def _audit_pair(first: Tag, second: Tag) -> _Pair:
     return _Pair((first.path, second.path), isolated, plastic, plastic_moved, tuple(moved))
 
 
-def _open(tag: Tag, rank: int) -> Shard:
-    path = tag.path / FOLDER / shard_name(rank)
-    check_record(path, tag.manifest)
-    return Shard.open(path)
-
-
 def _compare(first: Tag, second: Tag) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """Yield (parameter, mask, weights before, weights after) for every rank's slices."""
-    if first.manifest.world_size != second.manifest.world_size:
-        raise UserError(
-            f"{first.path} was saved by {first.manifest.world_size} ranks and {second.path} by "
-            f"{second.manifest.world_size}; audit each part of the run alone"
-        )
+    """Yield (parameter, mask, weights before, weights after) for the slices of the ranks that saved the first."""
+    for tag in (first, second):
+        problems = problems_of_files(tag.path, tag.manifest.files)
+        if problems:
+            raise RuntimeError("; ".join(problems))
+    masks = [TagShards(tag.path, tag.manifest) for tag in (first, second)]
+    weights = [SavedPartitions(tag.path, tag.manifest) for tag in (first, second)]
+    if weights[0].places.keys() != weights[1].places.keys():
+        raise UserError(f"{first.path} and {second.path} are of different models")
     for rank in range(first.manifest.world_size):
-        before, after = _open(first, rank), _open(second, rank)
-        if before.segments != after.segments:
-            raise UserError(f"{before.path} and {after.path} are slices of different models or partitionings")
-        weights = _master_weights(first, rank), _master_weights(second, rank)
-        for (segment, mask), (_, mask_after) in zip(before.masks(), after.masks(), strict=True):
+        for segment in masks[0].shard(rank).header.segments:
+            mask, mask_after = (shards.mask(segment) for shards in masks)
             if not torch.equal(mask, mask_after):
                 raise UserError(
                     f"{segment.name}: {first.path} and {second.path} are of one refresh window, but their masks differ"
                 )
             if segment.real_numel:
-                old, new = (flat[segment.sub_group][segment.start : segment.stop] for flat in weights)
+                old, new = torch.empty(2, segment.real_numel)
+                for target, partitions in zip((old, new), weights, strict=True):
+                    partitions.read_into(target, segment.name, WEIGHTS, start=segment.global_start)
                 yield segment.name, mask, old, new
-
-
-def _master_weights(tag: Tag, rank: int) -> list[Tensor]:
-    """Read the flat fp32 partitions of one rank: from DeepSpeed's optimizer shard, or the files of NVMe offload."""
-    for path in tag.path.iterdir():
-        match = _OPTIMIZER_SHARD.search(path.name)
-        if match and int(match.group(1)) == rank:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-            groups: list[Tensor] = state["optimizer_state_dict"]["fp32_flat_groups"]
-            weights = [group.detach().float() for group in groups]
-            for sub_group, name in tag.manifest.extra.get("swapped", {}).items():
-                file = tag.path / "offloaded_tensors" / f"rank{rank:0>2d}" / name
-                if not file.is_file():
-                    raise UserError(
-                        f"{tag.path} lacks {file.name} of rank {rank}, which NVMe offload wrote; copy the whole tag"
-                    )
-                # What the shard has of them is whatever was in memory.
-                weights[int(sub_group)] = torch.from_file(str(file), size=file.stat().st_size // 4)
-            return weights
-    raise UserError(
-        f"{tag.path} has no optimizer shard of rank {rank} (zero_pp_rank_{rank}_mp_rank_00_optim_states.pt)"
-    )

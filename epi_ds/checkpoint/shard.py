@@ -1,31 +1,40 @@
 """One rank's isolation state as a safetensors file: slices by parameter name, never raw flat buffers.
 
 A flat buffer's layout depends on the world size, on ``sub_group_size`` and on the order of parameters; a slice that
-says which parameter it belongs to and where it begins can be read by any other layout.
+says which parameter it belongs to and where it begins can be read by any other layout. Nothing in it is executed.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.kernels import Stored, pack_bits, unpack_bits
 
-FORMAT_VERSION = 3
-
 
 def shard_name(rank: int) -> str:
     """Return the file name of a rank's shard."""
     return f"rank_{rank:05d}.safetensors"
+
+
+class Header(BaseModel):
+    """What a shard says of itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int
+    world_size: int
+    segments: tuple[Segment, ...]
+    random_states: dict[str, Any]
+    """Of the generators whose state is no tensor; see random_states.py."""
 
 
 def write_shard(
@@ -37,12 +46,14 @@ def write_shard(
     mask_of: Callable[[Segment], Tensor],
     states: Mapping[str, Callable[[Segment], Stored]],
     first_mask: Sequence[Tensor],
+    random_states: tuple[Mapping[str, Tensor], Mapping[str, Any]],
 ) -> None:
     """Write one rank's slices. All functions are asked for one segment at a time.
 
-    mask_of     -> [real_numel] bool, on the CPU
-    states      stored values by the name of the state
-    first_mask  sampled bytes of the run's first mask, by sub-group
+    mask_of        -> [real_numel] bool, on the CPU
+    states         stored values by the name of the state
+    first_mask     sampled bytes of the run's first mask, by sub-group
+    random_states  of this rank's generators: tensors, and what is none
     """
     tensors: dict[str, Tensor] = {}
     for segment in layout.segments:
@@ -56,77 +67,48 @@ def write_shard(
             if stored.scales.numel():
                 tensors[f"scales/{state}/{segment.name}"] = stored.scales.cpu().clone()
     tensors |= {f"first_mask/{sub_group}": sample.cpu().clone() for sub_group, sample in enumerate(first_mask)}
-    header = {
-        "format_version": FORMAT_VERSION,
-        "rank": rank,
-        "world_size": world_size,
-        "states": list(states),
-        "layer_names": layout.layer_names,
-        "segments": [segment._asdict() for segment in layout.segments],
-    }
-    save_file(tensors, path, metadata={"epi_ds": json.dumps(header)})
+    random_tensors, others = random_states
+    tensors |= {f"random/{name}": state for name, state in random_tensors.items()}
+    header = Header(rank=rank, world_size=world_size, segments=layout.segments, random_states=dict(others))
+    save_file(tensors, path, metadata={"epi_ds": header.model_dump_json()})
 
 
-@dataclass(frozen=True)
 class Shard:
-    """An opened shard. Tensors are read one at a time, on the CPU."""
+    """A shard that is read a tensor at a time, on the CPU."""
 
-    path: Path
-    rank: int
-    world_size: int
-    layer_names: tuple[str, ...]
-    segments: tuple[Segment, ...]
-    states: tuple[str, ...]
-    """Names of what is stored per entry beside the masks."""
-
-    @classmethod
-    def open(cls, path: Path) -> Shard:
-        """Read a shard's header. Raises RuntimeError when the file is not a shard of a known format."""
+    def __init__(self, path: Path) -> None:
+        """Raises RuntimeError when the file is not a shard."""
+        self.path = path
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-            header: dict[str, Any] = json.loads(metadata["epi_ds"])
-            version = header["format_version"]
-            if version != FORMAT_VERSION:
-                raise RuntimeError(
-                    f"it has format version {version}, this release reads {FORMAT_VERSION}; use the epi_ds release "
-                    "that wrote it"
-                )
-            segments = tuple(Segment(**{**item, "shape": tuple(item["shape"])}) for item in header["segments"])
-            return cls(
-                path,
-                header["rank"],
-                header["world_size"],
-                tuple(header["layer_names"]),
-                segments,
-                tuple(header["states"]),
-            )
-        except Exception as error:  # safetensors raises its own types for torn files
+            # Typed by a stub that says less than there is.
+            opened: Any = safe_open(path, framework="pt")
+            self._file = opened
+            self.header = Header.model_validate_json((self._file.metadata() or {})["epi_ds"])
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise RuntimeError(f"{path} is not a readable isolation shard: {type(error).__name__}: {error}") from error
+        self._names = set(self._file.keys())
+        self.by_name = {segment.name: segment for segment in self.header.segments}
 
-    def masks(self) -> Iterator[tuple[Segment, Tensor]]:
-        """Yield every segment with its mask, [real_numel] bool."""
-        with safe_open(self.path, framework="pt") as file:
-            for segment in self.segments:
-                yield segment, unpack_bits(file.get_tensor(f"mask/{segment.name}"), 0, segment.real_numel)
+    def mask(self, name: str) -> Tensor:
+        """Read the mask of one parameter's slice. [real_numel] bool"""
+        return unpack_bits(self._file.get_tensor(f"mask/{name}"), 0, self.by_name[name].real_numel)
 
-    def stored(self, state: str) -> dict[str, Stored]:
-        """Read one of `states`, by parameter name."""
-        with safe_open(self.path, framework="pt") as file:
-            names = set(file.keys())
-            return {
-                segment.name: Stored(
-                    file.get_tensor(f"{state}/{segment.name}"),
-                    file.get_tensor(scales)
-                    if (scales := f"scales/{state}/{segment.name}") in names
-                    else torch.zeros(0),
-                    segment.global_start,
-                )
-                for segment in self.segments
-            }
+    def stored(self, state: str, name: str) -> Stored:
+        """Read what is stored of one parameter's slice."""
+        scales = f"scales/{state}/{name}"
+        return Stored(
+            self._file.get_tensor(f"{state}/{name}"),
+            self._file.get_tensor(scales) if scales in self._names else torch.zeros(0),
+            self.by_name[name].global_start,
+        )
 
     def first_mask(self) -> list[Tensor]:
         """Read the sample of the run's first mask, by sub-group; empty where there was none yet."""
-        with safe_open(self.path, framework="pt") as file:
-            found = [name for name in file.keys() if name.startswith("first_mask/")]  # noqa: SIM118 - no mapping
-            return [file.get_tensor(f"first_mask/{sub_group}") for sub_group in range(len(found))]
+        found = [name for name in self._names if name.startswith("first_mask/")]
+        return [self._file.get_tensor(f"first_mask/{sub_group}") for sub_group in range(len(found))]
+
+    def random_tensors(self) -> dict[str, Tensor]:
+        """Read the states of generators that are tensors, by name."""
+        prefix = "random/"
+        found = (name for name in self._names if name.startswith(prefix))
+        return {name.removeprefix(prefix): self._file.get_tensor(name) for name in found}

@@ -1,275 +1,239 @@
-"""Saving and loading isolation state beside a DeepSpeed checkpoint. Every method is collective."""
+"""Isolation state in and out of a tag. What is collective says so."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Callable
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-import epi_ds
-from epi_ds.checkpoint.manifest import (
-    FILE,
-    FOLDER,
-    FileRecord,
-    Manifest,
-    check_record,
-    read_manifest,
-    record_of,
-    remove_manifest,
-    write_manifest,
-)
-from epi_ds.checkpoint.shard import FORMAT_VERSION, Shard, shard_name, write_shard
+from epi_ds.checkpoint.catalog import Checkpoint, checkpoints_in, open_checkpoint
+from epi_ds.checkpoint.digest import problems_of_files
+from epi_ds.checkpoint.loading import share_of
+from epi_ds.checkpoint.manifest import FOLDER, Batch, Isolation, Kind, Manifest, SavedSubGroup
+from epi_ds.checkpoint.random_states import random_states, restore_random_states
+from epi_ds.checkpoint.saving import TagWriter
+from epi_ds.checkpoint.shard import shard_name, write_shard
+from epi_ds.checkpoint.shards import TagShards
+from epi_ds.checkpoint.verdict import agree, on_first_rank
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.counters import Counters
-from epi_ds.kernels import Stored
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 # Settings that say what the saved numbers mean; the others may change between two runs.
-_FIXED_SETTINGS = ("policy", "layer", "include", "exclude", "apply", "state", "ema_decay", "memory", "seed")
+FIXED_SETTINGS = ("policy", "layer", "include", "exclude", "apply", "state", "ema_decay", "memory", "seed")
 
 
-class _Verdict(NamedTuple):
-    """What one rank tells the others about an action."""
-
-    problem: str | None
-    users_mistake: bool
-    seen: str
-    """What every rank must have seen alike."""
-
-
-def agree(action: Callable[[], T], *, seen: Callable[[T], str] = lambda _: "") -> T:
-    """Run ``action`` on every rank; where it fails on any, raise the same error on all. Collective.
-
-    seen  describes what of the result must be the same on every rank
-
-    Raises UserError where every failure is one, else RuntimeError. Without a verdict that all share, the rank with the
-    damaged file raises and the others wait for it in their next collective until the process group times out.
-    """
-    try:
-        result = action()
-        verdict, cause = _Verdict(None, False, seen(result)), None
-    except Exception as error:  # whatever it is, the others must hear of it
-        text = (
-            str(error) if isinstance(error, (OSError, RuntimeError, UserError)) else f"{type(error).__name__}: {error}"
-        )
-        verdict, cause = _Verdict(text, isinstance(error, UserError), ""), error
-    verdicts: list[_Verdict] = [verdict] * dist.get_world_size()
-    dist.all_gather_object(verdicts, verdict)
-    failed = {rank: other for rank, other in enumerate(verdicts) if other.problem is not None}
-    if failed and all(other.users_mistake for other in failed.values()):
-        raise UserError("\n".join(dict.fromkeys(str(other.problem) for other in failed.values()))) from cause
-    if failed:
-        raise RuntimeError("\n".join(f"rank {rank}: {other.problem}" for rank, other in failed.items())) from cause
-    if len({other.seen for other in verdicts}) > 1:
-        lines = (f"rank {rank}: {other.seen}" for rank, other in enumerate(verdicts))
-        raise RuntimeError(
-            "the ranks do not see the same checkpoint; put it where every node reads the same files\n"
-            + "\n".join(lines)
-        )
-    return result
-
-
-def _digest(config: EPIConfig) -> dict[str, Any]:
+def _plain(config: EPIConfig) -> dict[str, Any]:
     saved: dict[str, Any] = json.loads(config.model_dump_json())
     return saved
 
 
-def _describe(source: Path, manifest: Manifest | None) -> str:
-    """Say which manifest this is, in one line."""
-    if manifest is None:
-        return f"{source} has no {FILE}"
-    return f"{source / FILE} of content {hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()[:16]}"
+# --- saving ---
 
 
-class _State(NamedTuple):
-    """One rank's saved state, as read."""
-
-    manifest: Manifest
-    masks: dict[str, Tensor]
-    states: dict[str, dict[str, Stored]]
-    first_mask: list[Tensor]
-
-
-class FileStateStore:
-    """One safetensors shard per rank and a manifest, in the ``epi`` folder of a tag."""
-
-    def discard(self, folder: str) -> None:
-        """Remove the manifest. See `StateStore.discard`."""
-        agree(lambda: remove_manifest(Path(folder) / FOLDER) if dist.get_rank() == 0 else None)
-
-    def save(self, folder: str, controller: IsolationController, *, extra: dict[str, Any]) -> None:
-        """Write every rank's shard, then the manifest. See `StateStore.save`."""
-        target = Path(folder) / FOLDER
-        rank, world_size = controller.exchange.rank, controller.exchange.world_size
-
-        def write() -> FileRecord:
-            target.mkdir(parents=True, exist_ok=True)
-            path = target / shard_name(rank)
-            write_shard(
-                path,
-                controller.layout,
-                rank=rank,
-                world_size=world_size,
-                mask_of=controller.masks.segment,
-                states={name: state.stored for name, state in controller.states.items()},
-                first_mask=controller.refresher.first_mask.sample,
-            )
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            return record_of(path)
-
-        own = agree(write)
-        records: list[FileRecord | None] = [None] * world_size
-        dist.all_gather_object(records, own)
-        codes, rows = controller.refresher.threshold_codes, controller.refresher.selector.last_row_codes
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            versions={
-                "epi_ds": epi_ds.__version__,
-                "deepspeed": deepspeed.__version__,
-                "torch": torch.__version__,
-            },
+def write_state(writer: TagWriter, controller: IsolationController) -> None:
+    """Write this rank's shard."""
+    rank, world_size = controller.exchange.rank, controller.exchange.world_size
+    path = writer.folder / FOLDER / shard_name(rank)
+    writer.run(
+        path,
+        lambda: write_shard(
+            path,
+            controller.layout,
+            rank=rank,
             world_size=world_size,
-            counters=controller.counters.to_dict(),
-            config=_digest(controller.config),
-            threshold_codes=(
-                None if codes is None else dict(zip(controller.layout.layer_names, codes.tolist(), strict=True))
-            ),
-            last_row_codes=None if rows is None else rows.tolist(),
-            extra=extra,
-            files={shard_name(r): record for r, record in enumerate(records) if record is not None},
+            mask_of=controller.masks.segment,
+            states={name: state.stored for name, state in controller.states.items()},
+            first_mask=controller.refresher.first_mask.sample,
+            random_states=random_states(),
+        ),
+    )
+
+
+def isolation_of(controller: IsolationController, *, extra: Mapping[str, Any]) -> Isolation:
+    """Return what the shards do not say. The same on every rank."""
+    codes, rows = controller.refresher.threshold_codes, controller.refresher.selector.last_row_codes
+    names = controller.layout.layer_names
+    return Isolation(
+        config=_plain(controller.config),
+        counters=controller.counters.to_dict(),
+        states=tuple(controller.states),
+        threshold_codes=None if codes is None else dict(zip(names, codes.tolist(), strict=True)),
+        last_row_codes=None if rows is None else rows.tolist(),
+        extra=dict(extra),
+    )
+
+
+# --- loading ---
+
+
+def check_fits(
+    folder: Path,
+    manifest: Manifest,
+    controller: IsolationController,
+    *,
+    batch: Batch,
+    sub_groups: Sequence[SavedSubGroup],
+    allow_new_batch: bool,
+) -> None:
+    """Raise UserError where a tag is of another run than the one that is to continue; everything at once.
+
+    sub_groups  of the engine that loads
+    """
+    problems = [
+        *_changed_settings(manifest.isolation.config, _plain(controller.config)),
+        *_changed_parameters(manifest.sub_groups, sub_groups),
+    ]
+    if manifest.batch.rows != batch.rows and not allow_new_batch:
+        problems.append(
+            f"a step was of {manifest.batch} rows and is of {batch}, so the run would continue at other rows and with "
+            f"another noise; {_nearest_batches(manifest.batch, batch.world_size)}, or set "
+            "checkpoint.allow_new_batch_size: true"
         )
-        agree(lambda: write_manifest(target, manifest) if dist.get_rank() == 0 else None)
-
-    def verify(self, folder: str, controller: IsolationController) -> bool:
-        """Check this rank's shard against the manifest and the layout. See `StateStore.verify`."""
-        source = Path(folder) / FOLDER
-        manifest = agree(lambda: self._verify(source, controller), seen=lambda found: _describe(source, found))
-        return manifest is not None
-
-    def _verify(self, source: Path, controller: IsolationController) -> Manifest | None:
-        manifest = read_manifest(source)
-        if manifest is None:
-            return None
-        rank, world_size = controller.exchange.rank, controller.exchange.world_size
-        if manifest.world_size != world_size:
-            raise RuntimeError(
-                f"{source} was saved by {manifest.world_size} ranks and is being loaded by {world_size}; start "
-                f"{manifest.world_size} ranks"
-            )
-        current = _digest(controller.config)
-        changed = [
-            f"{name} was {manifest.config.get(name)!r}, is {current[name]!r}"
-            for name in _FIXED_SETTINGS
-            if manifest.config.get(name) != current[name]
-        ]
-        if changed:
-            raise RuntimeError(
-                f"{source} belongs to other settings: {'; '.join(changed)}. Restore them, or begin a new run from the "
-                "weights (load_module_only)"
-            )
-        path = source / shard_name(rank)
-        check_record(path, manifest)
-        shard = Shard.open(path)
-        if shard.segments != controller.layout.segments:
-            own, saved = set(controller.layout.segments), set(shard.segments)
-            example = next(iter((own - saved) | (saved - own)))
-            raise RuntimeError(
-                f"{path} has the slices of another model or partitioning; first difference at {example.name}: saved "
-                f"{next((s for s in saved if s.name == example.name), None)}, here "
-                f"{next((s for s in own if s.name == example.name), None)}"
-            )
-        return manifest
-
-    def load(self, folder: str, controller: IsolationController) -> dict[str, Any]:
-        """Load this rank's shard. See `StateStore.load`."""
-        source = Path(folder) / FOLDER
-        state = agree(
-            lambda: self._read(source, controller.exchange.rank), seen=lambda read: _describe(source, read.manifest)
+    if problems:
+        lines = "\n  - ".join(problems)
+        raise UserError(
+            f"{folder} does not fit what is to continue from it:\n  - {lines}\nRestore what changed, or begin a new "
+            "run from the weights (load_module_only)"
         )
-        codes = None
-        if state.manifest.threshold_codes is not None:
-            codes = torch.tensor([state.manifest.threshold_codes[name] for name in controller.layout.layer_names])
-        rows = state.manifest.last_row_codes
-        controller.restore(
-            counters=Counters.from_dict(state.manifest.counters),
-            threshold_codes=codes,
-            masks=state.masks,
-            states=state.states,
-            first_mask=state.first_mask,
-            last_row_codes=None if rows is None else torch.tensor(rows),
-        )
-        return state.manifest.extra
 
-    def _read(self, source: Path, rank: int) -> _State:
-        manifest = read_manifest(source)
-        if manifest is None:
-            raise RuntimeError(f"{source} disappeared while it was being loaded")
-        shard = Shard.open(source / shard_name(rank))
-        return _State(
-            manifest,
-            {segment.name: mask for segment, mask in shard.masks()},
-            {name: shard.stored(name) for name in shard.states},
-            shard.first_mask(),
+
+def _changed_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
+    for name in FIXED_SETTINGS:
+        if saved.get(name) != current[name]:
+            yield f"epi.{name} was {saved.get(name)!r}, is {current[name]!r}"
+
+
+def _changed_parameters(saved: Sequence[SavedSubGroup], current: Sequence[SavedSubGroup]) -> Iterator[str]:
+    before, now = _parameters(saved), _parameters(current)
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            yield (
+                f"the trainable parameter {name} had {_described(before.get(name))} and has {_described(now.get(name))}"
+            )
+            return
+
+
+def _parameters(sub_groups: Sequence[SavedSubGroup]) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Return shape and parameter group by name."""
+    return {p.name: (p.shape, group.param_group) for group in sub_groups for p in group.parameters}
+
+
+def _described(parameter: tuple[tuple[int, ...], int] | None) -> str:
+    return "no place" if parameter is None else f"shape {parameter[0]} in parameter group {parameter[1]}"
+
+
+def _nearest_batches(saved: Batch, world_size: int) -> str:
+    """Say how the saved number of rows can be had with so many ranks, or with which number of ranks it can."""
+    if saved.rows % world_size:
+        sizes = [ranks for ranks in range(1, saved.rows + 1) if saved.rows % ranks == 0]
+        nearest = sorted(sizes, key=lambda ranks: (abs(ranks - world_size), ranks))[:2]
+        return (
+            f"{saved.rows} rows cannot be dealt to {world_size} ranks: start {' or '.join(map(str, sorted(nearest)))}"
+        )
+    per_rank = saved.rows // world_size
+    micro_batch = max(size for size in range(1, per_rank + 1) if per_rank % size == 0 and size <= saved.micro_batch)
+    return f"set micro-batch {micro_batch} and gradient_accumulation_steps {per_rank // micro_batch}"
+
+
+def load_state(folder: Path, manifest: Manifest, controller: IsolationController, *, same_layout: bool) -> None:
+    """Replace the controller's state by a verified tag's, whatever number of ranks saved it. Collective.
+
+    Where the layout is the saved one, the random generators of this process continue too.
+    """
+    isolation = manifest.isolation
+    shards = TagShards(folder, manifest)
+    segments = controller.layout.segments
+    read = agree(
+        lambda: (
+            {segment.name: shards.mask(segment) for segment in segments},
+            {name: {s.name: shards.stored(name, s) for s in segments} for name in isolation.states},
+        )
+    )
+    codes = isolation.threshold_codes
+    rows = isolation.last_row_codes
+    own = agree(lambda: shards.shard(controller.exchange.rank)) if same_layout else None
+    controller.restore(
+        counters=Counters.from_dict(isolation.counters),
+        threshold_codes=None if codes is None else torch.tensor([codes[n] for n in controller.layout.layer_names]),
+        masks=read[0],
+        states=read[1],
+        # Sampled from partitions, so it means nothing to other ones.
+        first_mask=[] if own is None else own.first_mask(),
+        last_row_codes=None if rows is None else torch.tensor(rows),
+    )
+    if own is not None:
+        restore_random_states(own.random_tensors(), own.header.random_states)
+    elif dist.get_rank() == 0:
+        logger.warning(
+            "%s was saved with other partitions (%d ranks): random generators begin as this process seeded them, and "
+            "the overlap with the first mask of the run is measured from the next one on",
+            folder,
+            manifest.world_size,
         )
 
 
 def load_masks(folder: str, controller: IsolationController) -> None:
     """Put the masks of a saved tag in force, whatever number of ranks saved it. Collective.
 
-    folder  a tag folder, or its ``epi`` folder
-    Raises UserError when a covered parameter has no mask there or one of another shape, or when nothing is isolated.
+    folder  a tag folder, or a trainer's with a tag in it
+    Raises UserError when a covered parameter has no mask there or one of another shape, or when nothing is isolated,
+    and RuntimeError where its shards are damaged. Reads no pickle.
     """
-    source = Path(folder)
-    if (source / FOLDER).is_dir():
-        source = source / FOLDER
-    controller.refresher.load(agree(lambda: _read_masks(source, controller)))
-
-
-def _read_masks(source: Path, controller: IsolationController) -> dict[str, Tensor]:
-    manifest = read_manifest(source)
+    tag = on_first_rank(lambda: _tag_at(Path(folder)))
+    manifest = tag.manifest
     if manifest is None:
-        raise UserError(f"mask_from: {source} has no {FILE}; give the folder of a checkpoint tag")
-    wanted = controller.layout.by_name
-    masks = {name: torch.zeros(segment.real_numel, dtype=torch.bool) for name, segment in wanted.items()}
-    missing, isolated = set(wanted), 0
-    for name in manifest.files:
-        check_record(source / name, manifest)
-        for saved, mask in Shard.open(source / name).masks():
-            own = wanted.get(saved.name)
-            if own is None:
-                continue
-            if own.shape != saved.shape:
-                raise UserError(
-                    f"mask_from: {source / name}: {saved.name} has shape {saved.shape}, this model has {own.shape}; "
-                    "give a checkpoint of this model"
-                )
-            missing.discard(saved.name)
-            isolated += int(mask.sum())
-            first = max(own.global_start, saved.global_start)
-            last = min(own.global_start + own.real_numel, saved.global_start + saved.real_numel)
-            if first < last:
-                masks[own.name][first - own.global_start : last - own.global_start] = mask[
-                    first - saved.global_start : last - saved.global_start
-                ]
+        raise UserError(f"mask_from: {tag.problem}; give the folder of a checkpoint")
+    shards = {name: record for name, record in manifest.files.items() if name.endswith(".safetensors")}
+    share = share_of(shards, rank=dist.get_rank(), world_size=dist.get_world_size())
+
+    def read() -> dict[str, torch.Tensor]:
+        problems = problems_of_files(tag.path, share)
+        if problems:
+            raise RuntimeError("; ".join(problems))
+        return _read_masks(tag.path, manifest, controller)
+
+    controller.refresher.load(agree(read))
+    if not controller.is_active:
+        counters = manifest.isolation.counters
+        raise UserError(
+            f"mask_from: the mask in {tag.path} isolates nothing: it was saved before a mask was selected (after "
+            f"{counters['applied_steps']} steps, {counters['refreshes']} refreshes); give a later checkpoint"
+        )
+
+
+def tag_inside(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the tag that a trainer's checkpoint contains; a tag is returned as it is."""
+    if checkpoint.manifest is None or checkpoint.manifest.kind is Kind.TAG:
+        return checkpoint
+    return checkpoints_in(checkpoint.path)[-1]
+
+
+def _tag_at(folder: Path) -> Checkpoint:
+    return tag_inside(open_checkpoint(folder))
+
+
+def _read_masks(folder: Path, manifest: Manifest, controller: IsolationController) -> dict[str, torch.Tensor]:
+    shards = TagShards(folder, manifest)
+    saved = shards.shard(0).by_name
+    missing = sorted(name for name in controller.layout.by_name if name not in saved)
     if missing:
         raise UserError(
-            f"mask_from: {source} has no mask of {', '.join(sorted(missing)[:5])}; exclude what was not covered there"
+            f"mask_from: {folder} has no mask of {', '.join(missing[:5])}; exclude what was not covered there"
         )
-    if not isolated:
-        raise UserError(
-            f"mask_from: the mask in {source} isolates nothing: it was saved before a mask was selected (after "
-            f"{manifest.counters['applied_steps']} steps, {manifest.counters['refreshes']} refreshes); give a later tag"
-        )
-    return masks
+    for segment in controller.layout.segments:
+        shape = saved[segment.name].shape
+        if shape != segment.shape:
+            raise UserError(
+                f"mask_from: {folder}: {segment.name} has shape {shape}, this model has {segment.shape}; give a "
+                "checkpoint of this model"
+            )
+    return {segment.name: shards.mask(segment) for segment in controller.layout.segments}

@@ -11,6 +11,9 @@ from rich.console import Console
 
 def audit(
     paths: Annotated[list[Path], typer.Argument(help="A run, or checkpoints saved within one refresh window.")],
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Read checkpoints that lie outside of their run's folder.")
+    ] = False,
 ) -> None:
     """Prove, bit by bit over the master weights, that isolated entries did not move.
 
@@ -21,7 +24,7 @@ def audit(
 
     prepare_environment()
     console = Console()
-    result = compare(paths)
+    result = compare(paths, trust=trust)
     for first, second in result.pairs:
         console.print(f"compared {first} and {second}", highlight=False, soft_wrap=True)
     for first, second in result.idle_pairs:

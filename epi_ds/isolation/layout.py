@@ -55,6 +55,11 @@ class Segment(NamedTuple):
         """Offset one past the last real entry."""
         return self.start + self.real_numel
 
+    @property
+    def numel(self) -> int:
+        """Entries of the whole parameter."""
+        return math.prod(self.shape)
+
 
 class Span(NamedTuple):
     """A run of entries ``[start, stop)`` of a flat partition."""
@@ -90,7 +95,7 @@ class Layout:
         """Entries of each layer over all ranks."""
         totals = [0] * len(self.layer_names)
         for segment in self.segments:
-            totals[segment.layer] += math.prod(segment.shape)
+            totals[segment.layer] += segment.numel
         return tuple(totals)
 
     @cached_property
@@ -103,7 +108,7 @@ class Layout:
         """Entries of each layer and then of each kind, over all ranks."""
         kinds = dict.fromkeys(self.kind_names, 0)
         for segment in self.segments:
-            kinds[kind_of(segment.name)] += math.prod(segment.shape)
+            kinds[kind_of(segment.name)] += segment.numel
         return (*self.layer_numel, *kinds.values())
 
     @cached_property

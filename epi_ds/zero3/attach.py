@@ -21,7 +21,7 @@ from epi_ds.isolation.state import CODE_SHIFTS
 from epi_ds.isolation.threshold import budget_of
 from epi_ds.isolation.traffic import compare, pick, refresh_messages
 from epi_ds.zero3.context import IsolationContext
-from epi_ds.zero3.engine import IsolationEngineMixin, StateStore
+from epi_ds.zero3.engine import EngineRun, IsolationEngineMixin
 from epi_ds.zero3.guard import check_engine
 from epi_ds.zero3.handle import EPI
 from epi_ds.zero3.mixin import IsolationMixin
@@ -103,7 +103,7 @@ def _warn_if_mostly_frozen(engine: Any) -> None:
         )
 
 
-def attach(engine: Any, config: EPIConfig, *, state_store: StateStore) -> EPI:
+def attach(engine: Any, config: EPIConfig) -> EPI:
     """Make ``engine`` isolate parameters as ``config`` says; return its handle, which is also ``engine.epi``.
 
     Collective. The engine and its ZeRO-3 optimizer are mutated: their classes, DeepSpeed's own and no subclasses of
@@ -137,7 +137,7 @@ def attach(engine: Any, config: EPIConfig, *, state_store: StateStore) -> EPI:
     optimizer.isolation = context
     engine.__class__ = type(f"Isolating{type(engine).__name__}", (IsolationEngineMixin, type(engine)), {})
     engine.epi = EPI(engine, controller)
-    engine.state_store = state_store
+    engine.run = EngineRun()
     if dist.get_rank() == 0:
         _warn_if_mostly_frozen(engine)
         logger.info(
@@ -162,4 +162,4 @@ def detach(engine: Any) -> None:
     """Take isolation off an engine that `attach` put it on: its classes and attributes are those of before."""
     for mixed in (engine, engine.optimizer):
         mixed.__class__ = type(mixed).__bases__[1]
-    del engine.epi, engine.state_store, engine.optimizer.isolation
+    del engine.epi, engine.run, engine.optimizer.isolation

@@ -1,18 +1,50 @@
-"""The engine's side: isolation state is saved and loaded with the engine's own checkpoints."""
+"""The engine's side: isolation state is saved and loaded with the engine's own checkpoints, and vouched for together.
+
+[Note: loads] What there is to load, and whether it may be read, is decided by `epi_ds.checkpoint` before DeepSpeed
+sees a file. A tag of the same layout is then loaded by DeepSpeed; of another one, or of which only the weights are
+wanted, its shards are read by parameter (resharding.py). DeepSpeed itself loads no weights at all with
+``load_module_only`` under ZeRO-3, and those of ``latest`` instead of the tag's without ``load_optimizer_states``.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import deepspeed
+import torch
 import torch.distributed as dist
 
-from epi_ds.choices import MissingState
-from epi_ds.isolation.controller import IsolationController
+import epi_ds
+from epi_ds.checkpoint.catalog import Checkpoint, clean_up, open_checkpoint
+from epi_ds.checkpoint.digest import FileRecord
+from epi_ds.checkpoint.loading import choose, verify
+from epi_ds.checkpoint.manifest import (
+    FORMAT_VERSION,
+    Batch,
+    Kind,
+    Manifest,
+    SavedParameter,
+    SavedSubGroup,
+)
+from epi_ds.checkpoint.partitions import SavedPartitions
+from epi_ds.checkpoint.retention import prune
+from epi_ds.checkpoint.run_id import RunRecord, check_held, check_trusted, take_over
+from epi_ds.checkpoint.saving import SaveTimes, TagWriter, check_space, now
+from epi_ds.checkpoint.store import check_fits, isolation_of, load_state, tag_inside, write_state
+from epi_ds.checkpoint.verdict import AgreedError, agree, on_first_rank
+from epi_ds.choices import MissingState, OnFailure
+from epi_ds.errors import UserError
+from epi_ds.zero3.checkpoint_files import guarded
 from epi_ds.zero3.cpu_adam import replay_steps
 from epi_ds.zero3.handle import EPI
-from epi_ds.zero3.nvme import check_swapped_copies, finish_load, remove_swapped_copies, swapped_weights
+from epi_ds.zero3.nvme import check_swapped_copies, copy_swapped_files, finish_load, swapped_weights
+from epi_ds.zero3.resharding import load_partitions
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -23,27 +55,31 @@ else:
 logger = logging.getLogger(__name__)
 
 
-class StateStore(Protocol):
-    """Keeps isolation state beside DeepSpeed's files, in the folder of a checkpoint tag. All methods are collective."""
+@dataclass
+class EngineRun:
+    """Where an engine's checkpoints are, and what it knows of them."""
 
-    def discard(self, folder: str) -> None:
-        """Make the folder one without isolation state, where there is one; no rank returns before it is."""
-
-    def save(self, folder: str, controller: IsolationController, *, extra: dict[str, Any]) -> None:
-        """Write the state. It counts as saved only when every rank has written its part."""
-
-    def verify(self, folder: str, controller: IsolationController) -> bool:
-        """Whether there is a state; raises on all ranks alike when it is damaged or belongs to another layout."""
-
-    def load(self, folder: str, controller: IsolationController) -> dict[str, Any]:
-        """Replace the controller's state by a verified one; return ``extra`` as it was saved."""
+    trainer_folder: Path | None = None
+    """The output folder of the trainer that drives the engine: its ``checkpoint-N`` are then what is committed."""
+    held: dict[Path, RunRecord] = field(default_factory=dict)
+    """The folders that this process has taken over, with what it wrote there."""
+    last_checkpoint: Path | None = None
+    """The newest one that was saved or loaded."""
+    last_save: SaveTimes | None = None
 
 
 class IsolationEngineMixin(DeepSpeedEngine):
-    """Mixed over the class of a DeepSpeed engine; ``epi`` and ``state_store`` are set when the class is assigned."""
+    """Mixed over the class of a DeepSpeed engine; ``epi`` and ``run`` are set when the class is assigned."""
 
     epi: EPI
-    state_store: StateStore
+    run: EngineRun
+    # What `_load_zero_checkpoint` reads instead of DeepSpeed's own way, while a load needs it.
+    _reader: SavedPartitions | None = None
+    _weights_only = False
+    # Within `save_checkpoint` DeepSpeed does not copy swapped files: we do, so that all ranks hear of a failure.
+    _hides_nvme = False
+
+    # --- saving ---
 
     def save_checkpoint(
         self,
@@ -53,40 +89,178 @@ class IsolationEngineMixin(DeepSpeedEngine):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """Save DeepSpeed's checkpoint and the isolation state in the same tag folder. Collective."""
+        """Save DeepSpeed's checkpoint and the isolation state as one tag, which appears when all of it is whole.
+
+        Collective. Returns whether it was saved: what cannot be (a full disk, say) is an error in the log and training
+        goes on, or, with ``checkpoint.on_failure: stop``, a RuntimeError on all ranks. Raises UserError in the middle
+        of an accumulation window, whose gradients are in no checkpoint, and RuntimeError where another process has
+        taken the folder over.
+        """
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
+        folder = Path(save_dir)
+        self._check_window(tag)
+        self._warn_of_what_is_lost(tag)
+        self.optimizer.settle_step_energy()
+        record = self.hold_folder(self.run.trainer_folder or folder)
+        config = self.epi.config.checkpoint
+        try:
+            check_space(folder, self._bytes_to_save())
+            writer = TagWriter(folder, tag)
+            try:
+                self._write(writer, client_state, exclude_frozen_parameters)
+            except Exception:
+                writer.discard()
+                raise
+            times = writer.commit(lambda files: self._manifest(files, record), save_latest=save_latest)
+        except AgreedError as error:
+            if config.on_failure is OnFailure.STOP:
+                raise
+            if dist.get_rank() == 0:
+                logger.error("%s was not saved, and training goes on (checkpoint.on_failure): %s", folder / tag, error)
+            return False
+        self.run.last_save, self.run.last_checkpoint = times, folder / tag
+        if self.run.trainer_folder is None:
+            self.prune_checkpoints(folder)
+        return True
+
+    def hold_folder(self, folder: Path) -> RunRecord:
+        """Make this process the one that saves in a run's folder; return its record there. Collective.
+
+        Raises RuntimeError where another process has taken it over since. See [Note: fence] in run_id.py.
+        """
+        if folder in self.run.held:
+            record = self.run.held[folder]
+            on_first_rank(lambda: check_held(folder, record))
+            return record
+
+        def take() -> tuple[RunRecord, list[str]]:
+            taken = take_over(folder)
+            return taken, clean_up(folder)
+
+        record, done = on_first_rank(take)
+        if dist.get_rank() == 0:
+            for sentence in done:
+                logger.warning("%s", sentence)
+        self.run.held[folder] = record
+        return record
+
+    def prune_checkpoints(self, folder: Path) -> None:
+        """Remove what ``checkpoint.keep_last`` and ``keep_every`` do not keep in a run's folder. Collective."""
+        config, record = self.epi.config.checkpoint, self.run.held.get(folder)
+        if config.keep_last is not None and record is not None:
+            run_id, keep = record.run_id, {"keep_last": config.keep_last, "keep_every": config.keep_every}
+            on_first_rank(lambda: prune(folder, run_id=run_id, **keep))
+
+    def batch(self) -> Batch:
+        """Return the rows of a step."""
+        return Batch(
+            micro_batch=self.train_micro_batch_size_per_gpu(),
+            accumulation=self.gradient_accumulation_steps(),
+            world_size=dist.get_world_size(self.optimizer.dp_process_group),
+        )
+
+    def _check_window(self, tag: str) -> None:
+        if self.optimizer.isolation.window.is_open:
+            raise UserError(
+                f"{tag}: the accumulation window is open, and its gradients are in no checkpoint, so a resume would "
+                "train other weights; save after engine.step() at an accumulation boundary"
+            )
+
+    def _warn_of_what_is_lost(self, tag: str) -> None:
+        if dist.get_rank() != 0:
+            return
         stale = self.optimizer.stale_parameters()
-        if stale and dist.get_rank() == 0:
+        if stale:
             logger.warning(
                 "%s: ZeRO-3 may apply old gradients of %s, which a window did not use, or not in its first or (with "
                 "offload) last micro-batch; they are in no checkpoint, so a resume from this one may not be bit-exact",
                 tag,
                 ", ".join(stale),
             )
-        if self.optimizer.has_unsaved_moments and dist.get_rank() == 0:
+        if self.optimizer.has_unsaved_moments:
             logger.warning(
                 "%s: DeepSpeed saves no moments of the sub-groups that partial offload (offload_optimizer.ratio) keeps "
                 "on the accelerator, so a resume begins them anew and is not bit-exact",
                 tag,
             )
-        self.optimizer.settle_step_energy()
-        # A manifest of an earlier save under this tag must not vouch for files that are being replaced.
-        self.state_store.discard(os.path.join(save_dir, tag))
+
+    def _write(self, writer: TagWriter, client_state: dict[str, Any], exclude_frozen_parameters: bool) -> None:
+        """Let DeepSpeed write its files, and write ours beside them."""
+        self._hides_nvme = True
+        try:
+            with guarded(self, writer):
+                super().save_checkpoint(
+                    str(writer.folder.parent), writer.temporary_tag, client_state, False, exclude_frozen_parameters
+                )
+        finally:
+            self._hides_nvme = False
         if self.zero_nvme_offload_optimizer():
-            remove_swapped_copies(self, os.path.join(save_dir, tag))
-        # `latest` must not name a tag without isolation state, so it is written after that.
-        super().save_checkpoint(save_dir, tag, client_state, False, exclude_frozen_parameters)
+            copy_swapped_files(self, writer)
+        write_state(writer, self.epi.controller)
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        """Keep a convenience from ending a save: where it cannot be copied, rank 0 alone would raise."""
+        try:
+            super()._copy_recovery_script(save_path)
+        except OSError as error:
+            logger.warning("DeepSpeed's zero_to_fp32.py could not be put into %s: %s", save_path, error)
+
+    def zero_nvme_offload_optimizer(self) -> bool:
+        """See `_hides_nvme`."""
+        return not self._hides_nvme and bool(super().zero_nvme_offload_optimizer())
+
+    def _bytes_to_save(self) -> int:
+        """Return what a tag takes, over all ranks: weights, optimizer states, isolation. Collective."""
+        zero3 = self.optimizer
+        sizes = [4 * numel for numel in zero3.fp16_partitioned_groups_flat_numel]
+        moments = 2 * sum(sizes)
+        own = sum(sizes) + moments + self.epi.memory_report().total_bytes
+        frozen = sum(
+            p.ds_tensor.numel() * p.ds_tensor.element_size() for p in self.module.parameters() if not p.requires_grad
+        )
+        total = torch.tensor([own + frozen], dtype=torch.int64, device=self.device)
+        dist.all_reduce(total)
+        return int(total)
+
+    def _manifest(self, files: Mapping[str, FileRecord], record: RunRecord) -> Manifest:
         extra = {
             "clipping": [average.to_dict() for average in self.optimizer.isolation.clipping],
-            # For the audit, which knows no DeepSpeed.
+            # For readers that know no DeepSpeed.
             "swapped": swapped_weights(self.optimizer),
         }
-        self.state_store.save(os.path.join(save_dir, tag), self.epi.controller, extra=extra)
-        if save_latest and dist.get_rank() == 0:
-            with open(os.path.join(save_dir, "latest"), "w") as file:
-                file.write(tag)
-        dist.barrier()
-        return True
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            kind=Kind.TAG,
+            run_id=record.run_id,
+            incarnation=record.incarnation,
+            saved_at=now(),
+            versions={
+                "epi_ds": epi_ds.__version__,
+                "deepspeed": deepspeed.__version__,
+                "torch": torch.__version__,
+            },
+            step=self.global_steps,
+            batch=self.batch(),
+            model_dtype=str(self.optimizer.dtype).removeprefix("torch."),
+            sub_groups=self._sub_groups(),
+            isolation=isolation_of(self.epi.controller, extra=extra),
+            files=dict(files),
+        )
+
+    def _sub_groups(self) -> tuple[SavedSubGroup, ...]:
+        zero3 = self.optimizer
+        return tuple(
+            SavedSubGroup(
+                param_group=zero3.sub_group_to_group_id[index],
+                parameters=tuple(
+                    SavedParameter(name=zero3.param_names[parameter], shape=tuple(parameter.ds_shape))
+                    for parameter in group
+                ),
+            )
+            for index, group in enumerate(zero3.fp16_groups)
+        )
+
+    # --- loading ---
 
     def load_checkpoint(
         self,
@@ -98,62 +272,134 @@ class IsolationEngineMixin(DeepSpeedEngine):
         load_module_only: bool = False,
         custom_load_fn: Any = None,
     ) -> tuple[str | None, Any]:
-        """Load DeepSpeed's checkpoint and the isolation state saved with it. Collective.
+        """Load a checkpoint, whatever number of ranks saved it, and the isolation state in it. Collective.
 
-        The isolation state is checked before anything is loaded. It is left alone with ``load_module_only`` or
-        without ``load_optimizer_states``: such a load begins a new run. NVMe offload refuses it.
+        tag  a name, ``step:N``, or None or ``auto`` for the newest tag that is whole. A folder without any gives
+             ``(None, None)``, as in DeepSpeed; one in which all are damaged is an error, and not step 0
+
+        Everything is verified before anything is read, and every rank raises the same. The isolation state is left
+        alone with ``load_module_only`` or without ``load_optimizer_states``: such a load begins a new run from the
+        weights. NVMe offload refuses it.
         """
         resumes = load_optimizer_states and not load_module_only
-        folder = self._tag_folder(load_dir, tag) if resumes else None
         is_swapped = self.zero_nvme_offload_optimizer()
         if is_swapped and not resumes:
             raise RuntimeError(
                 "with NVMe offload DeepSpeed loads no weights without optimizer states: it takes those of small "
                 "sub-groups from the model as it was made. Load the weights into the model before the engine is made"
             )
-        has_state = folder is not None and self._has_state(folder)
-        if is_swapped and folder is not None:
-            check_swapped_copies(self, folder)
-        loaded, client_state = super().load_checkpoint(
-            load_dir,
-            tag,
-            load_module_strict,
-            load_optimizer_states,
-            load_lr_scheduler_states,
-            load_module_only,
-            custom_load_fn,
-        )
-        if folder is None or loaded is None:
+        config = self.epi.config
+        accepts_plain = not resumes or config.missing_state is MissingState.FRESH
+        found = self._choose(Path(load_dir), tag, accepts_plain=accepts_plain)
+        if found is None:
+            if dist.get_rank() == 0:
+                logger.warning("%s holds no checkpoint: nothing is loaded", load_dir)
+            return None, None
+        folder, manifest = found.path, found.manifest
+        run_id, trust = None if manifest is None else manifest.run_id, config.checkpoint.trust
+        on_first_rank(lambda: check_trusted(folder, run_id, trust=trust, remedy="set checkpoint.trust: true"))
+        arguments = load_module_strict, True, load_lr_scheduler_states, load_module_only, custom_load_fn
+        if manifest is None:
+            self._say_fresh(folder, resumes)
+            return super().load_checkpoint(
+                str(folder.parent), folder.name, load_module_strict, load_optimizer_states, *arguments[2:]
+            )
+        same_layout = self._has_layout_of(manifest)
+        if resumes:
+            agree(lambda: self._check_resumable(folder, manifest, same_layout))
+        if is_swapped:
+            check_swapped_copies(self, str(folder))
+        rigid = resumes and same_layout
+        with self._reading(None if rigid else SavedPartitions(folder, manifest), weights_only=not resumes):
+            loaded, client_state = super().load_checkpoint(str(folder.parent), folder.name, *arguments)
+            if load_module_only:
+                # DeepSpeed does not come by `_load_zero_checkpoint` then.
+                self.optimizer.checkpoint_event_prologue()
+                self._load_zero_checkpoint(str(folder.parent), folder.name)
+                self.optimizer.checkpoint_event_epilogue()
+        if not resumes:
             return loaded, client_state
         if is_swapped:
-            finish_load(self, folder)
-        if has_state:
-            # The counters of before, and what is not yet in them, are replaced together.
-            self.optimizer.settle_step_energy()
-            extra = self.state_store.load(folder, self.epi.controller)
-            for average, saved in zip(self.optimizer.isolation.clipping, extra["clipping"], strict=True):
-                average.restore(saved)
+            finish_load(self, str(folder))
+        # The counters of before, and what is not yet in them, are replaced together.
+        self.optimizer.settle_step_energy()
+        load_state(folder, manifest, self.epi.controller, same_layout=same_layout)
+        clipping = manifest.isolation.extra["clipping"]
+        for average, saved in zip(self.optimizer.isolation.clipping, clipping, strict=True):
+            average.restore(saved)
         replay_steps(self.optimizer.optimizer)
+        self.run.last_checkpoint = folder
         return loaded, client_state
 
-    @staticmethod
-    def _tag_folder(load_dir: str, tag: str | None) -> str | None:
-        if tag is None:
-            latest = os.path.join(load_dir, "latest")
-            if not os.path.isfile(latest):
-                return None
-            with open(latest) as file:
-                tag = file.read().strip()
-        return os.path.join(load_dir, str(tag))
+    def _choose(self, load_dir: Path, tag: str | None, *, accepts_plain: bool) -> Checkpoint | None:
+        """Return the verified tag to load; of a trainer's folder the one in it."""
+        if self.run.trainer_folder is not None and on_first_rank(lambda: _is_trainers(load_dir)):
+            whole = on_first_rank(lambda: open_checkpoint(load_dir))
+            problems = [whole.problem] if whole.problem is not None else verify(whole)
+            if problems:
+                raise RuntimeError("; ".join(problems) + ". Resume from another checkpoint")
+            return on_first_rank(lambda: tag_inside(whole))
+        choice = choose(load_dir, tag, accepts_plain=accepts_plain)
+        return None if choice is None else choice.checkpoint
 
-    def _has_state(self, folder: str) -> bool:
-        if self.state_store.verify(folder, self.epi.controller):
-            return True
-        if self.epi.config.missing_state is MissingState.FRESH:
-            if dist.get_rank() == 0:
-                logger.warning("%s has no isolation state; importance starts from zero (missing_state: fresh)", folder)
-            return False
-        raise RuntimeError(
-            f"{folder} has no isolation state (epi/manifest.json): it was saved without isolation, or the save did not "
-            "finish. Load another tag, or set missing_state: fresh to start with empty importance"
+    def _say_fresh(self, folder: Path, resumes: bool) -> None:
+        if resumes and dist.get_rank() == 0:
+            logger.warning("%s has no isolation state; importance starts from zero (missing_state: fresh)", folder)
+
+    def _has_layout_of(self, manifest: Manifest) -> bool:
+        return manifest.world_size == self.batch().world_size and manifest.sub_groups == self._sub_groups()
+
+    def _check_resumable(self, folder: Path, manifest: Manifest, same_layout: bool) -> None:
+        check_fits(
+            folder,
+            manifest,
+            self.epi.controller,
+            batch=self.batch(),
+            sub_groups=self._sub_groups(),
+            allow_new_batch=self.epi.config.checkpoint.allow_new_batch_size,
         )
+        if same_layout:
+            return
+        before = f"{folder} was saved by {manifest.world_size} ranks with other partitions"
+        if self.zero_nvme_offload_optimizer() or manifest.isolation.extra["swapped"]:
+            raise UserError(
+                f"{before}, and the files of NVMe offload can be read by the ranks that wrote them only; resume with "
+                f"{manifest.world_size} ranks and the same sub_group_size"
+            )
+        if self.optimizer.has_unsaved_moments:
+            raise UserError(
+                f"{before}, and with partial offload (offload_optimizer.ratio) part of the moments is in no "
+                f"checkpoint; resume with {manifest.world_size} ranks, or save with ratio 1.0"
+            )
+
+    @contextmanager
+    def _reading(self, reader: SavedPartitions | None, *, weights_only: bool) -> Iterator[None]:
+        """Within the context, DeepSpeed's load takes weights and states from ``reader``, where there is one."""
+        self._reader, self._weights_only = reader, weights_only
+        try:
+            yield
+        finally:
+            if reader is not None:
+                reader.close()
+            self._reader = None
+
+    def _get_all_ckpt_names(self, checkpoints_path: str, tag: str) -> list[str]:
+        """Name a file of a rank that saved: scheduler, counters and buffers are the same in all of them."""
+        if self._reader is None:
+            names: list[str] = super()._get_all_ckpt_names(checkpoints_path, tag)
+            return names
+        rank = dist.get_rank(self.optimizer.dp_process_group) % self._reader.world_size
+        return [os.path.join(checkpoints_path, tag, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")]
+
+    def _load_zero_checkpoint(self, load_dir: str, tag: str, load_optimizer_states: bool = True) -> bool:
+        """Load weights and optimizer states. Collective."""
+        reader = self._reader
+        if reader is None:
+            return bool(super()._load_zero_checkpoint(load_dir, tag, load_optimizer_states))
+        agree(lambda: load_partitions(self.optimizer, reader, weights_only=self._weights_only))
+        return True
+
+
+def _is_trainers(folder: Path) -> bool:
+    """Whether a trainer wrote a folder: it puts its own state beside the tag."""
+    return (folder / "trainer_state.json").exists() or open_checkpoint(folder).manifest is not None

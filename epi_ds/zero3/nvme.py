@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from epi_ds.checkpoint.saving import TagWriter
 
 _SUFFIX = ".tensor.swp"
 
@@ -32,11 +36,17 @@ def swapped_weights(zero3: Any) -> dict[str, str]:
     }
 
 
-def remove_swapped_copies(engine: Any, folder: str) -> None:
-    """Remove this rank's swapped files from a tag that is being replaced: DeepSpeed fails where it finds any."""
-    copies = _swapped_copies(engine, folder)
-    if os.path.isdir(copies):
-        shutil.rmtree(copies)
+def copy_swapped_files(engine: Any, writer: TagWriter) -> None:
+    """Copy this rank's swapped files into a tag that is being saved, as DeepSpeed does, gradients left out."""
+    target = Path(_swapped_copies(engine, str(writer.folder)))
+    for source in sorted(Path(engine.optimizer.optimizer_swapper.swap_folder).iterdir()):
+        if "gradient" not in source.name:
+            writer.run(target / source.name, partial(_copy, source, target / source.name))
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
 
 
 def check_swapped_copies(engine: Any, folder: str) -> None:

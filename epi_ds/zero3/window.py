@@ -73,6 +73,11 @@ class AccumulationWindow:
         elif late is not None:
             late.add_(partition)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether gradients have arrived since the last step."""
+        return bool(self._reduced)
+
     def discard(self) -> None:
         """Forget the open window: its gradients were thrown away."""
         self._reduced = {}

@@ -51,6 +51,10 @@ ENGINE_OVERRIDES = {
         "load_module_only",
         "custom_load_fn",
     ],
+    "zero_nvme_offload_optimizer": ["self"],
+    "_copy_recovery_script": ["self", "save_path"],
+    "_get_all_ckpt_names": ["self", "checkpoints_path", "tag"],
+    "_load_zero_checkpoint": ["self", "load_dir", "tag", "load_optimizer_states"],
 }
 CALLED = {
     "_pre_step": ["self"],
@@ -148,6 +152,38 @@ def test_the_norm_at_the_boundary_is_taken_where_it_is_replaced() -> None:
     taken = "self.norm_for_param_grads[self.get_param_id(param)] = self._constant_buffered_norm2(grad_buffer)"
     assert taken in source
     assert source.count("norm2(") == 1
+
+
+def test_a_save_writes_what_a_tag_writer_guards() -> None:
+    """Files go through the checkpoint engine; what does not is overridden, or is our own copy of it."""
+    source = ast.unparse(_definition(DeepSpeedEngine, "save_checkpoint"))
+    assert source.count("self.zero_nvme_offload_optimizer()") == source.count("copytree(") == 1
+    assert "offload_ckpt_dir = os.path.join(save_dir, tag, 'offloaded_tensors', rank_dir)" in source
+    for method, argument in (("_save_checkpoint", "path=save_path"), ("_save_zero_checkpoint", "zero_checkpoint_name")):
+        written = ast.unparse(_definition(DeepSpeedEngine, method))
+        assert written.count("self.checkpoint_engine.save(") == 1
+        assert argument in written
+        assert "torch.save" not in written
+    assert "self._copy_recovery_script(save_path)" in ast.unparse(_definition(DeepSpeedEngine, "_save_zero_checkpoint"))
+
+
+def test_a_load_comes_by_what_is_overridden() -> None:
+    source = ast.unparse(_definition(DeepSpeedEngine, "load_checkpoint"))
+    assert "self._load_zero_checkpoint(load_dir, tag," in source
+    assert "ckpt_list = self._get_all_ckpt_names(load_dir, tag)" in ast.unparse(
+        _definition(DeepSpeedEngine, "_load_checkpoint")
+    )
+    # What a load of another layout leaves to ZeRO-3: weights from fp32, and scaling, without the optimizer's state.
+    rigid = ast.unparse(_definition(DeepSpeedZeroOptimizer_Stage3, "_rigid_load_state_dict"))
+    for taken in ("LOSS_SCALER", "'dynamic_loss_scale'", "'overflow'", "FP32_FLAT_GROUPS"):
+        assert f"state_dict[{taken}]" in rigid
+
+
+def test_states_are_numbered_like_sub_groups() -> None:
+    """Sub-groups are made parameter group by parameter group, and a state dict numbers parameters in that order."""
+    source = ast.unparse(_definition(DeepSpeedZeroOptimizer_Stage3, "_set_fp32_optimizer_param_groups"))
+    assert "for sub_group_id, _ in enumerate(self.fp16_groups):" in source
+    assert ".append(self.fp32_partitioned_groups_flat[sub_group_id])" in source
 
 
 def test_the_installed_release_is_supported() -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from epi_ds.checkpoint import store
 from epi_ds.checkpoint.audit import audit
+from epi_ds.checkpoint.shard import Shard
 from epi_ds.cli.main import app
 from epi_ds.errors import UserError
 from tests.support.engines import (
@@ -39,6 +41,7 @@ from tests.support.models import (
     odd_batch,
 )
 from tests.support.ranks import run_ranks
+from tests.support.tags import change_manifest, flip_bit, vouch
 
 pytestmark = pytest.mark.zero3
 
@@ -146,130 +149,12 @@ def save_run(folder: str, section: dict[str, Any], steps: int) -> None:
             engine.save_checkpoint(folder)
 
 
-def load_error(folder: str, section: dict[str, Any], tag: str | None = None, hidden: str = "") -> str:
-    """Return what a load says. The last rank does not see the manifest (``hidden``), or cannot read its shard."""
-    if dist.get_rank() != dist.get_world_size() - 1 or not hidden:
-        return _load_error(folder, section, tag)
-    with pytest.MonkeyPatch.context() as patch:
-        if hidden == "manifest":
-            patch.setattr(store, "read_manifest", lambda source: None)
-        else:
-            patch.setattr(store.Shard, "open", lambda path: {}[hidden])
-        return _load_error(folder, section, tag)
-
-
-def _load_error(folder: str, section: dict[str, Any], tag: str | None) -> str:
-    with engine_of(OddNet, ds_config(epi=section)) as engine:
-        before = full_weights(engine)
-        try:
-            engine.load_checkpoint(folder, tag=tag)
-        except RuntimeError as error:
-            assert_same(before, full_weights(engine))
-            return str(error)
-        return ""
-
-
-def save_plain(folder: str) -> None:
-    with engine_of(OddNet, ds_config()) as engine:
-        train_step(engine, 0, odd_batch)
-        engine.save_checkpoint(folder)
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of two ranks after each of 6 steps; the mask of step 4 is in force in the last three."""
     folder = tmp_path_factory.mktemp("saved")
     run_ranks(save_run, 2, str(folder), SECTION, 6)
     return folder
-
-
-def test_damage_is_refused_on_every_rank(saved: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "damaged"
-    shutil.copytree(saved, folder)
-    shard = folder / "global_step6" / "epi" / "rank_00001.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
-    errors = run_ranks(load_error, 2, str(folder), SECTION)
-    assert errors[0] == errors[1]
-    assert "rank_00001.safetensors is damaged" in errors[0]
-    assert run_ranks(load_error, 2, str(folder), SECTION, "global_step5") == ["", ""]
-
-
-def test_a_torn_manifest_is_refused(saved: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "torn"
-    shutil.copytree(saved, folder)
-    manifest = folder / "global_step6" / "epi" / "manifest.json"
-    manifest.write_text(manifest.read_text()[:-40])
-    errors = run_ranks(load_error, 2, str(folder), SECTION)
-    assert errors[0] == errors[1]
-    assert str(manifest) in errors[0]
-
-
-def test_ranks_that_see_different_files_refuse_together(saved: Path) -> None:
-    errors = run_ranks(load_error, 2, str(saved), SECTION, None, "manifest")
-    assert errors[0] == errors[1]
-    assert "the ranks do not see the same checkpoint" in errors[0]
-    assert "rank 1: " in errors[0]
-    assert "has no manifest.json" in errors[0]
-    errors = run_ranks(load_error, 2, str(saved), SECTION, None, "shard")
-    assert errors == ["rank 1: KeyError: 'shard'"] * 2
-
-
-def mask_error(folder: str) -> str:
-    try:
-        with engine_of(OddNet, ds_config(epi={"policy": "static", "mask_from": folder})):
-            return ""
-    except UserError as error:
-        return str(error)
-
-
-def test_a_mask_that_isolates_nothing_is_refused(saved: Path) -> None:
-    errors = run_ranks(mask_error, 2, str(saved / "global_step3"))
-    assert errors[0] == errors[1]
-    assert "isolates nothing: it was saved before a mask was selected (after 3 steps, 0 refreshes)" in errors[0]
-    assert run_ranks(mask_error, 2, str(saved / "global_step4")) == ["", ""]
-    assert "has no manifest.json" in run_ranks(mask_error, 2, str(saved))[0]
-
-
-def check_crash_in_a_save(folder: str) -> str:
-    """Save a tag, train on, and fail while the tag's files are being replaced; return what a load then says."""
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise OSError("no space left on device")
-
-    with engine_of(OddNet, ds_config(epi=SECTION)) as engine:
-        train_step(engine, 0, odd_batch)
-        engine.save_checkpoint(folder, tag="best")
-        train_step(engine, 1, odd_batch)
-        engine._save_zero_checkpoint = fail
-        with pytest.raises(OSError, match="no space left"):
-            engine.save_checkpoint(folder, tag="best")
-    return _load_error(folder, SECTION, "best")
-
-
-def test_a_tag_that_was_being_replaced_is_not_a_checkpoint(tmp_path: Path) -> None:
-    errors = run_ranks(check_crash_in_a_save, 2, str(tmp_path))
-    assert errors[0] == errors[1]
-    assert "has no isolation state" in errors[0]
-
-
-def test_other_settings_and_world_sizes_are_refused_by_name(saved: Path) -> None:
-    (error, _) = run_ranks(load_error, 2, str(saved), SECTION | {"layer": "tensor", "ema_decay": 0.5})
-    assert "layer was 'block', is 'tensor'" in error
-    assert "ema_decay was 0.9, is 0.5" in error
-    (error,) = run_ranks(load_error, 1, str(saved), SECTION)
-    assert "saved by 2 ranks" in error
-    # The schedule and the ratio may change between two runs.
-    assert run_ranks(load_error, 2, str(saved), SECTION | {"ratio": 0.1, "refresh_interval": 9}) == ["", ""]
-
-
-def test_a_checkpoint_without_isolation_state_needs_consent(tmp_path: Path) -> None:
-    run_ranks(save_plain, 2, str(tmp_path))
-    (error, _) = run_ranks(load_error, 2, str(tmp_path), SECTION)
-    assert "has no isolation state" in error
-    assert "missing_state: fresh" in error
-    assert run_ranks(load_error, 2, str(tmp_path), SECTION | {"missing_state": "fresh"}) == ["", ""]
 
 
 def test_audit_finds_held_weights_and_a_moved_one(saved: Path, tmp_path: Path) -> None:
@@ -302,17 +187,18 @@ def test_audit_finds_held_weights_and_a_moved_one(saved: Path, tmp_path: Path) -
 
 
 def _flip_one_isolated_weight(tag: Path) -> None:
-    from epi_ds.checkpoint.shard import Shard
-
     for rank in range(2):
         file = tag / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         state = torch.load(file, weights_only=False)
-        for segment, mask in Shard.open(tag / "epi" / f"rank_{rank:05d}.safetensors").masks():
+        shard = Shard(tag / "epi" / f"rank_{rank:05d}.safetensors")
+        for segment in shard.header.segments:
+            mask = shard.mask(segment.name)
             if mask.any():
                 flat = state["optimizer_state_dict"]["fp32_flat_groups"][segment.sub_group].detach()
                 index = segment.start + int(torch.nonzero(mask)[0])
                 flat.view(torch.int32)[index] ^= 1
                 torch.save(state, file)
+                vouch(tag)
                 return
     raise AssertionError("no isolated weight to flip")
 
@@ -324,13 +210,13 @@ def test_audit_needs_two_checkpoints_of_one_window_that_prove_something(saved: P
         audit([saved / "global_step1", saved / "global_step2"])
     # The same weights under a later step: nothing was trained between them.
     shutil.copytree(saved / "global_step5", tmp_path / "same" / "global_step6")
-    manifest = tmp_path / "same" / "global_step6" / "epi" / "manifest.json"
-    content = json.loads(manifest.read_text())
-    content["counters"]["applied_steps"] = 6
-    manifest.write_text(json.dumps(content))
+    later = tmp_path / "same" / "global_step6"
+    change_manifest(later, lambda content: content["isolation"]["counters"].update(applied_steps=6))
+    with pytest.raises(UserError, match=r"belongs to run .* no epi_run.json"):
+        audit([saved / "global_step5", later])
     with pytest.raises(UserError, match="have isolated entries and training between them"):
-        audit([saved / "global_step5", tmp_path / "same"])
-    manifest.unlink()
+        audit([saved / "global_step5", later], trust=True)
+    (later / "epi" / "manifest.json").unlink()
     with pytest.raises(ValueError, match="holds no checkpoint with isolation state"):
         audit([tmp_path])
 
@@ -338,10 +224,7 @@ def test_audit_needs_two_checkpoints_of_one_window_that_prove_something(saved: P
 def test_audit_reads_only_shards_that_their_manifest_vouches_for(saved: Path, tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(saved, folder)
-    shard = folder / "global_step5" / "epi" / "rank_00001.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
+    flip_bit(folder / "global_step5" / "epi" / "rank_00001.safetensors")
     with pytest.raises(RuntimeError, match=r"rank_00001\.safetensors is damaged"):
         audit([folder])
 
@@ -428,10 +311,13 @@ def test_a_save_warns_by_name_where_a_resume_is_not_bit_exact(
     assert run_ranks(check_leftovers, 2, str(tmp_path), batch, offload)[0] == (warned, not warned)
 
 
-def test_the_manifest_is_readable_by_people(saved: Path) -> None:
-    manifest = json.loads((saved / "global_step6" / "epi" / "manifest.json").read_text())
-    assert manifest["world_size"] == 2
-    counters = manifest["counters"]
+def test_the_manifest_says_what_the_tag_is(saved: Path) -> None:
+    content = json.loads((saved / "global_step6" / "epi" / "manifest.json").read_text())
+    assert content["batch"] == {"micro_batch": 4, "accumulation": 1, "world_size": 2}
+    assert content["step"] == 6
+    assert content["run_id"] == json.loads((saved / "epi_run.json").read_text())["run_id"]
+    isolation = content["isolation"]
+    counters = isolation["counters"]
     assert 0 < counters.pop("held_gradient_energy") < 2
     assert counters == {
         "applied_steps": 6,
@@ -444,5 +330,65 @@ def test_the_manifest_is_readable_by_people(saved: Path) -> None:
         "held_step_energy": 0.0,
         "measured_steps": 0,
     }
-    assert manifest["config"]["ratio"] == 0.2
-    assert set(manifest["files"]) == {"rank_00000.safetensors", "rank_00001.safetensors"}
+    assert isolation["config"]["ratio"] == 0.2
+    files = {str(path.relative_to(saved / "global_step6")) for path in (saved / "global_step6").rglob("*.*")}
+    assert set(content["files"]) == files - {"epi/manifest.json"}
+    assert len(files) == 7
+    parameters = [entry["name"] for group in content["sub_groups"] for entry in group["parameters"]]
+    assert parameters == [name for name, _ in OddNet().named_parameters()]
+
+
+# --- random generators, and where a run may be cut ---
+
+
+class DropNet(OddNet):
+    """Draws from torch's generator in every forward pass."""
+
+    def forward(self, tokens: Tensor, target: Tensor) -> Tensor:
+        return super().forward(tokens, target + nn.functional.dropout(target, 0.5))
+
+
+def check_dropout(folder: str) -> None:
+    """A run that draws random numbers of all kinds continues with the ones it would have drawn."""
+    config = ds_config(epi=SECTION)
+
+    def train(engine: Any, first: int, last: int) -> list[Any]:
+        return [(train_step(engine, step, odd_batch), random.random(), np.random.rand()) for step in range(first, last)]
+
+    with engine_of(DropNet, config) as engine:
+        torch.manual_seed(dist.get_rank())
+        train(engine, 0, STOP)
+        engine.save_checkpoint(folder)
+        losses = train(engine, STOP, 12)
+        expected = _final(engine)
+    torch.manual_seed(99)
+    random.seed(99)
+    np.random.seed(99)
+    with engine_of(DropNet, config) as engine:
+        engine.load_checkpoint(folder)
+        assert train(engine, STOP, 12) == losses
+        assert_same(_final(engine)["state"], expected["state"])
+
+
+def test_random_generators_continue(tmp_path: Path) -> None:
+    run_ranks(check_dropout, 2, str(tmp_path))
+
+
+def check_open_window(folder: str) -> str:
+    with engine_of(OddNet, ds_config(epi=SECTION, accumulation=2)) as engine:
+        train_step(engine, 0, odd_batch)
+        engine.backward(engine(*odd_batch(1, dist.get_rank(), 0)))
+        engine.step()
+        with pytest.raises(UserError) as refused:
+            engine.save_checkpoint(folder)
+        engine.backward(engine(*odd_batch(1, dist.get_rank(), 1)))
+        engine.step()
+        assert engine.save_checkpoint(folder)
+    return str(refused.value)
+
+
+def test_a_save_within_an_accumulation_window_is_refused(tmp_path: Path) -> None:
+    errors = run_ranks(check_open_window, 2, str(tmp_path))
+    assert errors[0] == errors[1]
+    assert "the accumulation window is open" in errors[0]
+    assert [path.name for path in tmp_path.glob("global_step*")] == ["global_step2"]

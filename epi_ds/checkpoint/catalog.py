@@ -1,0 +1,188 @@
+"""Which checkpoints a folder holds, and which of them to resume from.
+
+[Note: names] A checkpoint is written under ``NAME.incomplete`` and gets its name when its manifest is in it. One that
+is being replaced waits as ``NAME.replaced`` for that moment, and one that is being removed ends as ``NAME.removed``.
+What a killed process leaves under such names is put right by `clean_up` when a run takes the folder over.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from epi_ds.checkpoint.durable import sync_folder
+from epi_ds.checkpoint.manifest import FOLDER, PATH, Manifest, read_manifest, remove_manifest
+from epi_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+INCOMPLETE, REPLACED, REMOVED = ".incomplete", ".replaced", ".removed"
+_DEEPSPEED_FILE = re.compile(r"(model|optim)_states\.pt$")
+_STEP = re.compile(r"step:(\d+)$")
+
+
+class Checkpoint(NamedTuple):
+    """A folder that is a checkpoint, or claims to be one."""
+
+    path: Path
+    manifest: Manifest | None
+    """None where it is missing or unreadable."""
+    problem: str | None
+    """Why it is no checkpoint to resume from, as far as that can be said without reading the other files."""
+
+    is_plain: bool = False
+    """Whether it has no manifest at all: DeepSpeed wrote it without us, or we did not write it to its end."""
+
+    @property
+    def step(self) -> int:
+        """Steps before the save; -1 where that is not known."""
+        return -1 if self.manifest is None else self.manifest.step
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Look at one folder."""
+    try:
+        manifest = read_manifest(folder)
+    except RuntimeError as error:
+        return Checkpoint(folder, None, str(error))
+    if manifest is None:
+        problem = f"{folder} has no {PATH}: it was saved without isolation, or not to its end"
+        return Checkpoint(folder, None, problem, is_plain=True)
+    return Checkpoint(folder, manifest, None)
+
+
+def checkpoints_in(folder: Path) -> list[Checkpoint]:
+    """Return the checkpoints that lie in a folder, the newest last; those without a known step come first.
+
+    Leftovers under the names of [Note: names] are left out.
+    """
+    found = [open_checkpoint(path) for path in _folders_in(folder) if not _is_leftover(path) and _claims_to_be(path)]
+    return sorted(found, key=lambda one: (one.step, "" if one.manifest is None else one.manifest.saved_at))
+
+
+def leftovers_in(folder: Path) -> list[Path]:
+    """Return what killed processes left in a folder."""
+    return [path for path in _folders_in(folder) if _is_leftover(path)]
+
+
+def _folders_in(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def _is_leftover(path: Path) -> bool:
+    return path.suffix in (INCOMPLETE, REPLACED, REMOVED)
+
+
+def _claims_to_be(path: Path) -> bool:
+    return (path / FOLDER).is_dir() or any(_DEEPSPEED_FILE.search(file.name) for file in path.iterdir())
+
+
+def named(folder: Path, name: str) -> Checkpoint:
+    """Return the checkpoint of a name, or of ``step:N``. Raises UserError where there is none."""
+    match = _STEP.match(name)
+    if match is None:
+        if not (folder / name).is_dir():
+            known = ", ".join(one.path.name for one in checkpoints_in(folder)) or "none"
+            raise UserError(f"{folder} holds no checkpoint {name!r}; there are: {known}")
+        return open_checkpoint(folder / name)
+    step = int(match.group(1))
+    known_steps = {one.step: one for one in checkpoints_in(folder) if one.manifest is not None}
+    if step not in known_steps:
+        steps = ", ".join(str(known) for known in sorted(known_steps)) or "none"
+        raise UserError(f"{folder} holds no complete checkpoint of step {step}; there are steps {steps}")
+    return known_steps[step]
+
+
+class Choice(NamedTuple):
+    """What to resume from, and what was passed over for it."""
+
+    checkpoint: Checkpoint
+    skipped: tuple[str, ...]
+    """Why newer ones were not taken."""
+
+
+def newest_valid(
+    folder: Path,
+    checkpoints: Sequence[Checkpoint],
+    *,
+    problems_of: Callable[[Checkpoint], list[str]],
+    was_saved: bool,
+) -> Choice | None:
+    """Return the newest checkpoint of a folder in which nothing is wrong; None where none was ever completed there.
+
+    checkpoints  those in the folder, the newest last
+    problems_of  reads the files of one whose manifest is whole
+    was_saved    whether ``latest`` says that there was one
+
+    Raises RuntimeError where there are checkpoints and none is whole, or ``latest`` names one: a run that had got
+    somewhere must not begin at step 0 because of a damaged disk.
+    """
+    skipped: list[str] = []
+    for candidate in reversed(checkpoints):
+        problems = [candidate.problem] if candidate.problem is not None else problems_of(candidate)
+        if not problems:
+            return Choice(candidate, tuple(skipped))
+        skipped.append(f"{candidate.path.name}: {problems[0]}" + _more(problems))
+    remedy = "Restore one of them from a copy, or give another folder to begin at step 0"
+    if skipped:
+        raise RuntimeError(f"no checkpoint in {folder} can be resumed from:\n  " + "\n  ".join(skipped) + f"\n{remedy}")
+    if was_saved:
+        raise RuntimeError(f"{folder / 'latest'} says that a checkpoint was saved there, and there is none. {remedy}")
+    return None
+
+
+def _more(problems: list[str]) -> str:
+    return f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+
+
+# --- changing what there is ---
+
+
+def put_in_place(incomplete: Path) -> Path:
+    """Give a checkpoint whose manifest is written its name; replace what has that name. See [Note: names]."""
+    target = incomplete.with_suffix("")
+    replaced = target.with_name(target.name + REPLACED)
+    if target.exists():
+        target.rename(replaced)
+    incomplete.rename(target)
+    sync_folder(target.parent)
+    if replaced.exists():
+        remove(replaced)
+    return target
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint so that no half of it is ever taken for one. Warns where files cannot be removed."""
+    doomed = folder
+    try:
+        if folder.suffix != REMOVED:
+            doomed = folder.with_name(folder.name + REMOVED)
+            if doomed.exists():
+                shutil.rmtree(doomed)
+            remove_manifest(folder)
+            folder.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        logger.warning("%s could not be removed (%s); it is left for the next time", doomed, error)
+
+
+def clean_up(folder: Path) -> list[str]:
+    """Put right what killed processes left in a folder; return a sentence about each."""
+    done = []
+    for path in leftovers_in(folder):
+        name = path.with_suffix("")
+        if path.suffix == INCOMPLETE and open_checkpoint(path).problem is None:
+            put_in_place(path)
+            done.append(f"{name} was complete but for its name")
+        elif path.suffix == REPLACED and not name.exists() and not name.with_name(name.name + INCOMPLETE).exists():
+            path.rename(name)
+            done.append(f"{name} was to be replaced, and the new one never came to be complete")
+        elif path.exists():
+            remove(path)
+            done.append(f"{path} was left by a save or a removal that did not end")
+    return done

@@ -1,0 +1,101 @@
+"""Choosing and verifying what to resume from. Every function is collective, and all ranks hear the same.
+
+Nothing of a checkpoint is read before it is verified but its manifest, and no pickle before it is trusted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from epi_ds.checkpoint.catalog import Checkpoint, Choice, checkpoints_in, named, newest_valid
+from epi_ds.checkpoint.digest import FileRecord, problems_of_files
+from epi_ds.checkpoint.manifest import Manifest, read_manifest
+from epi_ds.checkpoint.verdict import agree, on_first_rank
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+
+def choose(folder: Path, tag: str | None, *, accepts_plain: bool) -> Choice | None:
+    """Return the verified checkpoint of ``folder`` to resume from; None where none was ever saved there.
+
+    tag            a name, ``step:N``, or None or ``auto`` for the newest one that is whole
+    accepts_plain  one that DeepSpeed wrote without us will do: it has no manifest, and is not verified
+
+    Says which was taken and what was passed over. Raises UserError for a tag that is not there, and RuntimeError for
+    one that is not whole, or where none is.
+    """
+    if tag is None or tag == AUTO:
+        found = on_first_rank(lambda: _look(folder))
+        if accepts_plain and found.plain is not None:
+            choice: Choice | None = Choice(found.plain, ())
+        else:
+            choice = newest_valid(folder, found.checkpoints, problems_of=verify, was_saved=found.latest is not None)
+    else:
+        checkpoint = on_first_rank(lambda: named(folder, tag))
+        problems = [checkpoint.problem] if checkpoint.problem is not None else verify(checkpoint)
+        if problems and not (accepts_plain and checkpoint.is_plain):
+            raise RuntimeError("; ".join(problems) + ". Load another tag, or the newest that is whole (tag auto)")
+        choice = Choice(checkpoint, ())
+    if choice is not None and dist.get_rank() == 0:
+        for reason in choice.skipped:
+            logger.warning("passing over %s", reason)
+        logger.info("loading %s (step %d)", choice.checkpoint.path, choice.checkpoint.step)
+    return choice
+
+
+class _Found(NamedTuple):
+    checkpoints: list[Checkpoint]
+    latest: str | None
+    """Content of ``latest``."""
+
+    @property
+    def plain(self) -> Checkpoint | None:
+        """The one that ``latest`` names, where none in the folder is ours."""
+        if any(not one.is_plain for one in self.checkpoints):
+            return None
+        return next((one for one in self.checkpoints if one.path.name == self.latest), None)
+
+
+def _look(folder: Path) -> _Found:
+    latest = folder / "latest"
+    return _Found(checkpoints_in(folder), latest.read_text(errors="replace").strip() if latest.is_file() else None)
+
+
+def verify(checkpoint: Checkpoint) -> list[str]:
+    """Read every file of a checkpoint once, shared out among the ranks; return what is wrong, the same on all of them.
+
+    Raises RuntimeError where the ranks do not see the same manifest.
+    """
+    manifest = agree(lambda: read_manifest(checkpoint.path), seen=lambda found: _describe(checkpoint.path, found))
+    if manifest is None:
+        return [f"{checkpoint.path} disappeared while it was looked at"]
+    own = share_of(manifest.files, rank=dist.get_rank(), world_size=dist.get_world_size())
+    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, problems_of_files(checkpoint.path, own))
+    return sorted(problem for problems in found for problem in problems)
+
+
+def share_of(files: Mapping[str, FileRecord], *, rank: int, world_size: int) -> dict[str, FileRecord]:
+    """Return the files that one rank reads, so that all read about the same number of bytes."""
+    loads = [0] * world_size
+    own = {}
+    for name, record in sorted(files.items(), key=lambda item: (-item[1].num_bytes, item[0])):
+        reader = loads.index(min(loads))
+        loads[reader] += record.num_bytes
+        if reader == rank:
+            own[name] = record
+    return own
+
+
+def _describe(folder: Path, manifest: Manifest | None) -> str:
+    """Say which manifest this is, in one line."""
+    if manifest is None:
+        return f"{folder} has no manifest"
+    return f"{folder}: step {manifest.step} of run {manifest.run_id}, saved at {manifest.saved_at}"

@@ -1,0 +1,37 @@
+"""Which checkpoints are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from epi_ds.checkpoint.catalog import Checkpoint, checkpoints_in, leftovers_in, remove
+
+
+def surplus(checkpoints: Sequence[Checkpoint], *, keep_last: int | None, keep_every: int | None) -> list[Checkpoint]:
+    """Return the complete checkpoints that are not to be kept.
+
+    checkpoints  the newest last
+    keep_last    how many of the newest complete ones to keep, at least one; None keeps all
+    keep_every   keep those of every so many steps for good
+    """
+    complete = [one for one in checkpoints if one.problem is None]
+    if keep_last is None:
+        return []
+    older = complete[: -max(1, keep_last)]
+    return [one for one in older if keep_every is None or one.step % keep_every]
+
+
+def prune(folder: Path, *, keep_last: int | None, keep_every: int | None, run_id: str | None = None) -> list[Path]:
+    """Remove a run's surplus checkpoints from its folder, and what earlier removals left; return what they were.
+
+    run_id  leaves those of other runs alone
+
+    A removal that fails is a warning: training goes on, and the next call tries again.
+    """
+    own = [one for one in checkpoints_in(folder) if one.manifest is None or run_id in (None, one.manifest.run_id)]
+    doomed = [one.path for one in surplus(own, keep_last=keep_last, keep_every=keep_every)]
+    doomed += [path for path in leftovers_in(folder) if path.suffix == ".removed"]
+    for path in doomed:
+        remove(path)
+    return doomed

@@ -1,0 +1,74 @@
+"""Ranks decide together: what fails on one fails on all, with the same words, and nobody waits for another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch.distributed as dist
+
+from epi_ds.errors import UserError
+
+T = TypeVar("T")
+
+
+class AgreedError(RuntimeError):
+    """Raised by `agree` on all ranks because an action failed on some. Their process group is sound."""
+
+
+class _Verdict(NamedTuple):
+    """What one rank tells the others about an action."""
+
+    problem: str | None
+    users_mistake: bool
+    seen: str
+    """What every rank must have seen alike."""
+
+
+def agree(action: Callable[[], T], *, seen: Callable[[T], str] = lambda _: "") -> T:
+    """Run ``action`` on every rank; where it fails on any, raise the same error on all. Collective.
+
+    seen  describes what of the result must be the same on every rank
+
+    Raises UserError where every failure is one, else AgreedError. Without a verdict that all share, the rank with the
+    damaged file raises and the others wait for it in their next collective until the process group times out.
+    """
+    try:
+        result = action()
+        verdict, cause = _Verdict(None, False, seen(result)), None
+    except Exception as error:  # whatever it is, the others must hear of it
+        verdict, cause = _Verdict(describe(error), isinstance(error, UserError), ""), error
+    verdicts: list[_Verdict] = [verdict] * dist.get_world_size()
+    dist.all_gather_object(verdicts, verdict)
+    failed = {rank: other for rank, other in enumerate(verdicts) if other.problem is not None}
+    if failed and all(other.users_mistake for other in failed.values()):
+        raise UserError("\n".join(dict.fromkeys(str(other.problem) for other in failed.values()))) from cause
+    if failed:
+        raise AgreedError(_by_rank({rank: str(other.problem) for rank, other in failed.items()})) from cause
+    if len({other.seen for other in verdicts}) > 1:
+        lines = (f"rank {rank}: {other.seen}" for rank, other in enumerate(verdicts))
+        raise AgreedError(
+            "the ranks do not see the same checkpoint; put it where every node reads the same files\n"
+            + "\n".join(lines)
+        )
+    return result
+
+
+def _by_rank(problems: dict[int, str]) -> str:
+    """Return what ranks say, once where they all say the same."""
+    if len(set(problems.values())) == 1:
+        return next(iter(problems.values()))
+    return "\n".join(f"rank {rank}: {problem}" for rank, problem in problems.items())
+
+
+def on_first_rank(action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0 and return its result to all; where it fails, raise on all. Collective."""
+    answer: list[T | None] = [agree(lambda: action() if dist.get_rank() == 0 else None)]
+    dist.broadcast_object_list(answer, src=0)
+    result: T = answer[0]  # type: ignore[assignment]
+    return result
+
+
+def describe(error: BaseException) -> str:
+    """Return an error as one sentence; the type is said where the words alone would not do."""
+    return str(error) if isinstance(error, (OSError, RuntimeError, UserError)) else f"{type(error).__name__}: {error}"

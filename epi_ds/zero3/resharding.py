@@ -1,0 +1,96 @@
+"""Weights and optimizer states of a tag that other ranks, or other sub-groups, saved.
+
+DeepSpeed loads a checkpoint with as many ranks as saved it. Its universal format is for others, and has three gaps:
+it drops all but Adam's moments, it gives every parameter group the hyper-parameters of the first, and it takes
+another copy of the whole checkpoint on the disk. Slices by parameter have none: every rank copies its own entries out
+of the shards, bit for bit, and holds nothing besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from epi_ds.checkpoint.partitions import WEIGHTS, SavedPartitions
+from epi_ds.errors import UserError
+
+
+def load_partitions(zero3: Any, saved: SavedPartitions, *, weights_only: bool) -> None:
+    """Replace the weights of a ZeRO-3 optimizer by those of a tag, and its state unless only weights are wanted.
+
+    Raises UserError for a model of other parameters, and RuntimeError where the state of a sub-group would be of parts
+    that differ in more than their entries.
+    """
+    _check_parameters(zero3, saved)
+    with torch.no_grad():
+        for index, partition in enumerate(zero3.fp32_partitioned_groups_flat):
+            _fill(partition.data, zero3, index, saved, WEIGHTS)
+        if not weights_only:
+            _load_states(zero3, saved)
+    # What ZeRO-3 does after a load of its own: the fp32 weights become the model's, and losses are scaled as they were.
+    scaling = saved.shard(0) if not weights_only else vars(zero3)
+    content = {name: scaling[name] for name in ("loss_scaler", "dynamic_loss_scale", "overflow")}
+    content["fp32_flat_groups"] = zero3.fp32_partitioned_groups_flat
+    zero3.load_state_dict([content] * dist.get_world_size(zero3.dp_process_group), load_optimizer_states=False)
+
+
+def _check_parameters(zero3: Any, saved: SavedPartitions) -> None:
+    for group in zero3.fp16_groups:
+        for parameter in group:
+            name, shape = zero3.param_names[parameter], tuple(parameter.ds_shape)
+            place = saved.places.get(name)
+            if place is None or place.shape != shape:
+                there = "none of that name" if place is None else f"one of shape {place.shape}"
+                raise UserError(
+                    f"{saved.folder} is of another model: {name} has shape {shape} here, and the checkpoint has {there}"
+                )
+
+
+def _fill(flat: Tensor, zero3: Any, sub_group: int, saved: SavedPartitions, kind: str) -> None:
+    """Copy this rank's entries of every parameter of a sub-group into a flat partition; padding is left alone."""
+    rank, offset = dist.get_rank(zero3.dp_process_group), 0
+    for parameter in zero3.fp16_groups[sub_group]:
+        size = parameter.partition_numel()
+        start = min(rank * size, parameter.ds_numel)
+        stop = min(start + size, parameter.ds_numel)
+        saved.read_into(flat[offset : offset + stop - start], zero3.param_names[parameter], kind, start=start)
+        offset += size
+
+
+def _load_states(zero3: Any, saved: SavedPartitions) -> None:
+    states: dict[int, dict[str, Any]] = {}
+    for index, partition in enumerate(zero3.fp32_partitioned_groups_flat):
+        names = [zero3.param_names[parameter] for parameter in zero3.fp16_groups[index]]
+        kinds, scalars = _common(saved, names)
+        state: dict[str, Any] = dict(scalars)
+        for kind in kinds:
+            state[kind] = torch.zeros_like(partition.data)
+            _fill(state[kind], zero3, index, saved, kind)
+        if state:
+            states[index] = state
+    zero3._set_fp32_optimizer_param_groups()
+    numbers = iter(range(len(zero3.fp32_partitioned_groups_flat)))
+    # Every group with its own hyper-parameters.
+    groups = [
+        {**group, "params": [next(numbers) for _ in own["params"]]}
+        for group, own in zip(saved.param_groups, zero3.optimizer.param_groups, strict=True)
+    ]
+    zero3.optimizer.load_state_dict({"state": states, "param_groups": groups})
+    zero3._clear_fp32_optimizer_param_groups()
+
+
+def _common(saved: SavedPartitions, names: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return the kinds and the scalars of the saved sub-groups that some parameters come from: the same in all."""
+    sub_groups = list(dict.fromkeys(saved.places[name].sub_group for name in names))
+    first, *others = [(saved.kinds(sub_group), saved.scalars(sub_group)) for sub_group in sub_groups]
+    for sub_group, other in zip(sub_groups[1:], others, strict=True):
+        if other != first:
+            raise RuntimeError(
+                f"{saved.folder}: sub-groups {sub_groups[0]} and {sub_group} have optimizer states of different kinds "
+                f"or ages ({first} and {other}), and would become one here; set the sub_group_size that saved them"
+            )
+    return first
