@@ -6,6 +6,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -13,6 +14,10 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from epi_ds.api import attach
+from epi_ds.checkpoint.catalog import remove
+from epi_ds.checkpoint.retention import prune
+from epi_ds.checkpoint.trainer_folder import commit_trainer_folder, set_aside_incomplete
+from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.choices import Memory
 from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, EPIConfig, parse_config
@@ -36,6 +41,10 @@ class EPICallback(TrainerCallback):
         self._config = None if config is None else parse_config(config, place="the EPICallback configuration")
         self._engine: Any = None
         self._model: weakref.ref[Any] | None = None
+        self._output: Path | None = None
+        self._keep_last: int | None = None
+        self.verified: Path | None = None
+        """A checkpoint whose files were read and found whole already, so that resuming from it need not do it again."""
 
     @property
     def epi(self) -> EPI:
@@ -73,8 +82,26 @@ class EPICallback(TrainerCallback):
         problems = combination_problems(plugin.deepspeed_config, self._config) if self._config is not None else []
         if problems:
             raise UserError(summarize(problems, place="the DeepSpeed configuration with EPICallback's"))
+        self._take_checkpoints_over(args)
         self._model = weakref.ref(kwargs["model"])
         _wait_for_engine(self)
+
+    def _take_checkpoints_over(self, args: TrainingArguments) -> None:
+        """Keep the trainer from removing checkpoints before newer ones are whole, and from resuming from half ones."""
+        config = EPIConfig() if self._config is None else self._config
+        limit, own = args.save_total_limit, config.checkpoint.keep_last
+        if limit is not None and own is not None and limit != own:
+            raise UserError(
+                f"save_total_limit is {limit} and checkpoint.keep_last is {own}, which mean the same; keep one of them"
+            )
+        if limit is not None and args.load_best_model_at_end:
+            # One more than the newest: the best one, which `on_save` keeps.
+            limit = max(1, limit - 1)
+        self._keep_last, args.save_total_limit = own if limit is None else limit, None
+        self._output = Path(args.output_dir)
+        for folder in on_first_rank(lambda: set_aside_incomplete(Path(args.output_dir))):
+            if dist.get_rank() == 0:
+                logger.warning("%s was not saved to its end; it is removed when this run saves", folder)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -94,6 +121,41 @@ class EPICallback(TrainerCallback):
         if self._engine is None or trained is not self._engine.optimizer:
             raise RuntimeError(f"isolation is not attached to what trains: {self._why_not(kwargs['model'])}")
         self.epi.check_planned_steps(state.max_steps)
+        if args.save_strategy != "no" and not args.save_only_model:
+            # Another job that still saves here is to notice now, and not when this one has saved.
+            self._engine.hold_folder(self._folder)
+
+    @property
+    def _folder(self) -> Path:
+        if self._output is None:
+            raise RuntimeError("the trainer was not constructed with this callback; pass callbacks=[EPICallback(...)]")
+        return self._output
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Make what the trainer has saved a checkpoint, and remove older ones that are not to be kept. Collective."""
+        if args.save_only_model:
+            return
+        folder = self._folder / f"checkpoint-{state.global_step}"
+        # Every rank has written its random states.
+        dist.barrier()
+        if not on_first_rank(lambda: self._commit(folder, best=state.best_model_checkpoint)):
+            return
+        self._engine.run.last_checkpoint = folder
+
+    def _commit(self, folder: Path, *, best: str | None) -> bool:
+        manifest = commit_trainer_folder(folder)
+        if manifest is None:
+            # The engine has said why; a folder without weights would only be in the way.
+            remove(folder)
+            return False
+        prune(
+            self._folder,
+            keep_last=self._keep_last,
+            keep_every=self.epi.config.checkpoint.keep_every,
+            run_id=manifest.run_id,
+            kept=() if best is None else (Path(best),),
+        )
+        return True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -134,6 +196,7 @@ class EPICallback(TrainerCallback):
         if self._model is None or self._model() is not engine.module or not has_optimizer(engine):
             return False
         attach(engine, self._config)
+        engine.run.trainer_folder, engine.run.verified = self._output, self.verified
         self._engine = engine
         return True
 

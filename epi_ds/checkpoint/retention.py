@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from epi_ds.checkpoint.catalog import Checkpoint, checkpoints_in, leftovers_in, remove
+from epi_ds.checkpoint.catalog import REMOVED, Checkpoint, checkpoints_in, leftovers_in, remove
 
 
 def surplus(checkpoints: Sequence[Checkpoint], *, keep_last: int | None, keep_every: int | None) -> list[Checkpoint]:
@@ -22,16 +22,25 @@ def surplus(checkpoints: Sequence[Checkpoint], *, keep_last: int | None, keep_ev
     return [one for one in older if keep_every is None or one.step % keep_every]
 
 
-def prune(folder: Path, *, keep_last: int | None, keep_every: int | None, run_id: str | None = None) -> list[Path]:
+def prune(
+    folder: Path,
+    *,
+    keep_last: int | None,
+    keep_every: int | None,
+    run_id: str | None = None,
+    kept: Collection[Path] = (),
+) -> list[Path]:
     """Remove a run's surplus checkpoints from its folder, and what earlier removals left; return what they were.
 
     run_id  leaves those of other runs alone
+    kept    these stay in any case
 
     A removal that fails is a warning: training goes on, and the next call tries again.
     """
     own = [one for one in checkpoints_in(folder) if one.manifest is None or run_id in (None, one.manifest.run_id)]
-    doomed = [one.path for one in surplus(own, keep_last=keep_last, keep_every=keep_every)]
-    doomed += [path for path in leftovers_in(folder) if path.suffix == ".removed"]
+    surplus_ones = surplus(own, keep_last=keep_last, keep_every=keep_every)
+    doomed = [one.path for one in surplus_ones if one.path not in kept]
+    doomed += [path for path in leftovers_in(folder) if path.suffix == REMOVED]
     for path in doomed:
         remove(path)
     return doomed

@@ -1,4 +1,4 @@
-"""What happens around the trainer's steps: metrics, progress, stage boundaries, committed checkpoints."""
+"""What happens around the trainer's steps: metrics, progress, stage boundaries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from epi_ds.train.evaluation import Evaluator
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.recipe import Moments
-from epi_ds.train.run_folder import RunFolder, commit
 from epi_ds.train.stages import StageSpan, stage_at
 from epi_ds.train.trainer import StageTrainer
 from epi_ds.zero3.handle import EPI
@@ -41,21 +40,13 @@ class RunCallback(TrainerCallback):
         evaluator: Evaluator,
         metrics: MetricsWriter | None,
         progress: ProgressDisplay,
-        folder: RunFolder,
-        marker: dict[str, Any],
-        save_total_limit: int | None,
     ) -> None:
-        """``metrics`` is None on all ranks but 0; ``marker`` goes into every committed checkpoint, of which the newest
-        ``save_total_limit`` are kept.
-        """
+        """``metrics`` is None on all ranks but 0."""
         self._trainer = trainer
         self._isolation = isolation
         self._evaluator = evaluator
         self._metrics = metrics
         self._progress = progress
-        self._folder = folder
-        self._marker = marker
-        self._save_total_limit = save_total_limit
         self._started = 0.0
         self._seconds = 0.0
         self._isolated_in_force = 0
@@ -144,15 +135,6 @@ class RunCallback(TrainerCallback):
             seconds=self._seconds,
         )
         self._progress.step(state.global_step, stage=stage, loss=float(logs["loss"]), isolated_share=share)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Declare the checkpoint complete once every rank has written its part."""
-        dist.barrier()
-        if dist.get_rank() == 0:
-            checkpoint = self._folder.checkpoints / f"checkpoint-{state.global_step}"
-            commit(checkpoint, {**self._marker, "step": state.global_step})
-            if self._save_total_limit is not None:
-                self._folder.rotate(self._save_total_limit)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

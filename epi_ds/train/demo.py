@@ -90,7 +90,7 @@ def _interrupt_after_checkpoint(command: list[str], folder: RunFolder, console: 
     """Start the run and terminate it some steps after a complete checkpoint."""
 
     def newest() -> int:
-        return max((checkpoint.step for checkpoint in folder.committed_checkpoints()), default=0)
+        return max((checkpoint.step for checkpoint in folder.complete_checkpoints()), default=0)
 
     process = start_child(command)
     while process.poll() is None and newest() < _INTERRUPT_FROM_STEP:

@@ -14,6 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 from trl import SFTConfig
 
+from epi_ds.checkpoint.catalog import Checkpoint
+from epi_ds.checkpoint.durable import write_json
+from epi_ds.checkpoint.loading import AUTO
+from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.config import SECTION
 from epi_ds.errors import UserError
 from epi_ds.hf import EPICallback
@@ -27,7 +31,7 @@ from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.recipe import DataSource, Recipe
 from epi_ds.train.resume import find_resume, marker_of
-from epi_ds.train.run_folder import Checkpoint, RunFolder, write_atomically
+from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.tasks import Task, build_tasks, load_conversations
 from epi_ds.train.trainer import StageTrainer, to_dataset
 
@@ -41,10 +45,13 @@ _DEFAULT_ARGUMENTS: dict[str, Any] = {
 }
 
 
-def run_recipe(recipe: Recipe, *, restart: bool = False) -> RunFolder:
-    """Train, evaluate and export as the recipe says; continue where its folder has a complete checkpoint.
+def run_recipe(recipe: Recipe, *, restart: bool = False, resume_from: str = AUTO) -> RunFolder:
+    """Train, evaluate and export as the recipe says; continue where its folder has a whole checkpoint.
 
-    Collective: every rank of a launcher calls it. ``restart`` throws away what the folder holds.
+    Collective: every rank of a launcher calls it.
+
+    restart      throw away what the folder holds
+    resume_from  see `find_resume`
     """
     timeout = recipe.train.get("ddp_timeout", DEFAULT_TIMEOUT_SECONDS)
     extra_arguments = prepare_accelerate(timeout_seconds=timeout)
@@ -53,39 +60,26 @@ def run_recipe(recipe: Recipe, *, restart: bool = False) -> RunFolder:
     disable_transformers_bars()
     folder = RunFolder(Path(recipe.output))
     is_writer = dist.get_rank() == 0
-    if restart and is_writer:
-        folder.clear()
-    resume = _agree_on_resume(recipe, folder)
+    if restart:
+        on_first_rank(folder.clear)
+    resume = find_resume(recipe, folder, tag=resume_from)
     console = Console() if is_writer else None
     metrics = None
     if is_writer:
         folder.root.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder.recipe, recipe.model_dump(mode="json"))
+        write_json(folder.recipe, recipe.model_dump(mode="json"))
         metrics = MetricsWriter(folder.metrics, resume_step=resume.step if resume else None)
     try:
         tasks = build_tasks(recipe)
         isolation = EPICallback()
+        isolation.verified = resume.path if resume else None
         trainer = _make_trainer(recipe, folder, isolation, extra_arguments)
-        _train(recipe, trainer, isolation, tasks, folder=folder, metrics=metrics, console=console, resume=resume)
+        _train(recipe, trainer, isolation, tasks, metrics=metrics, console=console, resume=resume)
         export_model(trainer.model_wrapped, trainer.processing_class, folder.export)
     finally:
         if metrics is not None:
             metrics.close()
     return folder
-
-
-def _agree_on_resume(recipe: Recipe, folder: RunFolder) -> Checkpoint | None:
-    """Return what rank 0 finds: a file system may show one rank a checkpoint that another does not see yet."""
-    found: list[Checkpoint | UserError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            found[0] = find_resume(recipe, folder, world_size=dist.get_world_size())
-        except UserError as error:
-            found[0] = error
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
 
 
 def _make_trainer(
@@ -106,8 +100,6 @@ def _make_trainer(
             "train_sampling_strategy": "sequential",
             "eval_strategy": "no",
             "deepspeed": {**deepspeed_config(recipe.train), SECTION: section},
-            # Checkpoints are removed when a newer one is complete, which the trainer cannot know.
-            "save_total_limit": None,
         }
     )
     # The cheap things first: a wrong column is found before a large model is read.
@@ -135,6 +127,7 @@ def _make_trainer(
         stages=recipe.stages,
         stage_data=stage_data,
         probe_data=probe_data,
+        marker=marker_of(recipe),
         args=args,
         model=model,
         processing_class=tokenizer,
@@ -150,7 +143,6 @@ def _train(
     isolation: EPICallback,
     tasks: Sequence[Task],
     *,
-    folder: RunFolder,
     metrics: MetricsWriter | None,
     console: Console | None,
     resume: Checkpoint | None,
@@ -172,9 +164,6 @@ def _train(
             evaluator=evaluator,
             metrics=metrics,
             progress=progress,
-            folder=folder,
-            marker=marker_of(recipe, world_size=dist.get_world_size()),
-            save_total_limit=recipe.train.get("save_total_limit"),
         )
         trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)

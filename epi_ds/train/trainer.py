@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from datasets import Dataset, concatenate_datasets
 from transformers import get_scheduler
 from trl import SFTConfig, SFTTrainer
 
+from epi_ds.checkpoint.durable import write_json
 from epi_ds.data.skills import Message
 from epi_ds.errors import UserError
 from epi_ds.train.recipe import Stage
+from epi_ds.train.resume import MARKER
 from epi_ds.train.stages import StageRows, StageSpan, laid_end_to_end, plan_stages, row_order
 
 
@@ -38,14 +41,17 @@ class StageTrainer(SFTTrainer):
         stages: Sequence[Stage],
         stage_data: Sequence[Dataset],
         probe_data: Dataset | None,
+        marker: dict[str, Any],
         args: SFTConfig,
         **kwargs: Any,
     ) -> None:
         """``stage_data`` and ``probe_data`` are rows as `to_dataset` gives them; the other arguments are SFTTrainer's.
 
-        Without ``probe_data`` a probe reads the rows of the run.
+        Without ``probe_data`` a probe reads the rows of the run. ``marker`` is written into every checkpoint, see
+        `marker_of`.
         """
         self.stages = list(stages)
+        self._marker = marker
         self._stage_data = list(stage_data)
         self._probe_data = probe_data
         self.spans: list[StageSpan] = []
@@ -110,6 +116,14 @@ class StageTrainer(SFTTrainer):
         return lambda step: peak * shape(step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save nothing inside a checkpoint: its weights are in DeepSpeed's shards, and the export comes at the end."""
+        """Save the whole model; in a checkpoint only what the weights in DeepSpeed's shards lack to be one."""
         if not _internal_call:
             super().save_model(output_dir)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.model.config.save_pretrained(folder)
+            if self.model.can_generate():
+                self.model.generation_config.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+            write_json(folder / MARKER, self._marker)

@@ -61,6 +61,8 @@ class EngineRun:
 
     trainer_folder: Path | None = None
     """The output folder of the trainer that drives the engine: its ``checkpoint-N`` are then what is committed."""
+    verified: Path | None = None
+    """A checkpoint whose files were read and found whole before the engine was made."""
     held: dict[Path, RunRecord] = field(default_factory=dict)
     """The folders that this process has taken over, with what it wrote there."""
     last_checkpoint: Path | None = None
@@ -148,8 +150,8 @@ class IsolationEngineMixin(DeepSpeedEngine):
         """Remove what ``checkpoint.keep_last`` and ``keep_every`` do not keep in a run's folder. Collective."""
         config, record = self.epi.config.checkpoint, self.run.held.get(folder)
         if config.keep_last is not None and record is not None:
-            run_id, keep = record.run_id, {"keep_last": config.keep_last, "keep_every": config.keep_every}
-            on_first_rank(lambda: prune(folder, run_id=run_id, **keep))
+            run_id, last, every = record.run_id, config.keep_last, config.keep_every
+            on_first_rank(lambda: prune(folder, keep_last=last, keep_every=every, run_id=run_id))
 
     def batch(self) -> Batch:
         """Return the rows of a step."""
@@ -335,7 +337,8 @@ class IsolationEngineMixin(DeepSpeedEngine):
         """Return the verified tag to load; of a trainer's folder the one in it."""
         if self.run.trainer_folder is not None and on_first_rank(lambda: _is_trainers(load_dir)):
             whole = on_first_rank(lambda: open_checkpoint(load_dir))
-            problems = [whole.problem] if whole.problem is not None else verify(whole)
+            known = whole.problem is None and load_dir == self.run.verified
+            problems = [] if known else [whole.problem] if whole.problem is not None else verify(whole)
             if problems:
                 raise RuntimeError("; ".join(problems) + ". Resume from another checkpoint")
             return on_first_rank(lambda: tag_inside(whole))

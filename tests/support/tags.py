@@ -7,7 +7,43 @@ from pathlib import Path
 from typing import Any
 
 from epi_ds.checkpoint.digest import records_of
-from epi_ds.checkpoint.manifest import PATH, Manifest, read_manifest, write_manifest
+from epi_ds.checkpoint.manifest import (
+    FORMAT_VERSION,
+    PATH,
+    Batch,
+    Isolation,
+    Kind,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
+
+
+def make_checkpoint(folder: Path, *, step: int, files: dict[str, str] | None = None, run_id: str = "run") -> Path:
+    """A small folder that is a checkpoint as far as anyone can tell without loading it."""
+    for name, text in (files or {"weights": f"of step {step}"}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    isolation = Isolation(
+        config={}, counters={"applied_steps": step}, states=(), threshold_codes=None, last_row_codes=None, extra={}
+    )
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        kind=Kind.TAG,
+        run_id=run_id,
+        incarnation=1,
+        saved_at=f"2026-01-01T00:00:{step % 60:02d}+00:00",
+        versions={},
+        step=step,
+        batch=Batch(micro_batch=1, accumulation=1, world_size=1),
+        model_dtype="float32",
+        sub_groups=(),
+        isolation=isolation,
+        files=records_of(folder, names),
+    )
+    write_manifest(folder, manifest)
+    return folder
 
 
 def manifest_of(tag: Path) -> Manifest:

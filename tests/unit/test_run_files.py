@@ -1,4 +1,4 @@
-"""The files of a run: metrics that survive kills, committed checkpoints, score tables, the report."""
+"""The files of a run: metrics that survive kills, where a run continues, score tables, the report."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import pytest
 from epi_ds.report.page import write_report
 from epi_ds.report.scores import score_table
 from epi_ds.train.metrics import MetricsWriter, read_metrics
-from epi_ds.train.recipe import parse_recipe
-from epi_ds.train.resume import find_resume, marker_of
-from epi_ds.train.run_folder import RunFolder, commit
+from epi_ds.train.recipe import Recipe, parse_recipe
+from epi_ds.train.resume import MARKER, find_resume, marker_of
+from epi_ds.train.run_folder import RunFolder
+from tests.support.ranks import run_ranks
+from tests.support.tags import flip_bit, make_checkpoint
 
 RECIPE = parse_recipe(
     {"model": {"path": "m"}, "stages": [{"name": "a", "data": {"skill": "logic", "rows": 8}}], "output": "o"},
@@ -41,48 +43,39 @@ def test_metrics_are_cut_back_on_resume_and_torn_lines_are_dropped(tmp_path: Pat
     assert list(read_metrics(tmp_path / "absent.jsonl")) == []
 
 
-def checkpoint(folder: RunFolder, step: int, marker: dict[str, Any] | None) -> None:
-    path = folder.checkpoints / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    if marker is not None:
-        commit(path, {**marker, "step": step})
+def checkpoint(folder: RunFolder, step: int, recipe: Recipe = RECIPE) -> Path:
+    files = {MARKER: json.dumps(marker_of(recipe))}
+    return make_checkpoint(folder.checkpoints / f"checkpoint-{step}", step=step, files=files)
 
 
-def test_only_committed_checkpoints_are_resumed_from(tmp_path: Path) -> None:
+def resume_step(recipe: Recipe, root: str, tag: str) -> int | str:
+    """The step that a rank would continue from, or what it says instead."""
+    try:
+        found = find_resume(recipe, RunFolder(Path(root)), tag=tag)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return 0 if found is None else found.step
+
+
+def test_the_newest_whole_checkpoint_is_resumed_from(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    assert find_resume(RECIPE, folder, world_size=2) is None
-    marker = marker_of(RECIPE, world_size=2)
-    checkpoint(folder, 9, marker)
-    checkpoint(folder, 10, marker)
-    checkpoint(folder, 11, None)
-    newest = find_resume(RECIPE, folder, world_size=2)
-    assert newest is not None
-    assert newest.step == 10
-
-
-def test_a_run_without_a_complete_checkpoint_says_that_it_starts_over(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = RunFolder(tmp_path)
-    checkpoint(folder, 11, None)
-    assert find_resume(RECIPE, folder, world_size=2) is None
-    assert "only checkpoint-11" in caplog.text
-    assert "starts at step 0" in caplog.text
-
-
-def test_rotation_keeps_the_newest_complete_checkpoints(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    for step in (2, 10, 6):
-        checkpoint(folder, step, {})
-    checkpoint(folder, 4, None)
-    folder.rotate(2)
-    assert [found.step for found in folder.committed_checkpoints()] == [6, 10]
-    assert len(list(folder.checkpoints.iterdir())) == 2
+    assert run_ranks(resume_step, 2, RECIPE, str(tmp_path), "auto") == [0, 0]
+    for step in (9, 10, 11):
+        checkpoint(folder, step)
+    flip_bit(checkpoint(folder, 12) / MARKER)
+    (folder.checkpoints / "checkpoint-13").mkdir()
+    assert run_ranks(resume_step, 2, RECIPE, str(tmp_path), "auto") == [11, 11]
+    assert run_ranks(resume_step, 2, RECIPE, str(tmp_path), "step:9") == [9, 9]
+    assert run_ranks(resume_step, 2, RECIPE, str(tmp_path), "checkpoint-10") == [10, 10]
+    (said, also) = run_ranks(resume_step, 2, RECIPE, str(tmp_path), "step:12")
+    assert said == also
+    assert "checkpoint-12/recipe.json is damaged" in str(said)
+    assert "there are steps 9, 10, 11, 12" in str(run_ranks(resume_step, 2, RECIPE, str(tmp_path), "step:8")[1])
 
 
 def test_clearing_a_run_leaves_what_it_did_not_write(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    checkpoint(folder, 2, {})
+    checkpoint(folder, 2)
     for path in (folder.metrics, folder.report, tmp_path / "mine.txt", tmp_path / "base" / "weights"):
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -92,17 +85,19 @@ def test_clearing_a_run_leaves_what_it_did_not_write(tmp_path: Path) -> None:
 
 def test_a_resume_that_would_train_other_rows_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    checkpoint(folder, 3, marker_of(RECIPE, world_size=2))
+    checkpoint(folder, 3)
     other = RECIPE.model_copy(update={"train": {"seed": 5}})
-    with pytest.raises(ValueError, match="train other rows") as raised:
-        find_resume(other, folder, world_size=3)
-    assert "world_size was 2, is 3" in str(raised.value)
-    assert "'seed': 5" in str(raised.value)
-    # How often a run saves or logs may change between two runs.
-    watched = RECIPE.model_copy(update={"train": {"save_steps": 5, "logging_steps": 2, "report_to": "tensorboard"}})
-    assert find_resume(watched, folder, world_size=2) is not None
-    # What does not change the rows may change.
-    assert find_resume(RECIPE.model_copy(update={"train": {"save_steps": 5}}), folder, world_size=2) is not None
+    (said, also) = run_ranks(resume_step, 2, other, str(tmp_path), "auto")
+    assert said == also
+    assert "train other rows" in str(said)
+    assert "'seed': 5" in str(said)
+    # What does not change the rows may change, and so may how they are dealt to ranks.
+    for harmless in (
+        {"save_steps": 5, "logging_steps": 2, "report_to": "tensorboard"},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
+    ):
+        changed = RECIPE.model_copy(update={"train": harmless})
+        assert run_ranks(resume_step, 1, changed, str(tmp_path), "auto") == [3]
 
 
 def evaluation(step: int, stage: str, **values: float) -> dict[str, Any]:
@@ -151,9 +146,3 @@ def test_the_report_is_the_same_page_every_time_and_escapes_names(tmp_path: Path
     ).replace("https://matplotlib.org", "")
     with pytest.raises(ValueError, match="nothing to report"):
         write_report([], tmp_path / "no.html", title="x")
-
-
-def test_a_commit_is_whole_or_absent(tmp_path: Path) -> None:
-    commit(tmp_path, {"step": 1})
-    assert json.loads((tmp_path / "run.json").read_text()) == {"step": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
