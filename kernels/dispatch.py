@@ -9,6 +9,7 @@ import os
 from enum import Enum
 from typing import Any
 
+import torch
 from epi_ds.kernels.cpu.build import library
 from torch import Tensor
 
@@ -49,8 +50,8 @@ def backend_on(device_type: str) -> Backend:
         if asked == own.value:
             raise RuntimeError(f"{VARIABLE}={asked} cannot be had: {error}") from error
         logger.warning(
-            "importance is measured by plain torch operations, which on a CPU takes 3 (fp32) to 25 (u8) times as "
-            "long: %s",
+            "importance is measured by plain torch operations, which take several times as long (on a CPU 3 times with "
+            "fp32, 30 with u8): %s",
             error,
         )
         return Backend.REFERENCE
@@ -63,6 +64,20 @@ def _prepare(backend: Backend) -> None:
         library()
     elif importlib.util.find_spec("triton") is None:
         raise RuntimeError("Triton is not installed (pip install triton, or epi-ds[gpu])")
+    else:
+        _try_gpu()
+
+
+def _try_gpu() -> None:
+    """Raise RuntimeError unless a kernel compiles and runs: Triton wants a C compiler, a driver and a known release."""
+    if torch.version.hip is not None:
+        raise RuntimeError("the Triton kernels are written for NVIDIA GPUs, and torch is a build for AMD's")
+    try:
+        found = _module(Backend.GPU, "hold").count_bits(torch.tensor([0b101, 0b1], dtype=torch.uint8, device="cuda"))
+    except Exception as error:  # whatever a compiler, a driver or another release of Triton raises
+        raise RuntimeError(f"Triton cannot run a kernel: {type(error).__name__}: {error}") from error
+    if found != 3:
+        raise RuntimeError(f"a Triton kernel counted {found} bits where there are 3")
 
 
 @functools.cache

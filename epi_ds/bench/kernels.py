@@ -238,8 +238,8 @@ def _cases(numel: int, device: torch.device) -> Iterator[_Case]:
                 if backend == _COMPILED:
                     call = torch.compile(operation.compiled_call or operation.call)
                     run: Callable[[], object] = partial(_each, call, module, pieces)
-                elif operation.name == "decode":
-                    # As a refresh does: whole, most of the time would go into the pages of new memory.
+                elif operation.name in ("decode", "encode_"):
+                    # As they are in use: whole, most of the time would go into the pages of new memory.
                     run = partial(_each, operation.call, module, pieces)
                 else:
                     run = partial(operation.call, module, entries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -13,16 +14,22 @@ app = typer.Typer(help="Measure what README states, on this machine.", no_args_i
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
+def _on_the_cpu() -> None:
+    """Prepare a benchmark whose ranks talk over gloo and whose clock knows no device."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from epi_ds.launch.environment import prepare_environment
+
+    prepare_environment()
+
+
 @app.command()
 def memory(
     world_sizes: Annotated[str, typer.Option(help="World sizes to start, separated by commas.")] = "1,2,3,4",
     ratios: Annotated[str, typer.Option(help="Isolation ratios, separated by commas.")] = "0.01,0.2,0.5",
     json: Json = False,
 ) -> None:
-    """Measure the bytes that isolation keeps on each rank, from the live tensors of real ZeRO-3 engines."""
-    from epi_ds.launch.environment import prepare_environment
-
-    prepare_environment()
+    """Measure the bytes that isolation keeps on each rank, from the live tensors of real ZeRO-3 engines on the CPU."""
+    _on_the_cpu()
     from epi_ds.bench.memory import measure_memory
 
     sizes = [int(size) for size in world_sizes.split(",")]
@@ -63,10 +70,17 @@ def kernels(
     from epi_ds.launch.environment import prepare_environment
 
     prepare_environment()
+    import torch
+
     from epi_ds.bench.kernels import measure_kernels
 
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("there is no GPU that torch can use", param_hint="--device")
     counts = [int(count) for count in threads.split(",")]
-    _show([row._asdict() for row in measure_kernels(counts, numel=numel, repeats=repeats)], json=json)
+    rows = measure_kernels(counts, numel=numel, repeats=repeats, device=device)
+    _show([row._asdict() for row in rows], json=json)
 
 
 @app.command()
@@ -80,10 +94,8 @@ def step(
     layers: Annotated[int, typer.Option(min=1, help="Of the model: 1.9 million parameters each, and 6.7 million.")] = 8,
     json: Json = False,
 ) -> None:
-    """Measure what isolation adds to a step of plain ZeRO-3, on one engine whose class is switched."""
-    from epi_ds.launch.environment import prepare_environment
-
-    prepare_environment()
+    """Measure what isolation adds to a step of plain ZeRO-3 on the CPU, on one engine whose class is switched."""
+    _on_the_cpu()
     from epi_ds.bench.step import cases, measure_steps
 
     placements = {"no": [False], "yes": [True], "both": [False, True]}

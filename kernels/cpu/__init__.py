@@ -1,1 +1,1 @@
-"""C++ implementations of the operations, compiled on first use. They give the bits of `epi_ds.kernels.reference`."""
+"""The operations in C++, compiled on first use: the bits of `epi_ds.kernels.reference`, but for sums of squares."""

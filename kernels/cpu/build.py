@@ -94,8 +94,10 @@ def _compile(compiler: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         objects = {f"{folder}/isa.o": ("isa.cpp", ())} | {
             f"{folder}/{source}.{variant}.o": (f"{source}.cpp", (*_VARIANTS[variant], f"-DEPI_VARIANT={variant}"))
-            for source in _OPERATIONS
+            # Variant by variant: of a function that several have, such as the standard library's, the linker takes the
+            # first, which every processor can run.
             for variant in variants()
+            for source in _OPERATIONS
         }
         commands = [
             [compiler, *_FLAGS, *flags, "-c", str(_FOLDER / source), "-o", made]

@@ -51,6 +51,12 @@ def mask_pointer(bits: Tensor, num_entries: int) -> ctypes.c_void_p:
     return pointer(bits)
 
 
+def check_entries(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> None:
+    """Raise ValueError unless a tensor has the entries that will be read or written: beside them is other memory."""
+    if tensor.dtype is not dtype or tensor.numel() != numel:
+        raise ValueError(f"{name} has {tensor.numel()} entries of {tensor.dtype}; pass {numel} of {dtype}")
+
+
 def threads(numel: int, asked: int | None) -> ctypes.c_int:
     """Return how many threads to use: as many as asked for, by default torch's own, but none for a handful."""
     return ctypes.c_int(asked or min(torch.get_num_threads(), -(-numel // _NUMEL_PER_THREAD) or 1))

@@ -13,7 +13,7 @@ class Dither {
   // `first` is the even index of an entry, `phase` the 16 bits by which the step advances all numbers.
   Dither(uint32_t key, int64_t first, uint16_t phase) : phase_(splat(uint32_t(phase) * 0x10001u)) {
     const int64_t pair = first >> 1;
-    // The upper half of the index matters from 2^33 entries on. A run does not cross a multiple of that: see observe.h.
+    // The upper half of the index matters from 2^33 entries on. A block does not cross a multiple of that.
     state_ = (iota() + uint32_t(pair)) * GOLDEN + (key + uint32_t(pair >> 32));
   }
 

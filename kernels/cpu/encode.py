@@ -5,7 +5,7 @@ from __future__ import annotations
 from ctypes import c_int, c_int64, c_uint16, c_uint32
 
 import torch
-from epi_ds.kernels.cpu.call import STATE_FORMATS, operation, pointer, threads
+from epi_ds.kernels.cpu.call import STATE_FORMATS, check_entries, operation, pointer, threads
 from epi_ds.kernels.reference.codecs import Stored
 from epi_ds.kernels.reference.dither import phase
 from torch import Tensor
@@ -16,6 +16,8 @@ def encode_(
 ) -> None:
     """See the reference, whose bits these are, and `observe_` for the arguments."""
     codes, scales, first_index = stored
+    check_entries("values", values, torch.float32, codes.numel())
+    values = values.contiguous()
     if codes.dtype is torch.float32:
         codes.copy_(values)
         return
@@ -23,7 +25,7 @@ def encode_(
         c_int(STATE_FORMATS[codes.dtype]),
         pointer(codes),
         pointer(scales),
-        pointer(values.contiguous()),
+        pointer(values),
         c_int64(codes.numel()),
         c_int64(first_index),
         c_uint32(key),

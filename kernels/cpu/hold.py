@@ -5,7 +5,7 @@ from __future__ import annotations
 from ctypes import c_int, c_int64
 
 import torch
-from epi_ds.kernels.cpu.call import mask_pointer, operation, pointer, threads
+from epi_ds.kernels.cpu.call import check_entries, mask_pointer, operation, pointer, threads
 from epi_ds.kernels.reference import hold as reference
 from torch import Tensor
 
@@ -31,6 +31,7 @@ def restore_(
     if values.itemsize not in _SIZES:
         reference.restore_(values, bits, held)
         return
+    check_entries("held", held, values.dtype, held.numel())
     _move("restore", values, bits, held, variant=variant, num_threads=num_threads)
 
 

@@ -25,10 +25,13 @@ def observe_(
 ) -> None:
     """See the reference, whose bits these are, for any instruction set and number of threads.
 
+    With ``torch.set_flush_denormal(True)`` they are not: it is a setting of the calling thread, which others do not
+    have.
+
     variant      instruction set, of `build.variants`; None is the best that the machine has
     num_threads  None is torch's own
-    Raises ValueError for a gradient that cannot be rescaled in place, and RuntimeError where the operations cannot be
-    compiled.
+    Raises ValueError for a gradient that cannot be rescaled in place or is shorter than its table, and RuntimeError
+    where the operations cannot be compiled.
     """
     if gradient is not None and rescale != 1.0 and not (gradient.dtype is torch.float32 and gradient.is_contiguous()):
         raise ValueError(
@@ -36,6 +39,10 @@ def observe_(
             "contiguous float32"
         )
     if gradient is not None:
+        # Columns of a table: see `epi_ds.kernels.reference.runs`.
+        covered = int((table[:, 1] + table[:, 2]).max()) if len(table) else 0
+        if covered > gradient.numel():
+            raise ValueError(f"a gradient of {gradient.numel()} entries has not the {covered} that its table covers")
         gradient = (gradient if gradient.dtype in VALUE_FORMATS else gradient.float()).contiguous()
     operation("observe", variant)(
         c_int(STATE_FORMATS[codes.dtype]),
@@ -50,5 +57,5 @@ def observe_(
         c_float(inverse_scale),
         c_float(rescale),
         c_uint16(phase(step)),
-        threads(codes.numel(), num_threads),
+        threads(max(codes.numel(), 0 if gradient is None else gradient.numel()), num_threads),
     )

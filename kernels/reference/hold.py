@@ -15,14 +15,19 @@ def hold(values: Tensor, bits: Tensor, num_isolated: int) -> Tensor:
     values        [numel]            any dtype, untouched
     bits          [ceil(numel / 8)]  uint8
     num_isolated  bits that are set: known beforehand, so that no device has to be asked
+
+    Raises ValueError for another number where that shows, as it does here.
     """
     # Sized beforehand: joining the pieces of chunks would need the room twice.
     held = values.new_empty(num_isolated)
     start = 0
     for piece, mask in _masked_chunks(bits, values.numel()):
         found = values[piece][mask]
-        held[start : start + found.numel()] = found
+        if start + found.numel() <= num_isolated:
+            held[start : start + found.numel()] = found
         start += found.numel()
+    if start != num_isolated:
+        raise ValueError(f"{start} entries are isolated, and not {num_isolated}")
     return held
 
 

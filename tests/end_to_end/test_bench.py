@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from typing import Any
 
@@ -36,6 +37,16 @@ def test_memory_rows_keep_the_bounds() -> None:
         assert row["refresh_peak_bytes"] <= row["refresh_peak_bytes_bound"]
 
 
+def test_a_device_that_is_not_there_is_refused() -> None:
+    for device, said in (("cuda", "there is no GPU that torch can use"), ("tpu", "is neither cpu nor cuda")):
+        command = ["epi-ds", "bench", "kernels", "--device", device]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=100, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        )
+        assert done.returncode == 2
+        assert said in done.stderr
+
+
 def test_sketch_rows_are_exact() -> None:
     rows = bench("sketch", "--steps", "3")
     assert len(rows) == 4 * 5 * 5
@@ -57,8 +68,9 @@ def test_kernel_rows_hold_every_operation_and_backend() -> None:
     rows = bench("kernels", "--threads", "2", "--numel", "1000003", "--repeats", "3")
     keys = {"op", "state", "backend", "threads", "numel", "ns_per_element", "gb_per_s", "fraction_of_stream"}
     assert all(set(row) == keys for row in rows)
-    # The stream and two optimizers; three backends: observe_ of 4 states, decode and encode_ of 3, 7 more.
-    assert len(rows) == 3 + 3 * (4 + 2 * 3 + 7)
+    # The stream and two optimizers; three backends: observe_ of 4 states, decode and encode_ of 3, a histogram of 2, 7
+    # more; a whole search of 4 states.
+    assert len(rows) == 3 + 3 * (4 + 2 * 3 + 2 + 7) + 4
     assert all(row["fraction_of_stream"] == 1.0 for row in rows if row["op"] == "stream")
     speed = {(row["op"], row["state"], row["backend"]): row["ns_per_element"] for row in rows}
     for op, state in (("observe_", "u16"), ("observe_", "u8"), ("sketch_counts, first round", "fp32")):
@@ -76,9 +88,10 @@ def test_step_rows_say_what_isolation_adds() -> None:
         assert (row["state"], row["world_size"]) == ("u16", 2)
         assert row["state_bytes"] < 2.2 * row["params"] / 2
         assert 0 < row["own_ms"] < row["plain_ms"]
-        # Without offload both norms are ours; with it ZeRO-3 takes its own of every gradient on the way.
         assert row["replaced_ms"] > 0
         assert row["overhead"] == pytest.approx((row["own_ms"] - row["replaced_ms"]) / row["plain_ms"])
+        assert ("_constant_buffered_norm2" in row["replaced_parts_ms"]) == row["offload"]
+        assert {"unscale_and_clip_grads", "_optimizer_step", "_get_norm_groups"} <= set(row["own_parts_ms"])
         confirmed = not row["offload"] and row["apply"] == "reduction"
         figures = [row[name] for name in ("ratio_median", "ci_low", "ci_high", "pairs")]
         assert (None not in figures) if confirmed else figures == [None] * 4

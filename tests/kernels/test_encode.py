@@ -51,6 +51,19 @@ def test_values_around_codes_are_rounded_as_by_the_reference(variant: str) -> No
 
 
 @pytest.mark.parametrize("dtype", STATES)
+def test_values_that_are_not_in_one_piece(dtype: torch.dtype) -> None:
+    values = values_of(2 * 70_001)[::2]
+    expected, found = blank(dtype, len(values), 0), blank(dtype, len(values), 0)
+    reference(expected, values.clone(), key=5, step=3)
+    compiled(found, values, key=5, step=3)
+    assert same_bits(expected.codes, found.codes)
+    with pytest.raises(ValueError, match="values has 5 entries"):
+        compiled(found, values[:5], key=5, step=3)
+    with pytest.raises(ValueError, match=r"of torch\.float64"):
+        compiled(found, values.double(), key=5, step=3)
+
+
+@pytest.mark.parametrize("dtype", STATES)
 def test_the_operation_is_registered_as_it_behaves(dtype: torch.dtype) -> None:
     stored = state_of(dtype, 300, 0)
     stored = stored._replace(codes=stored.codes.clone())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from epi_ds.kernels.dispatch import Backend, backend_on
 from epi_ds.kernels.reference.codecs import Stored
 from epi_ds.kernels.reference.runs import Run, table_of
 from torch import Tensor
@@ -42,6 +43,25 @@ def test_every_kernel_fits_its_processor() -> None:
         assert row.spill_bytes == 0, row
         assert row.registers <= 64, row
         assert row.shared_bytes <= 8192, row
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: test_gpu_device.py runs the kernels on it")
+def test_a_gpu_that_runs_no_kernel_is_noticed_before_a_step_needs_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a missing compiler or driver raises at the first launch is a line in the log, and plain torch runs."""
+    backend_on.cache_clear()
+    assert backend_on("cuda") is Backend.REFERENCE
+    assert "Triton cannot run a kernel" in caplog.text
+    backend_on.cache_clear()
+    monkeypatch.setenv("EPI_DS_KERNELS", "gpu")
+    with pytest.raises(RuntimeError, match="EPI_DS_KERNELS=gpu cannot be had: Triton cannot run a kernel"):
+        backend_on("cuda")
+    backend_on.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    with pytest.raises(RuntimeError, match="torch is a build for AMD's"):
+        backend_on("cuda")
+    backend_on.cache_clear()
 
 
 def test_every_rounding_is_that_of_the_reference() -> None:

@@ -50,6 +50,10 @@ def test_a_count_that_is_not_that_of_the_mask_is_refused() -> None:
             compiled.hold(values, bits, wrong)
         with pytest.raises(ValueError, match="pass their number"):
             compiled.restore_(values, bits, torch.zeros(wrong))
+        with pytest.raises(ValueError, match=f"{count} entries are isolated, and not {wrong}"):
+            reference.hold(values, bits, wrong)
+    with pytest.raises(ValueError, match=r"held has .* entries of torch\.uint8"):
+        compiled.restore_(values, bits, torch.zeros(count, dtype=torch.uint8))
     with pytest.raises(ValueError, match="625 bytes"):
         compiled.mask_(values, bits[:-1])
 

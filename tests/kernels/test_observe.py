@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,6 +102,15 @@ def test_a_gradient_that_cannot_be_rescaled_in_place_is_refused() -> None:
             compiled(*stored[:2], gradient, table_for(stored), ema_decay=0.9, inverse_scale=1.0, rescale=0.5, step=0)
 
 
+def test_a_gradient_shorter_than_its_table_is_refused() -> None:
+    """Behind it lies other memory, which would be rescaled."""
+    memory = torch.ones(20)
+    table = table_of([Run(0, 10, -1, 0, 0, 0)], device=memory.device)
+    with pytest.raises(ValueError, match="4 entries has not the 10 that its table covers"):
+        compiled(torch.zeros(0), torch.zeros(0), memory[:4], table, ema_decay=0.9, inverse_scale=1, rescale=0.5, step=0)
+    assert memory.eq(1).all()
+
+
 @pytest.mark.parametrize("dtype", STATES)
 def test_the_number_of_threads_changes_nothing(dtype: torch.dtype) -> None:
     gradient, states = gradient_of(100_003), []
@@ -146,11 +156,15 @@ PRINT_BACKEND = (
 
 
 def test_ranks_that_start_at_once_on_a_cold_cache_all_compile(tmp_path: Path) -> None:
-    """And one that is killed on the way leaves nothing that the next would wait for."""
+    """And one that is killed while it compiles leaves nothing that the next would wait for."""
     command = [sys.executable, "-c", PRINT_BACKEND]
     environment = {**os.environ, "EPI_DS_CACHE": str(tmp_path)}
     ranks = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.rglob(".build-*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        # All four compile by now, or are about to.
         ranks[0].kill()
         outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     finally:
