@@ -12,6 +12,10 @@ class UserError(ValueError):
     """The user's mistake: the message names the value, the rule, the place and the remedy, and needs no traceback."""
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or written: the message names the file and the remedy, and needs no traceback."""
+
+
 def nearest(name: str, valid_names: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest of ``valid_names``, or an empty string."""
     close = difflib.get_close_matches(name, list(valid_names), n=1, cutoff=0.6)

@@ -21,7 +21,7 @@ from epi_ds.checkpoint.manifest import PATH, Kind, Manifest, read_manifest
 from epi_ds.checkpoint.partitions import WEIGHTS, SavedPartitions
 from epi_ds.checkpoint.run_id import check_trusted
 from epi_ds.checkpoint.shards import TagShards
-from epi_ds.errors import UserError
+from epi_ds.errors import CheckpointError, UserError
 
 
 class Moved(NamedTuple):
@@ -74,7 +74,7 @@ class Tag:
 def find_tags(paths: Sequence[Path]) -> list[Tag]:
     """Find the checkpoint tags with isolation state at or below ``paths``, by step.
 
-    Raises UserError for a path below which there is none, and RuntimeError for a damaged manifest.
+    Raises UserError for a path below which there is none, and CheckpointError for a damaged manifest.
     """
     tags: dict[Path, Tag] = {}
     for path in paths:
@@ -94,8 +94,8 @@ def audit(paths: Sequence[Path], *, trust: bool = False) -> AuditReport:
 
     trust  read checkpoints that are not of the run whose folder they lie in: see [Note: trust] in run_id.py
 
-    Raises UserError when no window holds two checkpoints that prove something or one is not trusted, and RuntimeError
-    for damaged files.
+    Raises UserError when no window holds two checkpoints that prove something or one is not trusted, and
+    CheckpointError for damaged files.
     """
     tags = find_tags(paths)
     for tag in tags:
@@ -158,7 +158,7 @@ def _compare(first: Tag, second: Tag) -> Iterator[tuple[str, Tensor, Tensor, Ten
     for tag in (first, second):
         problems = problems_of_files(tag.path, tag.manifest.files)
         if problems:
-            raise RuntimeError("; ".join(problems))
+            raise CheckpointError("; ".join(problems))
     masks = [TagShards(tag.path, tag.manifest) for tag in (first, second)]
     weights = [SavedPartitions(tag.path, tag.manifest) for tag in (first, second)]
     if weights[0].places.keys() != weights[1].places.keys():

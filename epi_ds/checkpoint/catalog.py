@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from epi_ds.checkpoint.durable import sync_folder
 from epi_ds.checkpoint.manifest import FOLDER, PATH, Manifest, read_manifest, remove_manifest
-from epi_ds.errors import UserError
+from epi_ds.errors import CheckpointError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Look at one folder."""
     try:
         manifest = read_manifest(folder)
-    except RuntimeError as error:
+    except CheckpointError as error:
         return Checkpoint(folder, None, str(error))
     if manifest is None:
         problem = f"{folder} has no {PATH}: it was saved without isolation, or not to its end"
@@ -119,7 +119,7 @@ def newest_valid(
     problems_of  reads the files of one whose manifest is whole
     was_saved    whether ``latest`` says that there was one
 
-    Raises RuntimeError where there are checkpoints and none is whole, or ``latest`` names one: a run that had got
+    Raises CheckpointError where there are checkpoints and none is whole, or ``latest`` names one: a run that had got
     somewhere must not begin at step 0 because of a damaged disk.
     """
     skipped: list[str] = []
@@ -130,9 +130,13 @@ def newest_valid(
         skipped.append(f"{candidate.path.name}: {problems[0]}" + _more(problems))
     remedy = "Restore one of them from a copy, or give another folder to begin at step 0"
     if skipped:
-        raise RuntimeError(f"no checkpoint in {folder} can be resumed from:\n  " + "\n  ".join(skipped) + f"\n{remedy}")
+        raise CheckpointError(
+            f"no checkpoint in {folder} can be resumed from:\n  " + "\n  ".join(skipped) + f"\n{remedy}"
+        )
     if was_saved:
-        raise RuntimeError(f"{folder / 'latest'} says that a checkpoint was saved there, and there is none. {remedy}")
+        raise CheckpointError(
+            f"{folder / 'latest'} says that a checkpoint was saved there, and there is none. {remedy}"
+        )
     return None
 
 

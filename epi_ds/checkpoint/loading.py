@@ -16,6 +16,7 @@ from epi_ds.checkpoint.catalog import Checkpoint, Choice, checkpoints_in, named,
 from epi_ds.checkpoint.digest import FileRecord, problems_of_files
 from epi_ds.checkpoint.manifest import Manifest, read_manifest
 from epi_ds.checkpoint.verdict import agree, on_first_rank
+from epi_ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def choose(folder: Path, tag: str | None, *, accepts_plain: bool) -> Choice | No
     tag            a name, ``step:N``, or None or ``auto`` for the newest one that is whole
     accepts_plain  one that DeepSpeed wrote without us will do: it has no manifest, and is not verified
 
-    Says which was taken and what was passed over. Raises UserError for a tag that is not there, and RuntimeError for
+    Says which was taken and what was passed over. Raises UserError for a tag that is not there, and CheckpointError for
     one that is not whole, or where none is.
     """
     if tag is None or tag == AUTO:
@@ -41,7 +42,7 @@ def choose(folder: Path, tag: str | None, *, accepts_plain: bool) -> Choice | No
         checkpoint = on_first_rank(lambda: named(folder, tag))
         problems = [checkpoint.problem] if checkpoint.problem is not None else verify(checkpoint)
         if problems and not (accepts_plain and checkpoint.is_plain):
-            raise RuntimeError("; ".join(problems) + ". Load another tag, or the newest that is whole (tag auto)")
+            raise CheckpointError("; ".join(problems) + ". Load another tag, or the newest that is whole (tag auto)")
         choice = Choice(checkpoint, ())
     if choice is not None and dist.get_rank() == 0:
         for reason in choice.skipped:
@@ -71,7 +72,7 @@ def _look(folder: Path) -> _Found:
 def verify(checkpoint: Checkpoint) -> list[str]:
     """Read every file of a checkpoint once, shared out among the ranks; return what is wrong, the same on all of them.
 
-    Raises RuntimeError where the ranks do not see the same manifest.
+    Raises CheckpointError where the ranks do not see the same manifest.
     """
     manifest = agree(lambda: read_manifest(checkpoint.path), seen=lambda found: _describe(checkpoint.path, found))
     if manifest is None:

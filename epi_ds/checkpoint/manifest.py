@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from epi_ds.checkpoint.digest import FileRecord, text_digest
 from epi_ds.checkpoint.durable import sync_folder, write_json
-from epi_ds.errors import problems_of, summarize
+from epi_ds.errors import CheckpointError, problems_of, summarize
 
 FOLDER = "epi"
 FILE = "manifest.json"
@@ -143,7 +143,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest | None:
     """Read the manifest of a folder; None where there is none.
 
-    Raises RuntimeError where it is unreadable, damaged or of another format.
+    Raises CheckpointError where it is unreadable, damaged or of another format.
     """
     path = folder / PATH
     try:
@@ -151,25 +151,25 @@ def read_manifest(folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise RuntimeError(f"{path} cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
-        raise RuntimeError(f"{path} is damaged: it is no JSON") from None
+        raise CheckpointError(f"{path} is damaged: it is no JSON") from None
     if not isinstance(content, Mapping):
-        raise RuntimeError(f"{path} is damaged: it is no manifest")
+        raise CheckpointError(f"{path} is damaged: it is no manifest")
     saved = {name: value for name, value in content.items() if name != "digest"}
     # Formats before the fourth had no digest.
     version, digest = content.get("format_version"), content.get("digest")
     if digest != _digest(saved) and not (digest is None and version != FORMAT_VERSION):
-        raise RuntimeError(f"{path} is damaged: it is not what its digest was made of")
+        raise CheckpointError(f"{path} is damaged: it is not what its digest was made of")
     if version != FORMAT_VERSION:
-        raise RuntimeError(
+        raise CheckpointError(
             f"{path} has format version {version}, and this release reads {FORMAT_VERSION}; resume with the epi_ds "
             "release that wrote it"
         )
     try:
         return Manifest.model_validate(saved)
     except ValidationError as error:
-        raise RuntimeError(summarize(problems_of(error, Manifest), place=str(path))) from None
+        raise CheckpointError(summarize(problems_of(error, Manifest), place=str(path))) from None
 
 
 def _digest(content: Mapping[str, Any]) -> str:

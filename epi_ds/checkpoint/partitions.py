@@ -18,6 +18,7 @@ from torch import Tensor
 
 from epi_ds.checkpoint.manifest import Manifest
 from epi_ds.checkpoint.slices import pieces_of, slice_numel
+from epi_ds.errors import CheckpointError
 
 WEIGHTS = "fp32"
 _OPTIMIZER_SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
@@ -57,16 +58,16 @@ class SavedPartitions:
         self._files = {int(match.group(1)): name for name in manifest.files if (match := _OPTIMIZER_SHARD.search(name))}
 
     def shard(self, rank: int) -> dict[str, Any]:
-        """Return what ZeRO-3 saved of a rank. Raises RuntimeError where it cannot be read."""
+        """Return what ZeRO-3 saved of a rank. Raises CheckpointError where it cannot be read."""
         if rank not in self._opened:
             if rank not in self._files:
-                raise RuntimeError(f"{self.folder} has no optimizer shard of rank {rank}")
+                raise CheckpointError(f"{self.folder} has no optimizer shard of rank {rank}")
             path = self.folder / self._files[rank]
             try:
                 content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
                 self._opened[rank] = content["optimizer_state_dict"]
             except Exception as error:  # whatever unpickling meets
-                raise RuntimeError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+                raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         return self._opened[rank]
 
     def close(self) -> None:
@@ -133,7 +134,7 @@ class SavedPartitions:
 
     def _swapped(self, rank: int, name: str, kind: str) -> Tensor:
         if kind != WEIGHTS:
-            raise RuntimeError(
+            raise CheckpointError(
                 f"{self.folder}: moments under NVMe offload can be read by the ranks that saved them only"
             )
         file = self.folder / "offloaded_tensors" / f"rank{rank:0>2d}" / name

@@ -23,7 +23,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from epi_ds.checkpoint.durable import write_json
-from epi_ds.errors import UserError
+from epi_ds.errors import CheckpointError, UserError
 
 FILE = "epi_run.json"
 
@@ -49,14 +49,14 @@ class RunRecord(BaseModel):
 
 
 def read_run(folder: Path) -> RunRecord | None:
-    """Return the record of a run's folder, None where there is none. RuntimeError where it is unreadable."""
+    """Return the record of a run's folder, None where there is none. CheckpointError where it is unreadable."""
     path = folder / FILE
     try:
         return RunRecord.model_validate_json(path.read_text())
     except FileNotFoundError:
         return None
     except (ValidationError, UnicodeDecodeError) as error:
-        raise RuntimeError(
+        raise CheckpointError(
             f"{path} is damaged ({type(error).__name__}), so it does not say whose checkpoints lie beside it. Restore "
             "it; or, if they are your own, remove it and resume with trust: true once"
         ) from None
@@ -79,11 +79,11 @@ def take_over(folder: Path) -> RunRecord:
 
 
 def check_held(folder: Path, record: RunRecord) -> None:
-    """Raise RuntimeError unless this process is the one that took ``folder`` over last."""
+    """Raise CheckpointError unless this process is the one that took ``folder`` over last."""
     found = read_run(folder)
     if found is None or found.holder != record.holder:
         by = f"{folder / FILE} is gone" if found is None else f"{found.holder_description} has taken {folder} over"
-        raise RuntimeError(
+        raise CheckpointError(
             f"{by}, so this process ({record.holder_description}) saves nothing there. Stop one of the two jobs, or "
             "give each a folder of its own"
         )

@@ -24,6 +24,7 @@ from epi_ds.checkpoint.digest import FileRecord, record_of
 from epi_ds.checkpoint.durable import sync_file, sync_folder, write_text
 from epi_ds.checkpoint.manifest import FOLDER, PATH, Manifest, write_manifest
 from epi_ds.checkpoint.verdict import agree, describe, on_first_rank
+from epi_ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +62,13 @@ def now() -> str:
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
-    """Raise RuntimeError unless the file system has room for so many bytes, on rank 0. Collective."""
+    """Raise CheckpointError unless the file system has room for so many bytes, on rank 0. Collective."""
 
     def check() -> None:
         place = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(place).free
         if free < num_bytes + _SPARE_BYTES:
-            raise RuntimeError(
+            raise CheckpointError(
                 f"{folder}: a checkpoint takes {num_bytes / 1e9:.2f} GB, and the file system has {free / 1e9:.2f} GB "
                 "free; make room, or keep fewer checkpoints (checkpoint.keep_last)"
             )
@@ -125,7 +126,7 @@ class TagWriter:
 
         manifest_of  is asked on rank 0, with the records of all files
 
-        Raises RuntimeError on all ranks where one of them failed; the folder is then removed.
+        Raises CheckpointError on all ranks where one of them failed; the folder is then removed.
         """
         waited = time.perf_counter()
         try:
@@ -154,7 +155,7 @@ class TagWriter:
 
     def _results(self) -> dict[str, _Done]:
         if self._errors:
-            raise RuntimeError("; ".join(self._errors))
+            raise CheckpointError("; ".join(self._errors))
         return {name: future.result() for name, future in self._done.items()}
 
     def _commit(

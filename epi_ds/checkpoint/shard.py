@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from epi_ds.errors import CheckpointError
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.kernels import Stored, pack_bits, unpack_bits
 
@@ -77,7 +78,7 @@ class Shard:
     """A shard that is read a tensor at a time, on the CPU."""
 
     def __init__(self, path: Path) -> None:
-        """Raises RuntimeError when the file is not a shard."""
+        """Raises CheckpointError when the file is not a shard."""
         self.path = path
         try:
             # Typed by a stub that says less than there is.
@@ -85,7 +86,8 @@ class Shard:
             self._file = opened
             self.header = Header.model_validate_json((self._file.metadata() or {})["epi_ds"])
         except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise RuntimeError(f"{path} is not a readable isolation shard: {type(error).__name__}: {error}") from error
+            problem = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{path} is not a readable isolation shard: {problem}") from error
         self._names = set(self._file.keys())
         self.by_name = {segment.name: segment for segment in self.header.segments}
 

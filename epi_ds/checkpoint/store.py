@@ -21,7 +21,7 @@ from epi_ds.checkpoint.shard import shard_name, write_shard
 from epi_ds.checkpoint.shards import TagShards
 from epi_ds.checkpoint.verdict import agree, on_first_rank
 from epi_ds.config import EPIConfig
-from epi_ds.errors import UserError
+from epi_ds.errors import CheckpointError, UserError
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.counters import Counters
 
@@ -186,7 +186,7 @@ def load_masks(folder: str, controller: IsolationController) -> None:
 
     folder  a tag folder, or a trainer's with a tag in it
     Raises UserError when a covered parameter has no mask there or one of another shape, or when nothing is isolated,
-    and RuntimeError where its shards are damaged. Reads no pickle.
+    and CheckpointError where its shards are damaged. Reads no pickle.
     """
     tag = on_first_rank(lambda: _tag_at(Path(folder)))
     manifest = tag.manifest
@@ -198,7 +198,7 @@ def load_masks(folder: str, controller: IsolationController) -> None:
     def read() -> dict[str, torch.Tensor]:
         problems = problems_of_files(tag.path, share)
         if problems:
-            raise RuntimeError("; ".join(problems))
+            raise CheckpointError("; ".join(problems))
         return _read_masks(tag.path, manifest, controller)
 
     controller.refresher.load(agree(read))

@@ -17,6 +17,7 @@ from epi_ds.checkpoint.durable import sync_file, sync_folder
 from epi_ds.checkpoint.manifest import FOLDER, PATH, Kind, Manifest, read_manifest, write_manifest
 from epi_ds.checkpoint.run_id import FILE as RUN_FILE
 from epi_ds.checkpoint.saving import now
+from epi_ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,6 @@ def set_aside_incomplete(output: Path) -> list[Path]:
 def _has_manifest(folder: Path) -> bool:
     try:
         return read_manifest(folder) is not None
-    except RuntimeError:
+    except CheckpointError:
         # Damaged: a resume from it says so.
         return True

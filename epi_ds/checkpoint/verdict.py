@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from epi_ds.errors import UserError
+from epi_ds.errors import CheckpointError, UserError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# Errors whose message is all there is to say; others are somebody's bug.
+_SAID_IN_WORDS = (OSError, CheckpointError, UserError)
 
-class AgreedError(RuntimeError):
+
+class AgreedError(CheckpointError):
     """Raised by `agree` on all ranks because an action failed on some. Their process group is sound."""
 
 
@@ -37,6 +43,8 @@ def agree(action: Callable[[], T], *, seen: Callable[[T], str] = lambda _: "") -
         result = action()
         verdict, cause = _Verdict(None, False, seen(result)), None
     except Exception as error:  # whatever it is, the others must hear of it
+        if not isinstance(error, _SAID_IN_WORDS):
+            logger.exception("rank %d", dist.get_rank())
         verdict, cause = _Verdict(describe(error), isinstance(error, UserError), ""), error
     verdicts: list[_Verdict] = [verdict] * dist.get_world_size()
     dist.all_gather_object(verdicts, verdict)
@@ -71,4 +79,4 @@ def on_first_rank(action: Callable[[], T]) -> T:
 
 def describe(error: BaseException) -> str:
     """Return an error as one sentence; the type is said where the words alone would not do."""
-    return str(error) if isinstance(error, (OSError, RuntimeError, UserError)) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, _SAID_IN_WORDS) else f"{type(error).__name__}: {error}"

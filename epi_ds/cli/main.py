@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from epi_ds.cli import audit, bench, demo, estimate, operators, recipes, report, train
-from epi_ds.errors import UserError
+from epi_ds.cli import audit, bench, checkpoints, demo, estimate, export, operators, recipes, report, train
+from epi_ds.errors import CheckpointError, UserError
 
 app = typer.Typer(
     name="epi-ds",
@@ -34,6 +34,8 @@ app.command("train")(train.train)
 app.command("demo")(demo.demo)
 app.command("audit")(audit.audit)
 app.add_typer(bench.app, name="bench")
+app.add_typer(checkpoints.app, name="checkpoints")
+app.command("export")(export.export)
 app.command("estimate")(estimate.estimate)
 app.command("report")(report.report)
 app.command("recipes")(recipes.recipes)
@@ -49,7 +51,7 @@ def _quieten() -> None:
 
 
 def main() -> None:
-    """Run the command; a user's mistake is a message and exit code 2, not a traceback."""
+    """Run the command; a user's mistake (exit code 2) or a bad checkpoint (1) is a message, and no traceback."""
     _quieten()
     try:
         app(standalone_mode=True)
@@ -58,6 +60,10 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except CheckpointError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

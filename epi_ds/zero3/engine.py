@@ -39,7 +39,7 @@ from epi_ds.checkpoint.saving import SaveTimes, TagWriter, check_space, now
 from epi_ds.checkpoint.store import check_fits, isolation_of, load_state, tag_inside, write_state
 from epi_ds.checkpoint.verdict import AgreedError, agree, on_first_rank
 from epi_ds.choices import MissingState, OnFailure
-from epi_ds.errors import UserError
+from epi_ds.errors import CheckpointError, UserError
 from epi_ds.zero3.checkpoint_files import guarded
 from epi_ds.zero3.cpu_adam import replay_steps
 from epi_ds.zero3.handle import EPI
@@ -94,9 +94,9 @@ class IsolationEngineMixin(DeepSpeedEngine):
         """Save DeepSpeed's checkpoint and the isolation state as one tag, which appears when all of it is whole.
 
         Collective. Returns whether it was saved: what cannot be (a full disk, say) is an error in the log and training
-        goes on, or, with ``checkpoint.on_failure: stop``, a RuntimeError on all ranks. Raises UserError in the middle
-        of an accumulation window, whose gradients are in no checkpoint, and RuntimeError where another process has
-        taken the folder over.
+        goes on, or, with ``checkpoint.on_failure: stop``, a CheckpointError on all ranks. Raises UserError in the
+        middle of an accumulation window, whose gradients are in no checkpoint, and CheckpointError where another
+        process has taken the folder over.
         """
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
         folder = Path(save_dir)
@@ -128,7 +128,7 @@ class IsolationEngineMixin(DeepSpeedEngine):
     def hold_folder(self, folder: Path) -> RunRecord:
         """Make this process the one that saves in a run's folder; return its record there. Collective.
 
-        Raises RuntimeError where another process has taken it over since. See [Note: fence] in run_id.py.
+        Raises CheckpointError where another process has taken it over since. See [Note: fence] in run_id.py.
         """
         if folder in self.run.held:
             record = self.run.held[folder]
@@ -340,7 +340,7 @@ class IsolationEngineMixin(DeepSpeedEngine):
             known = whole.problem is None and load_dir == self.run.verified
             problems = [] if known else [whole.problem] if whole.problem is not None else verify(whole)
             if problems:
-                raise RuntimeError("; ".join(problems) + ". Resume from another checkpoint")
+                raise CheckpointError("; ".join(problems) + ". Resume from another checkpoint")
             return on_first_rank(lambda: tag_inside(whole))
         choice = choose(load_dir, tag, accepts_plain=accepts_plain)
         return None if choice is None else choice.checkpoint

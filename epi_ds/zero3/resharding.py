@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from epi_ds.checkpoint.partitions import WEIGHTS, SavedPartitions
-from epi_ds.errors import UserError
+from epi_ds.errors import CheckpointError, UserError
 
 
 def load_partitions(zero3: Any, saved: SavedPartitions, *, weights_only: bool) -> None:
     """Replace the weights of a ZeRO-3 optimizer by those of a tag, and its state unless only weights are wanted.
 
-    Raises UserError for a model of other parameters, and RuntimeError where the state of a sub-group would be of parts
-    that differ in more than their entries.
+    Raises UserError for a model of other parameters, and CheckpointError where the state of a sub-group would be of
+    parts that differ in more than their entries.
     """
     _check_parameters(zero3, saved)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def _common(saved: SavedPartitions, names: Sequence[str]) -> tuple[list[str], di
     first, *others = [(saved.kinds(sub_group), saved.scalars(sub_group)) for sub_group in sub_groups]
     for sub_group, other in zip(sub_groups[1:], others, strict=True):
         if other != first:
-            raise RuntimeError(
+            raise CheckpointError(
                 f"{saved.folder}: sub-groups {sub_groups[0]} and {sub_group} have optimizer states of different kinds "
                 f"or ages ({first} and {other}), and would become one here; set the sub_group_size that saved them"
             )
