@@ -103,7 +103,7 @@ class Choice(NamedTuple):
 
     checkpoint: Checkpoint
     skipped: tuple[str, ...]
-    """Why newer ones were not taken."""
+    """Why newer ones, or such as may be newer, were not taken."""
 
 
 def newest_valid(
@@ -122,9 +122,10 @@ def newest_valid(
     Raises CheckpointError where there are checkpoints and none is whole, or ``latest`` names one: a run that had got
     somewhere must not begin at step 0 because of a damaged disk.
     """
-    skipped: list[str] = []
-    for candidate in reversed(checkpoints):
-        problems = [candidate.problem] if candidate.problem is not None else problems_of(candidate)
+    # Those without a readable manifest may be newer than any other: nobody knows.
+    skipped = [f"{one.path.name}: {one.problem}" for one in checkpoints if one.problem is not None]
+    for candidate in reversed([one for one in checkpoints if one.problem is None]):
+        problems = problems_of(candidate)
         if not problems:
             return Choice(candidate, tuple(skipped))
         skipped.append(f"{candidate.path.name}: {problems[0]}" + _more(problems))

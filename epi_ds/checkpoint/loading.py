@@ -79,7 +79,7 @@ def verify(checkpoint: Checkpoint) -> list[str]:
         return [f"{checkpoint.path} disappeared while it was looked at"]
     own = share_of(manifest.files, rank=dist.get_rank(), world_size=dist.get_world_size())
     found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, problems_of_files(checkpoint.path, own))
+    dist.all_gather_object(found, agree(lambda: problems_of_files(checkpoint.path, own)))
     return sorted(problem for problems in found for problem in problems)
 
 

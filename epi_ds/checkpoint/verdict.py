@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -43,9 +43,7 @@ def agree(action: Callable[[], T], *, seen: Callable[[T], str] = lambda _: "") -
         result = action()
         verdict, cause = _Verdict(None, False, seen(result)), None
     except Exception as error:  # whatever it is, the others must hear of it
-        if not isinstance(error, _SAID_IN_WORDS):
-            logger.exception("rank %d", dist.get_rank())
-        verdict, cause = _Verdict(describe(error), isinstance(error, UserError), ""), error
+        verdict, cause = _verdict_on(error), error
     verdicts: list[_Verdict] = [verdict] * dist.get_world_size()
     dist.all_gather_object(verdicts, verdict)
     failed = {rank: other for rank, other in enumerate(verdicts) if other.problem is not None}
@@ -63,18 +61,46 @@ def agree(action: Callable[[], T], *, seen: Callable[[T], str] = lambda _: "") -
 
 
 def _by_rank(problems: dict[int, str]) -> str:
-    """Return what ranks say, once where they all say the same."""
-    if len(set(problems.values())) == 1:
-        return next(iter(problems.values()))
+    """Return what ranks say, once where all of them say the same."""
+    if len(problems) == dist.get_world_size() and len(set(problems.values())) == 1:
+        return problems[0]
     return "\n".join(f"rank {rank}: {problem}" for rank, problem in problems.items())
 
 
+class _Outcome(NamedTuple):
+    """What rank 0 tells the others about an action that only it took."""
+
+    result: Any
+    verdict: _Verdict
+
+
 def on_first_rank(action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 and return its result to all; where it fails, raise on all. Collective."""
-    answer: list[T | None] = [agree(lambda: action() if dist.get_rank() == 0 else None)]
-    dist.broadcast_object_list(answer, src=0)
-    result: T = answer[0]  # type: ignore[assignment]
+    """Run ``action`` on rank 0 and return its result to all; where it fails, raise on all. Collective.
+
+    Raises UserError where it does, else AgreedError.
+    """
+    outcomes: list[_Outcome | None] = [None]
+    cause: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcomes[0] = _Outcome(action(), _Verdict(None, False, ""))
+        except Exception as error:  # whatever it is, the others must hear of it
+            outcomes[0], cause = _Outcome(None, _verdict_on(error)), error
+    dist.broadcast_object_list(outcomes, src=0)
+    outcome = outcomes[0]
+    if outcome is None:
+        raise RuntimeError("nothing came from rank 0; the process group is not sound")
+    if outcome.verdict.problem is not None:
+        kind = UserError if outcome.verdict.users_mistake else AgreedError
+        raise kind(outcome.verdict.problem) from cause
+    result: T = outcome.result
     return result
+
+
+def _verdict_on(error: Exception) -> _Verdict:
+    if not isinstance(error, _SAID_IN_WORDS):
+        logger.exception("rank %d", dist.get_rank())
+    return _Verdict(describe(error), isinstance(error, UserError), "")
 
 
 def describe(error: BaseException) -> str:

@@ -44,7 +44,7 @@ from epi_ds.zero3.checkpoint_files import guarded
 from epi_ds.zero3.cpu_adam import replay_steps
 from epi_ds.zero3.handle import EPI
 from epi_ds.zero3.nvme import check_swapped_copies, copy_swapped_files, finish_load, swapped_weights
-from epi_ds.zero3.resharding import load_partitions
+from epi_ds.zero3.resharding import check_parameters, load_partitions
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -311,8 +311,10 @@ class IsolationEngineMixin(DeepSpeedEngine):
             agree(lambda: self._check_resumable(folder, manifest, same_layout))
         if is_swapped:
             check_swapped_copies(self, str(folder))
-        rigid = resumes and same_layout
-        with self._reading(None if rigid else SavedPartitions(folder, manifest), weights_only=not resumes):
+        reader = None if resumes and same_layout else SavedPartitions(folder, manifest)
+        if reader is not None:
+            check_parameters(self.optimizer, reader)
+        with self._reading(reader, weights_only=not resumes):
             loaded, client_state = super().load_checkpoint(str(folder.parent), folder.name, *arguments)
             if load_module_only:
                 # DeepSpeed does not come by `_load_zero_checkpoint` then.

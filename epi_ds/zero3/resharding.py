@@ -22,10 +22,8 @@ from epi_ds.errors import CheckpointError, UserError
 def load_partitions(zero3: Any, saved: SavedPartitions, *, weights_only: bool) -> None:
     """Replace the weights of a ZeRO-3 optimizer by those of a tag, and its state unless only weights are wanted.
 
-    Raises UserError for a model of other parameters, and CheckpointError where the state of a sub-group would be of
-    parts that differ in more than their entries.
+    Raises CheckpointError where the state of a sub-group would be of parts that differ in more than their entries.
     """
-    _check_parameters(zero3, saved)
     with torch.no_grad():
         for index, partition in enumerate(zero3.fp32_partitioned_groups_flat):
             _fill(partition.data, zero3, index, saved, WEIGHTS)
@@ -38,7 +36,8 @@ def load_partitions(zero3: Any, saved: SavedPartitions, *, weights_only: bool) -
     zero3.load_state_dict([content] * dist.get_world_size(zero3.dp_process_group), load_optimizer_states=False)
 
 
-def _check_parameters(zero3: Any, saved: SavedPartitions) -> None:
+def check_parameters(zero3: Any, saved: SavedPartitions) -> None:
+    """Raise UserError where a tag is of a model of other parameters. Reads no file."""
     for group in zero3.fp16_groups:
         for parameter in group:
             name, shape = zero3.param_names[parameter], tuple(parameter.ds_shape)
