@@ -26,10 +26,10 @@ def list_(path: Run) -> None:
     table = Table("name", "step", "saved", "ranks", "GB", "")
     for row in rows_of(path):
         size = "" if row.num_bytes is None else f"{row.num_bytes / 1e9:.3f}"
-        numbers = ("" if number is None else str(number) for number in (row.step, row.ranks))
-        step, ranks = numbers
+        step, ranks = ("" if number is None else str(number) for number in (row.step, row.ranks))
         table.add_row(row.name, step, row.saved_at, ranks, size, row.state)
-    Console(soft_wrap=True).print(table)
+    # As wide as it is: names are to be copied from here.
+    Console(width=200).print(table)
 
 
 @app.command()

@@ -1,9 +1,9 @@
 """Runs in ranks: a plain TRL script, to which isolation is one callback.
 
-    plain_sft.py MODEL FOLDER [RESUME_FROM | --unprepared]
+    plain_sft.py MODEL FOLDER [RESUME_FROM | --continue | --unprepared]
 
-``--unprepared`` leaves out what accelerate needs on the CPU. Rank 0 writes FOLDER/result.json: the losses by step, and
-a digest of the final mask and weights.
+``--continue`` resumes from the newest checkpoint in FOLDER and keeps one; ``--unprepared`` leaves out what accelerate
+needs on the CPU. Rank 0 writes FOLDER/result.json: the losses by step, and a digest of the final mask and weights.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def main(model_path: str, folder: Path, option: str | None) -> None:
         per_device_train_batch_size=2,
         max_steps=8,
         save_steps=4,
+        save_total_limit=1 if option == "--continue" else None,
         logging_steps=1,
         learning_rate=1e-3,
         max_length=128,
@@ -56,7 +57,7 @@ def main(model_path: str, folder: Path, option: str | None) -> None:
     if option == "--unprepared":
         trainer.train()
         return
-    trainer.train(resume_from_checkpoint=option)
+    trainer.train(resume_from_checkpoint=True if option == "--continue" else option)
     digest = hashlib.sha256()
     for name, parameter in trainer.model.named_parameters():
         digest.update(isolation.epi.mask(name).numpy().tobytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import epi_ds
 from epi_ds import ds_configs
+from epi_ds.checkpoint.catalog import open_checkpoint
 from epi_ds.train.accelerate_setup import prepare_accelerate
 from tests.end_to_end.conftest import Demo
 from tests.support.engines import ds_config
@@ -37,6 +39,18 @@ def test_a_plain_script_isolates_and_resumes_to_the_bit(demo: Demo, tmp_path: Pa
     # The resumed log begins with what the checkpoint had logged.
     assert first == second
     assert len(first["losses"]) == first["applied_steps"] == 8
+
+    # A save that was killed after the tag was whole, and before the trainer had written its own state.
+    shutil.rmtree(resumed)
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoint-8" / "epi")
+    (resumed / "checkpoint-8" / "trainer_state.json").unlink()
+    output = checked(launch(SCRIPT, model, str(resumed), "--continue", num_ranks=2))
+    assert "checkpoint-8.incomplete was not saved to its end" in output
+    assert json.loads((resumed / "result.json").read_text()) == first
+    # The older one went when the newer one was whole, and the half one with it.
+    assert [path.name for path in resumed.glob("checkpoint-*")] == ["checkpoint-8"]
+    assert open_checkpoint(resumed / "checkpoint-8").problem is None
 
 
 def test_ranks_that_would_train_on_the_same_rows_are_refused(demo: Demo, tmp_path: Path) -> None:
