@@ -21,7 +21,7 @@ from epi_ds.isolation.state import CODE_SHIFTS
 from epi_ds.isolation.threshold import budget_of
 from epi_ds.isolation.traffic import compare, pick, refresh_messages
 from epi_ds.zero3.context import IsolationContext
-from epi_ds.zero3.engine import EngineRun, IsolationEngineMixin
+from epi_ds.zero3.engine import IsolationEngineMixin
 from epi_ds.zero3.guard import check_engine
 from epi_ds.zero3.handle import EPI
 from epi_ds.zero3.mixin import IsolationMixin
@@ -135,9 +135,9 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
     context = IsolationContext(optimizer, controller)
     optimizer.__class__ = type(f"Isolating{type(optimizer).__name__}", (IsolationMixin, type(optimizer)), {})
     optimizer.isolation = context
+    engine.run = context.run
     engine.__class__ = type(f"Isolating{type(engine).__name__}", (IsolationEngineMixin, type(engine)), {})
     engine.epi = EPI(engine, controller)
-    engine.run = EngineRun()
     if dist.get_rank() == 0:
         _warn_if_mostly_frozen(engine)
         logger.info(

@@ -12,7 +12,9 @@ from torch import Tensor
 from epi_ds.choices import Apply
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.layout import Parameter, Span, build_layout
+from epi_ds.zero3.engine_run import EngineRun
 from epi_ds.zero3.moments import ClippingAverage
+from epi_ds.zero3.skipped import SkippedSteps
 from epi_ds.zero3.step_energy import StepEnergy
 from epi_ds.zero3.window import AccumulationWindow
 
@@ -36,6 +38,8 @@ class IsolationContext:
         """One average per parameter group, for `apply: reduction`. See [Note: release] in moments.py."""
         if self.masks_gradients:
             self.clipping = [ClippingAverage(group["betas"][1]) for group in optimizer.optimizer.param_groups]
+        self.run = EngineRun()
+        self.skipped = SkippedSteps(controller.config.max_skipped_steps)
         self.backward_scale = 1.0
         """Loss scale of the gradients being applied; a dynamic scaler may raise its own before they are unscaled."""
         self.offloaded_sumsq: dict[Any, Tensor] = {}

@@ -10,40 +10,29 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import deepspeed
-import torch
 import torch.distributed as dist
 
-import epi_ds
 from epi_ds.checkpoint.catalog import Checkpoint, clean_up, open_checkpoint
-from epi_ds.checkpoint.digest import FileRecord
 from epi_ds.checkpoint.loading import choose, verify
-from epi_ds.checkpoint.manifest import (
-    FORMAT_VERSION,
-    Batch,
-    Kind,
-    Manifest,
-    SavedParameter,
-    SavedSubGroup,
-)
+from epi_ds.checkpoint.manifest import Manifest
 from epi_ds.checkpoint.partitions import SavedPartitions
 from epi_ds.checkpoint.retention import prune
 from epi_ds.checkpoint.run_id import RunRecord, check_held, check_trusted, take_over
-from epi_ds.checkpoint.saving import SaveTimes, TagWriter, check_space, now
-from epi_ds.checkpoint.store import check_fits, isolation_of, load_state, tag_inside, write_state
+from epi_ds.checkpoint.saving import TagWriter, check_space
+from epi_ds.checkpoint.store import check_fits, load_state, tag_inside, write_state
 from epi_ds.checkpoint.verdict import AgreedError, agree, on_first_rank
 from epi_ds.choices import MissingState, OnFailure
 from epi_ds.errors import CheckpointError, UserError
 from epi_ds.zero3.checkpoint_files import guarded
 from epi_ds.zero3.cpu_adam import replay_steps
+from epi_ds.zero3.engine_run import EngineRun, batch_of, bytes_to_save, manifest_of, sub_groups_of
 from epi_ds.zero3.handle import EPI
-from epi_ds.zero3.nvme import check_swapped_copies, copy_swapped_files, finish_load, swapped_weights
+from epi_ds.zero3.nvme import check_swapped_copies, copy_swapped_files, finish_load
 from epi_ds.zero3.resharding import check_parameters, load_partitions
 
 if TYPE_CHECKING:
@@ -53,21 +42,6 @@ else:
     DeepSpeedEngine = object
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class EngineRun:
-    """Where an engine's checkpoints are, and what it knows of them."""
-
-    trainer_folder: Path | None = None
-    """The output folder of the trainer that drives the engine: its ``checkpoint-N`` are then what is committed."""
-    verified: Path | None = None
-    """A checkpoint whose files were read and found whole before the engine was made."""
-    held: dict[Path, RunRecord] = field(default_factory=dict)
-    """The folders that this process has taken over, with what it wrote there."""
-    last_checkpoint: Path | None = None
-    """The newest one that was saved or loaded."""
-    last_save: SaveTimes | None = None
 
 
 class IsolationEngineMixin(DeepSpeedEngine):
@@ -106,14 +80,14 @@ class IsolationEngineMixin(DeepSpeedEngine):
         record = self.hold_folder(self.run.trainer_folder or folder)
         config = self.epi.config.checkpoint
         try:
-            check_space(folder, self._bytes_to_save())
+            check_space(folder, bytes_to_save(self))
             writer = TagWriter(folder, tag)
             try:
                 self._write(writer, client_state, exclude_frozen_parameters)
             except Exception:
                 writer.discard()
                 raise
-            times = writer.commit(lambda files: self._manifest(files, record), save_latest=save_latest)
+            times = writer.commit(lambda files: manifest_of(self, files, record), save_latest=save_latest)
         except AgreedError as error:
             if config.on_failure is OnFailure.STOP:
                 raise
@@ -152,14 +126,6 @@ class IsolationEngineMixin(DeepSpeedEngine):
         if config.keep_last is not None and record is not None:
             run_id, last, every = record.run_id, config.keep_last, config.keep_every
             on_first_rank(lambda: prune(folder, keep_last=last, keep_every=every, run_id=run_id))
-
-    def batch(self) -> Batch:
-        """Return the rows of a step."""
-        return Batch(
-            micro_batch=self.train_micro_batch_size_per_gpu(),
-            accumulation=self.gradient_accumulation_steps(),
-            world_size=dist.get_world_size(self.optimizer.dp_process_group),
-        )
 
     def _check_window(self, tag: str) -> None:
         if self.optimizer.isolation.window.is_open:
@@ -210,57 +176,6 @@ class IsolationEngineMixin(DeepSpeedEngine):
     def zero_nvme_offload_optimizer(self) -> bool:
         """See `_hides_nvme`."""
         return not self._hides_nvme and bool(super().zero_nvme_offload_optimizer())
-
-    def _bytes_to_save(self) -> int:
-        """Return what a tag takes, over all ranks: weights, optimizer states, isolation. Collective."""
-        zero3 = self.optimizer
-        sizes = [4 * numel for numel in zero3.fp16_partitioned_groups_flat_numel]
-        moments = 2 * sum(sizes)
-        own = sum(sizes) + moments + self.epi.memory_report().total_bytes
-        frozen = sum(
-            p.ds_tensor.numel() * p.ds_tensor.element_size() for p in self.module.parameters() if not p.requires_grad
-        )
-        total = torch.tensor([own + frozen], dtype=torch.int64, device=self.device)
-        dist.all_reduce(total)
-        return int(total)
-
-    def _manifest(self, files: Mapping[str, FileRecord], record: RunRecord) -> Manifest:
-        extra = {
-            "clipping": [average.to_dict() for average in self.optimizer.isolation.clipping],
-            # For readers that know no DeepSpeed.
-            "swapped": swapped_weights(self.optimizer),
-        }
-        return Manifest(
-            format_version=FORMAT_VERSION,
-            kind=Kind.TAG,
-            run_id=record.run_id,
-            incarnation=record.incarnation,
-            saved_at=now(),
-            versions={
-                "epi_ds": epi_ds.__version__,
-                "deepspeed": deepspeed.__version__,
-                "torch": torch.__version__,
-            },
-            step=self.global_steps,
-            batch=self.batch(),
-            model_dtype=str(self.optimizer.dtype).removeprefix("torch."),
-            sub_groups=self._sub_groups(),
-            isolation=isolation_of(self.epi.controller, extra=extra),
-            files=dict(files),
-        )
-
-    def _sub_groups(self) -> tuple[SavedSubGroup, ...]:
-        zero3 = self.optimizer
-        return tuple(
-            SavedSubGroup(
-                param_group=zero3.sub_group_to_group_id[index],
-                parameters=tuple(
-                    SavedParameter(name=zero3.param_names[parameter], shape=tuple(parameter.ds_shape))
-                    for parameter in group
-                ),
-            )
-            for index, group in enumerate(zero3.fp16_groups)
-        )
 
     # --- loading ---
 
@@ -352,15 +267,15 @@ class IsolationEngineMixin(DeepSpeedEngine):
             logger.warning("%s has no isolation state; importance starts from zero (missing_state: fresh)", folder)
 
     def _has_layout_of(self, manifest: Manifest) -> bool:
-        return manifest.world_size == self.batch().world_size and manifest.sub_groups == self._sub_groups()
+        return manifest.world_size == batch_of(self).world_size and manifest.sub_groups == sub_groups_of(self.optimizer)
 
     def _check_resumable(self, folder: Path, manifest: Manifest, same_layout: bool) -> None:
         check_fits(
             folder,
             manifest,
             self.epi.controller,
-            batch=self.batch(),
-            sub_groups=self._sub_groups(),
+            batch=batch_of(self),
+            sub_groups=sub_groups_of(self.optimizer),
             allow_new_batch=self.epi.config.checkpoint.allow_new_batch_size,
         )
         if same_layout:

@@ -16,6 +16,7 @@ A skipped step never reaches the commit point, so it leaves no trace. The class 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,7 +97,10 @@ class IsolationMixin(Zero3Optimizer):
         super().zero_grad(set_to_none=set_to_none)
 
     def step(self, closure: Any = None) -> None:
-        """Step, then count it and refresh the mask where due. Collective."""
+        """Step, then count it and refresh the mask where due. Collective.
+
+        Raises RuntimeError where no step could be applied for too long.
+        """
         context = self.isolation
         if context.controller.awaits_probe:
             raise RuntimeError(
@@ -105,11 +109,19 @@ class IsolationMixin(Zero3Optimizer):
             )
         context.window.close()
         context.backward_scale = float(self.loss_scale)
+        suspects = list(self._not_finite()) if context.skipped.next_is_too_many else []
         super().step(closure)
         context.window.forget()
         context.offloaded_sumsq.clear()
         if self.overflow:
+            context.skipped.skipped(
+                suspects,
+                num_parameters=len(context.names),
+                loss_scale=context.backward_scale,
+                last=context.run.last_checkpoint,
+            )
             return
+        context.skipped.applied()
         if context.clipping:
             rescale = context.backward_scale / float(self.loss_scale)
             factor = rescale * clipping_factor(float(self._global_grad_norm), self.clip_grad)
@@ -181,6 +193,14 @@ class IsolationMixin(Zero3Optimizer):
             mask_(stepping_optimizer(self, sub_group_id).state[weights]["exp_avg"], bits)
 
     # --- what the overrides are made of ---
+
+    def _not_finite(self) -> Iterator[str]:
+        """Yield the parameters of which this rank's accumulated gradient is not finite."""
+        context = self.isolation
+        for sub_group_id, spans in enumerate(context.parameter_spans):
+            for parameter, span in spans:
+                if not self._accumulated(sub_group_id, span).isfinite().all():
+                    yield context.names[parameter]
 
     def _rescale(self, total_norm: Tensor) -> float:
         """Return what plain ZeRO-3 multiplies the gradients of this step by to unscale and clip them."""

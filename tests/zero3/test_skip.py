@@ -94,6 +94,35 @@ def _poisoned_step(engine: Any, index: tuple[int, ...], value: float) -> None:
     assert len(calls) == engine.gradient_accumulation_steps()
 
 
+def storm(folder: str, changes: dict[str, Any]) -> str:
+    """Poison every step but one, until the run gives up; return what it says."""
+    section = {"ratio": 0.2, "refresh_interval": INTERVAL, "max_skipped_steps": 3}
+    with engine_of(OddNet, ds_config(epi=section, **changes)) as engine:
+        train_step(engine, 0, odd_batch)
+        engine.save_checkpoint(folder)
+        before = full_weights(engine)
+        # An applied step in between begins the count anew.
+        for _ in range(2):
+            _poisoned_step(engine, (0, 0), float("nan"))
+        train_step(engine, 1, odd_batch)
+        for _ in range(2):
+            _poisoned_step(engine, (0, 0), float("nan"))
+        with pytest.raises(RuntimeError) as raised:
+            _poisoned_step(engine, (0, 0), float("nan"))
+        assert not all(torch.equal(before[name], after) for name, after in full_weights(engine).items())
+        assert all(weight.isfinite().all() for weight in full_weights(engine).values())
+        return str(raised.value)
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
+def test_a_storm_of_nan_ends_the_run_with_a_diagnosis(tmp_path: Path, offload: bool) -> None:
+    said = run_ranks(storm, 2, str(tmp_path), {"offload": offload})
+    assert said[0] == said[1]
+    assert "the last 3 steps were skipped (max_skipped_steps)" in said[0]
+    assert f"those of 1 of 11 parameters ({NAME}), with loss scale 1." in said[0]
+    assert f"The newest checkpoint is {tmp_path / 'global_step1'}" in said[0]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("isolated_only", [False, True], ids=["plastic-entry", "isolated-entry"])
 def test_a_nan_leaves_no_trace(world_size: int, isolated_only: bool) -> None:

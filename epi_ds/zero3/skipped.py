@@ -1,0 +1,49 @@
+"""Steps skipped because gradients are not finite: a few are loss scaling at work, many are a broken run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+# Names that fit into a sentence.
+_SHOWN = 5
+
+
+class SkippedSteps:
+    """Counts steps skipped in a row; the same on every rank, since all skip together."""
+
+    def __init__(self, limit: int) -> None:
+        """``limit`` is how many are too many."""
+        self._limit = limit
+        self.in_a_row = 0
+
+    @property
+    def next_is_too_many(self) -> bool:
+        """Whether another skipped step would end the run, so that its gradients are to be looked at."""
+        return self.in_a_row + 1 >= self._limit
+
+    def applied(self) -> None:
+        """Note an applied step."""
+        self.in_a_row = 0
+
+    def skipped(self, suspects: Sequence[str], *, num_parameters: int, loss_scale: float, last: Path | None) -> None:
+        """Note a skipped step. Collective, and raises RuntimeError on all ranks, where it is one too many.
+
+        suspects  parameters of which this rank had a gradient that is not finite
+        last      the newest checkpoint that was saved or loaded
+        """
+        self.in_a_row += 1
+        if self.in_a_row < self._limit:
+            return
+        found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(found, list(suspects))
+        names = list(dict.fromkeys(name for own in found for name in own))
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        raise RuntimeError(
+            f"the last {self.in_a_row} steps were skipped (max_skipped_steps), because gradients are not finite: in the "
+            f"last one those of {len(names)} of {num_parameters} parameters ({shown}), with loss scale {loss_scale:g}. "
+            "The weights are those of before; look at the data of these steps, and lower the learning rate or the loss "
+            f"scale. {f'The newest checkpoint is {last}' if last else 'No checkpoint was saved'}"
+        )
