@@ -49,10 +49,7 @@ def sub_groups_of(zero3: Any) -> tuple[SavedSubGroup, ...]:
     return tuple(
         SavedSubGroup(
             param_group=zero3.sub_group_to_group_id[index],
-            parameters=tuple(
-                SavedParameter(name=zero3.param_names[parameter], shape=tuple(parameter.ds_shape))
-                for parameter in group
-            ),
+            parameters=tuple(SavedParameter(name=zero3.param_names[one], shape=tuple(one.ds_shape)) for one in group),
         )
         for index, group in enumerate(zero3.fp16_groups)
     )
