@@ -1,5 +1,6 @@
 # make demo   installs what is missing and shows the whole of it, in under five minutes on two cores
 # make test   runs all tests and lints, as CI does
+# make faults kills, damages and fills disks, and says what came of it; SEED=1 draws other bits
 
 VENV := .venv
 PYTHON ?= python3
@@ -9,7 +10,9 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint clean
+SEED ?= 0
+
+.PHONY: install demo test faults lint clean
 
 install: $(INSTALLED)
 
@@ -27,6 +30,9 @@ demo: install
 
 test: install lint
 	$(BIN)/pytest
+
+faults: install
+	$(BIN)/python -m tests.faults --seed $(SEED)
 
 # mypy knows no package-dir mapping: show it the package as it is installed, kernels, launch and ds_configs inside.
 TYPED := $(VENV)/typed/epi_ds

@@ -50,7 +50,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     except CheckpointError as error:
         return Checkpoint(folder, None, str(error))
     if manifest is None:
-        problem = f"{folder} has no {PATH}: it was saved without isolation, or not to its end"
+        problem = f"{folder / PATH} is missing: the checkpoint was saved without isolation, or not to its end"
         return Checkpoint(folder, None, problem, is_plain=True)
     return Checkpoint(folder, manifest, None)
 

@@ -18,8 +18,9 @@ MARKER = "recipe.json"
 
 # Arguments of how a run is watched, saved and fed, which change neither the rows of a step nor the arithmetic.
 _HARMLESS_ARGUMENTS = re.compile(
-    "(per_device_train_batch_size|gradient_accumulation_steps|save|logging|log|report|hub|push|dataloader|ddp_timeout|disable_tqdm|run_name|project|dataset_num_proc|eval|"
-    "per_device_eval|include_num_input_tokens_seen|skip_memory_metrics|debug)"
+    "(per_device_train_batch_size|gradient_accumulation_steps|save|logging|log|report|hub|push|dataloader|ddp_timeout|"
+    "disable_tqdm|run_name|project|dataset_num_proc|eval|per_device_eval|include_num_input_tokens_seen|"
+    "skip_memory_metrics|debug)"
 )
 
 

@@ -44,6 +44,6 @@ class SkippedSteps:
         raise RuntimeError(
             f"the last {self.in_a_row} steps were skipped (max_skipped_steps), because gradients are not finite: in "
             f"the last one those of {len(names)} of {num_parameters} parameters ({shown}), with loss scale "
-            f"{loss_scale:g}. The weights are those of before; look at the data of these steps, and lower the learning rate "
-            f"or the loss scale. {f'The newest checkpoint is {last}' if last else 'No checkpoint was saved'}"
+            f"{loss_scale:g}. The weights are those of before; look at the data of these steps, and lower the learning "
+            f"rate or the loss scale. {f'The newest checkpoint is {last}' if last else 'No checkpoint was saved'}"
         )

@@ -216,7 +216,7 @@ def save_plain(folder: str) -> None:
 
 def test_a_checkpoint_without_isolation_state_needs_consent(tmp_path: Path) -> None:
     run_ranks(save_plain, 2, str(tmp_path))
-    assert "has no epi/manifest.json" in loaded(tmp_path)[1]
+    assert "epi/manifest.json is missing" in loaded(tmp_path)[1]
     fresh = SECTION | {"missing_state": "fresh"}
     assert "has no manifest of ours" in loaded(tmp_path, fresh)[1]
     trusting = fresh | {"checkpoint": {"trust": True}}
