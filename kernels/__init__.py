@@ -19,7 +19,7 @@ from epi_ds.kernels.ops import (
 )
 from epi_ds.kernels.reference.chunks import chunks
 from epi_ds.kernels.reference.codecs import Stored, num_blocks
-from epi_ds.kernels.reference.mask_bits import pack_bits, set_bits, unpack_bits
+from epi_ds.kernels.reference.mask_bits import pack_bits, set_bits, slice_bits, unpack_bits
 from epi_ds.kernels.reference.runs import Run, table_of
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "select_",
     "set_bits",
     "sketch_counts",
+    "slice_bits",
     "table_of",
     "unpack_bits",
 ]

@@ -16,12 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import deepspeed
-import torch
 import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import epi_ds
+from epi_ds.bench.engine import bench_engine, tokens_of_a_step
 from epi_ds.bench.ranks import run_on_ranks
 from epi_ds.bench.step_clock import Owner, TimedClasses
 from epi_ds.choices import Apply, StateFormat
@@ -29,8 +27,6 @@ from epi_ds.zero3.attach import detach
 
 REFRESH_INTERVAL = 100
 _RATIO = 0.01
-_VOCABULARY = 8009
-_BATCH, _LENGTH = 2, 257
 # Steps of which the primary figure is the median, and as many plain ones.
 _STEPS = 15
 _REFRESHES = 3
@@ -101,7 +97,7 @@ def measure_steps(
 def _measure_all(chosen: Sequence[Case], pairs: int, layers: int, steps: int) -> list[StepRow]:
     rows = []
     for offload in dict.fromkeys(case.offload for case in chosen):
-        engine = _engine(offload=offload, layers=layers)
+        engine = bench_engine(offload=offload, layers=layers)
         for case in chosen:
             if case.offload is offload:
                 confirmed = not offload and (case.state, case.apply) in CONFIRMED
@@ -172,7 +168,7 @@ def _parts_in_ms(steps: Sequence[dict[Owner, float]], owners: Sequence[Owner]) -
 def _step(engine: Any, optimizer_class: type) -> float:
     """Run one step by an optimizer of a class; return its seconds. Collective."""
     engine.optimizer.__class__ = optimizer_class
-    tokens = torch.randint(0, _VOCABULARY, (_BATCH, _LENGTH))
+    tokens = tokens_of_a_step()
     dist.barrier()
     started = time.perf_counter()
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
@@ -206,29 +202,3 @@ def bootstrap_ratio(
 
     resampled = sorted(ratio(choices(indices, k=len(indices))) for _ in range(_RESAMPLES))
     return ratio(indices), resampled[round(_RESAMPLES * 0.025)], resampled[round(_RESAMPLES * 0.975) - 1]
-
-
-def _engine(*, offload: bool, layers: int) -> Any:
-    torch.manual_seed(0)
-    # 1.9 million parameters a layer and 6.7 million of embeddings; no size is a power of two.
-    config = LlamaConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=416,
-        intermediate_size=1112,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=_LENGTH,
-        attn_implementation="sdpa",
-    )
-    zero: dict[str, Any] = {"stage": 3}
-    if offload:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    ds_config = {
-        "train_micro_batch_size_per_gpu": _BATCH,
-        "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
-        "zero_optimization": zero,
-        "steps_per_print": 10**9,
-    }
-    return deepspeed.initialize(model=LlamaForCausalLM(config), config=ds_config)[0]

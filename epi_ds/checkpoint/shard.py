@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from epi_ds.checkpoint.tensor_file import write_tensor_file
 from epi_ds.errors import CheckpointError
 from epi_ds.isolation.layout import Layout, Segment
-from epi_ds.kernels import Stored, pack_bits, unpack_bits
+from epi_ds.kernels import Stored, unpack_bits
 
 
 def shard_name(rank: int) -> str:
@@ -44,34 +44,31 @@ def write_shard(
     *,
     rank: int,
     world_size: int,
-    mask_of: Callable[[Segment], Tensor],
+    bits_of: Callable[[Segment], Tensor],
     states: Mapping[str, Callable[[Segment], Stored]],
     first_mask: Sequence[Tensor],
     random_states: tuple[Mapping[str, Tensor], Mapping[str, Any]],
 ) -> None:
     """Write one rank's slices. All functions are asked for one segment at a time.
 
-    mask_of        -> [real_numel] bool, on the CPU
-    states         stored values by the name of the state
+    bits_of        -> [ceil(real_numel / 8)] uint8
+    states         stored values by the name of the state; views will do
     first_mask     sampled bytes of the run's first mask, by sub-group
     random_states  of this rank's generators: tensors, and what is none
     """
     tensors: dict[str, Tensor] = {}
     for segment in layout.segments:
-        bits = torch.empty(-(-segment.real_numel // 8), dtype=torch.uint8)
-        pack_bits(mask_of(segment), bits)
-        tensors[f"mask/{segment.name}"] = bits
+        tensors[f"mask/{segment.name}"] = bits_of(segment)
         for state, stored_of in states.items():
             stored = stored_of(segment)
-            # Copies: safetensors refuses views that share a storage.
-            tensors[f"{state}/{segment.name}"] = stored.codes.cpu().clone()
+            tensors[f"{state}/{segment.name}"] = stored.codes
             if stored.scales.numel():
-                tensors[f"scales/{state}/{segment.name}"] = stored.scales.cpu().clone()
-    tensors |= {f"first_mask/{sub_group}": sample.cpu().clone() for sub_group, sample in enumerate(first_mask)}
+                tensors[f"scales/{state}/{segment.name}"] = stored.scales
+    tensors |= {f"first_mask/{sub_group}": sample for sub_group, sample in enumerate(first_mask)}
     random_tensors, others = random_states
     tensors |= {f"random/{name}": state for name, state in random_tensors.items()}
     header = Header(rank=rank, world_size=world_size, segments=layout.segments, random_states=dict(others))
-    save_file(tensors, path, metadata={"epi_ds": header.model_dump_json()})
+    write_tensor_file(path, tensors, {"epi_ds": header.model_dump_json()})
 
 
 class Shard:

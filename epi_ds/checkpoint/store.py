@@ -50,7 +50,7 @@ def write_state(writer: TagWriter, controller: IsolationController) -> None:
             controller.layout,
             rank=rank,
             world_size=world_size,
-            mask_of=controller.masks.segment,
+            bits_of=controller.masks.segment_bits,
             states={name: state.stored for name, state in controller.states.items()},
             first_mask=controller.refresher.first_mask.sample,
             random_states=random_states(),

@@ -11,7 +11,7 @@ from torch import Tensor
 from epi_ds.isolation.importance import codes_of
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.state import Importance
-from epi_ds.kernels import chunks, count_bits, select_, set_bits, unpack_bits
+from epi_ds.kernels import chunks, count_bits, select_, set_bits, slice_bits, unpack_bits
 
 
 class Masks:
@@ -32,10 +32,12 @@ class Masks:
 
     def segment(self, segment: Segment) -> Tensor:
         """Return a slice of a parameter's mask. [real_numel] bool, on the CPU."""
-        first_byte = segment.start // 8
         # Moved as bits: on the device, a nearly full one, the slice would take eight times the room.
-        packed = self.bits[segment.sub_group][first_byte : -(-segment.stop // 8)].cpu()
-        return unpack_bits(packed, segment.start - first_byte * 8, segment.stop - first_byte * 8)
+        return unpack_bits(self.segment_bits(segment).cpu(), 0, segment.real_numel)
+
+    def segment_bits(self, segment: Segment) -> Tensor:
+        """Return a slice of a parameter's mask as bits of its own. [ceil(real_numel / 8)] uint8, on the device."""
+        return slice_bits(self.bits[segment.sub_group], segment.start, segment.stop)
 
     def replace(self, sub_group: int, selected: Selected) -> None:
         """Put the mask of one partition in force."""

@@ -31,6 +31,21 @@ def unpack_bits(bits: Tensor, start: int, stop: int) -> Tensor:
     return expanded.view(-1)[start - first_byte * 8 : stop - first_byte * 8].bool()
 
 
+def slice_bits(bits: Tensor, start: int, stop: int) -> Tensor:
+    """Return entries ``[start, stop)`` of a mask as bits of their own, a copy: what `pack_bits` makes of them.
+
+    [ceil((stop - start) / 8)] uint8, on the device of ``bits``
+    """
+    first_byte, shift, length = start // 8, start % 8, -(-(stop - start) // 8)
+    own = bits[first_byte : first_byte + length] >> shift
+    if shift:
+        following = bits[first_byte + 1 : first_byte + 1 + length]
+        own[: following.numel()] |= following << (8 - shift)
+    if last := (stop - start) % 8:
+        own[-1] &= (1 << last) - 1
+    return own
+
+
 def set_bits(bits: Tensor, mask: Tensor, first_entry: int) -> None:
     """Overwrite neighbouring entries of a mask in place.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,3 +97,27 @@ def test_step_rows_say_what_isolation_adds() -> None:
         figures = [row[name] for name in ("ratio_median", "ci_low", "ci_high", "pairs")]
         assert (None not in figures) if confirmed else figures == [None] * 4
         assert not confirmed or row["ci_low"] <= row["ratio_median"] <= row["ci_high"]
+
+
+def test_save_rows_say_what_a_whole_checkpoint_adds(tmp_path: Path) -> None:
+    rows = bench("save", "--states", "u8,fp32", "--layers", "1", "--pairs", "2", "--folder", str(tmp_path))
+    assert [row["state"] for row in rows] == ["u8", "fp32"]
+    for row in rows:
+        assert (row["world_size"], row["pairs"]) == (2, 2)
+        # Weights and two moments in fp32, of DeepSpeed; importance and a bit, of ours.
+        assert row["plain_bytes"] / row["params"] == pytest.approx(12, rel=0.02)
+        assert (row["saved_bytes"] - row["plain_bytes"]) / row["params"] == pytest.approx(
+            {"u8": 1.14, "fp32": 4.125}[row["state"]], rel=0.05
+        )
+        assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+        assert min(row[name] for name in ("plain", "plain_fsync", "saved", "verify")) > 0
+        assert len(row["shares"]) == 4
+        assert all(0 < share < 1 for share in row["shares"].values())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_state_that_does_not_exist_is_refused() -> None:
+    command = ["epi-ds", "bench", "save", "--states", "u8,fp8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "names another state than" in done.stderr

@@ -14,6 +14,7 @@ from epi_ds.kernels import (
     restore_,
     set_bits,
     sketch_counts,
+    slice_bits,
     unpack_bits,
 )
 from epi_ds.kernels.reference.chunks import CHUNK_NUMEL, chunks
@@ -32,6 +33,8 @@ def test_bits_round_trip(numel: int) -> None:
     assert count_bits(bits) == int(mask.sum())
     for start, stop in ((0, numel), (numel // 3, numel), (min(3, numel), min(20, numel))):
         assert torch.equal(unpack_bits(bits, start, stop), mask[start:stop])
+        # A neighbour's bits, and those behind the last entry, are not carried along.
+        assert torch.equal(slice_bits(bits, start, stop), bits_of(mask[start:stop]))
 
 
 @pytest.mark.parametrize("numel", SIZES)
