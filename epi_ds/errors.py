@@ -16,6 +16,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read or written: the message names the file and the remedy, and needs no traceback."""
 
 
+class LostRankError(RuntimeError):
+    """Another rank died or stands still; the message says who noticed, and the traceback would only say where."""
+
+
 def nearest(name: str, valid_names: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest of ``valid_names``, or an empty string."""
     close = difflib.get_close_matches(name, list(valid_names), n=1, cutoff=0.6)

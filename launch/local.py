@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import ctypes
 import json
 import os
 import signal
@@ -11,14 +10,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
 from epi_ds.launch.environment import prepare_environment
+from epi_ds.launch.lost_ranks import die_with_parent
 
 from epi_ds.errors import UserError
-
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def free_port() -> int:
@@ -74,14 +73,9 @@ def launch_command(module: str, arguments: Sequence[str], *, devices: Sequence[i
     ]
 
 
-def _die_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its parent ends, however it ends (Linux)."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def start_child(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
     """Start a command that does not outlive this process: a killed parent leaves no rank behind on the devices."""
-    return subprocess.Popen(command, preexec_fn=_die_with_parent if sys.platform == "linux" else None, **options)
+    return subprocess.Popen(command, preexec_fn=partial(die_with_parent, signal.SIGTERM), **options)
 
 
 def run_ranks(module: str, arguments: Sequence[str], *, num_ranks: int) -> int:

@@ -142,8 +142,13 @@ def _save_plain(engine: Any, place: Path) -> tuple[float, float]:
         write = _timed(lambda: engine.save_checkpoint(str(place), _PLAIN, save_latest=False))
     finally:
         engine.__class__, engine.optimizer.__class__ = isolating
-    own = [path for path in (place / _PLAIN).iterdir() if f"rank_{dist.get_rank()}_" in path.name]
-    return write, _timed(lambda: [sync_file(path) for path in own])
+    return write, _timed(lambda: _sync_own(place / _PLAIN))
+
+
+def _sync_own(folder: Path) -> None:
+    """Sync what this rank wrote of a tag of DeepSpeed's."""
+    for path in folder.glob(f"*rank_{dist.get_rank()}_*"):
+        sync_file(path)
 
 
 def _make_room(folder: Path) -> None:

@@ -54,4 +54,5 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in names:
-            file.write(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            values = tensors[name].detach().cpu().contiguous().view(-1)
+            file.write(values.view(torch.uint8).numpy().data)

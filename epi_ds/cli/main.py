@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from epi_ds.cli import audit, bench, checkpoints, demo, estimate, export, operators, recipes, report, train
-from epi_ds.errors import CheckpointError, UserError
+from epi_ds.errors import CheckpointError, LostRankError, UserError
 
 app = typer.Typer(
     name="epi-ds",
@@ -51,7 +51,7 @@ def _quieten() -> None:
 
 
 def main() -> None:
-    """Run the command; a user's mistake (exit code 2) or a bad checkpoint (1) is a message, and no traceback."""
+    """Run the command; a user's mistake (exit code 2), a bad checkpoint and a lost rank (1) are told in a message."""
     _quieten()
     try:
         app(standalone_mode=True)
@@ -63,6 +63,10 @@ def main() -> None:
     except CheckpointError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except LostRankError as error:
+        # Whichever ranks are left.
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
 

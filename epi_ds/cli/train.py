@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from epi_ds.errors import LostRankError
+
+if TYPE_CHECKING:
+    from epi_ds.train.recipe import Recipe
 
 MODULE = "epi_ds.cli.main"
 
@@ -26,6 +33,7 @@ def train(
     checkpoint, on any number of ranks.
     """
     from epi_ds.launch.environment import check_not_a_task, default_ranks, is_rank, prepare_environment
+    from epi_ds.launch.lost_ranks import OF_A_DEATH, die_with_launcher, lost_rank, signal_of
     from epi_ds.train.recipe import load_recipe
 
     prepare_environment()
@@ -36,15 +44,33 @@ def train(
         from epi_ds.launch.local import run_ranks
 
         arguments = ["train", recipe, *(overrides or []), f"--resume={resume}", *(["--restart"] if restart else [])]
-        raise typer.Exit(run_ranks(MODULE, arguments, num_ranks=loaded.ranks or default_ranks()))
+        exit_code = run_ranks(MODULE, arguments, num_ranks=loaded.ranks or default_ranks())
+        if number := signal_of(exit_code):
+            raise LostRankError(f"a rank or the launcher was ended by {number.name}. {OF_A_DEATH}. {_remedy(loaded)}")
+        raise typer.Exit(exit_code)
 
+    die_with_launcher()
     import torch.distributed as dist
 
     from epi_ds.cli.report import show_run
     from epi_ds.train.run import run_recipe
 
-    folder = run_recipe(loaded, restart=restart, resume_from=resume)
+    try:
+        folder = run_recipe(loaded, restart=restart, resume_from=resume)
+    except RuntimeError as error:
+        if (reason := lost_rank(error)) is None:
+            raise
+        raise LostRankError(f"rank {os.environ['RANK']}: {reason}. {_remedy(loaded)}") from error
     if dist.get_rank() == 0:
         show_run(folder.root)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _remedy(recipe: Recipe) -> str:
+    """Say how a run goes on that lost a rank."""
+    from epi_ds.train.run_folder import RunFolder
+
+    newest = RunFolder(Path(recipe.output)).complete_checkpoints()[-1:]
+    last = f"the newest checkpoint is {newest[0].path}" if newest else "there is no checkpoint yet"
+    return f"Run the command again to go on: {last}"

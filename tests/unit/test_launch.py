@@ -8,6 +8,7 @@ import pytest
 import torch
 from epi_ds.launch.environment import check_not_a_task
 from epi_ds.launch.local import device_ids
+from epi_ds.launch.lost_ranks import lost_rank, signal_of
 from epi_ds.launch.operators import nvme_builders, stale_locks
 
 
@@ -70,3 +71,31 @@ def test_the_operator_of_nvme_is_built_where_its_library_is(monkeypatch: pytest.
     lines: list[str] = []
     assert nvme_builders(lines.append) == (("AsyncIOBuilder",) if installed else ())
     assert any("apt-get install libaio-dev" in line for line in lines) == (not installed)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (
+            "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:40094. This is typically caused",
+            "another rank died (Connection closed by peer [127.0.0.1]:40094). If it left no message",
+        ),
+        (
+            "[/gloo/unbound_buffer.cc:129] Timed out waiting 15000ms for send operation to complete",
+            "another rank was stopped or hangs (Timed out waiting 15000ms for send operation to complete). train.ddp_",
+        ),
+        (
+            "NCCL error\nncclRemoteError: remote process exited or there was a network error",
+            "another rank died (",
+        ),
+        ("CUDA out of memory", None),
+    ],
+)
+def test_errors_of_collectives_tell_of_lost_ranks(said: str, expected: str | None) -> None:
+    found = lost_rank(RuntimeError(said))
+    assert found is None if expected is None else (found or "").startswith(expected)
+
+
+def test_signals_are_read_off_exit_codes() -> None:
+    # As DeepSpeed's launcher passes on a rank's -9, and as Popen says that the launcher itself was killed.
+    assert [signal_of(code) for code in (247, -9, 241, 0, 1, 2)] == [9, 9, 15, None, None, None]
