@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -78,17 +79,26 @@ def start_child(command: Sequence[str], **options: Any) -> subprocess.Popen[byte
     return subprocess.Popen(command, preexec_fn=partial(die_with_parent, signal.SIGTERM), **options)
 
 
+def remove_buffers(port: int) -> None:
+    """Remove what DeepSpeed's ranks on the CPU leave in shared memory: 69 MB each, which nobody unlinks (0.19.8).
+
+    port  that they met at, by which they name it
+    """
+    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        left.unlink(missing_ok=True)
+
+
 def run_ranks(module: str, arguments: Sequence[str], *, num_ranks: int) -> int:
     """Run a module in ``num_ranks`` ranks of this machine and return the exit code.
 
     SIGINT, SIGTERM and SIGHUP are passed on to the launcher, which ends all ranks.
     """
     prepare_environment()
-    environment = os.environ.copy()
+    environment, port = os.environ.copy(), free_port()
     # Without this every rank starts as many threads as the machine has cores.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     process = start_child(
-        launch_command(module, arguments, devices=device_ids(num_ranks), port=free_port()),
+        launch_command(module, arguments, devices=device_ids(num_ranks), port=port),
         env=environment,
         # A terminal's Ctrl-C reaches the whole foreground group; the ranks must get it once, through the launcher.
         start_new_session=True,
@@ -102,5 +112,6 @@ def run_ranks(module: str, arguments: Sequence[str], *, num_ranks: int) -> int:
     try:
         return process.wait()
     finally:
+        remove_buffers(port)
         for number, handler in previous.items():
             signal.signal(number, handler)

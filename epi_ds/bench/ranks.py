@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
+from epi_ds.launch.local import remove_buffers
+
 # A rank that fails leaves the others waiting in a collective; they give up after this long.
 _TIMEOUT = timedelta(minutes=5)
 
@@ -24,7 +26,10 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> l
     """
     with tempfile.TemporaryDirectory(prefix="epi_ds_bench_") as folder:
         start: Any = start_processes
-        start(_run, (world_size, folder, function, args), nprocs=world_size, start_method="spawn")
+        try:
+            start(_run, (world_size, folder, function, args), nprocs=world_size, start_method="spawn")
+        finally:
+            remove_buffers(os.getpid())
         return [torch.load(_result_path(folder, rank), weights_only=False) for rank in range(world_size)]
 
 

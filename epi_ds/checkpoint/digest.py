@@ -15,7 +15,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict
 
 ALGORITHM = "xxh3_128"
-_BLOCK_BYTES = 1 << 22
+_BLOCK_BYTES = 1 << 20
 # Reading is what takes the time, and the hash releases the interpreter while it runs.
 _THREADS = 4
 

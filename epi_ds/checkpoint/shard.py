@@ -88,9 +88,11 @@ class Shard:
         self._names = set(self._file.keys())
         self.by_name = {segment.name: segment for segment in self.header.segments}
 
-    def mask(self, name: str) -> Tensor:
-        """Read the mask of one parameter's slice. [real_numel] bool"""
-        return unpack_bits(self._file.get_tensor(f"mask/{name}"), 0, self.by_name[name].real_numel)
+    def mask(self, name: str, start: int, stop: int) -> Tensor:
+        """Read entries ``[start, stop)`` of the mask of one parameter's slice. [stop - start] bool"""
+        first_byte = start // 8
+        bits = self._file.get_slice(f"mask/{name}")[first_byte : -(-stop // 8)]
+        return unpack_bits(bits, start - first_byte * 8, stop - first_byte * 8)
 
     def stored(self, state: str, name: str) -> Stored:
         """Read what is stored of one parameter's slice."""

@@ -34,7 +34,7 @@ class TagShards:
         """Return the mask of a segment. [real_numel] bool"""
         mask = torch.zeros(segment.real_numel, dtype=torch.bool)
         for rank, start, stop, offset in self._pieces(segment):
-            mask[offset : offset + stop - start] = self.shard(rank).mask(segment.name)[start:stop]
+            mask[offset : offset + stop - start] = self.shard(rank).mask(segment.name, start, stop)
         return mask
 
     def stored(self, state: str, segment: Segment) -> Stored:

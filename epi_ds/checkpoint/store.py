@@ -151,25 +151,22 @@ def load_state(folder: Path, manifest: Manifest, controller: IsolationController
     """
     isolation = manifest.isolation
     shards = TagShards(folder, manifest)
-    segments = controller.layout.segments
-    read = agree(
-        lambda: (
-            {segment.name: shards.mask(segment) for segment in segments},
-            {name: {s.name: shards.stored(name, s) for s in segments} for name in isolation.states},
-        )
-    )
     codes = isolation.threshold_codes
     rows = isolation.last_row_codes
     own = agree(lambda: shards.shard(controller.exchange.rank)) if same_layout else None
-    controller.restore(
-        counters=Counters.from_dict(isolation.counters),
-        threshold_codes=None if codes is None else torch.tensor([codes[n] for n in controller.layout.layer_names]),
-        masks=read[0],
-        states=read[1],
-        # Sampled from partitions, so it means nothing to other ones.
-        first_mask=[] if own is None else own.first_mask(),
-        last_row_codes=None if rows is None else torch.tensor(rows),
+    agree(
+        lambda: controller.restore(
+            counters=Counters.from_dict(isolation.counters),
+            threshold_codes=None if codes is None else torch.tensor([codes[n] for n in controller.layout.layer_names]),
+            mask_of=shards.mask,
+            states=isolation.states,
+            stored_of=shards.stored,
+            # Sampled from partitions, so it means nothing to other ones.
+            first_mask=[] if own is None else own.first_mask(),
+            last_row_codes=None if rows is None else torch.tensor(rows),
+        )
     )
+    controller.refresher.add_up()
     if own is not None:
         restore_random_states(own.random_tensors(), own.header.random_states)
     elif dist.get_rank() == 0:
@@ -192,16 +189,19 @@ def load_masks(folder: str, controller: IsolationController) -> None:
     manifest = tag.manifest
     if manifest is None:
         raise UserError(f"mask_from: {tag.problem}; give the folder of a checkpoint")
-    shards = {name: record for name, record in manifest.files.items() if name.endswith(".safetensors")}
-    share = share_of(shards, rank=dist.get_rank(), world_size=dist.get_world_size())
+    files = {name: record for name, record in manifest.files.items() if name.endswith(".safetensors")}
+    share = share_of(files, rank=dist.get_rank(), world_size=dist.get_world_size())
 
-    def read() -> dict[str, torch.Tensor]:
+    def load() -> None:
         problems = problems_of_files(tag.path, share)
         if problems:
             raise CheckpointError("; ".join(problems))
-        return _read_masks(tag.path, manifest, controller)
+        shards = TagShards(tag.path, manifest)
+        _check_masks(shards, tag.path, controller)
+        controller.refresher.load(shards.mask)
 
-    controller.refresher.load(agree(read))
+    agree(load)
+    controller.refresher.add_up()
     if not controller.is_active:
         counters = manifest.isolation.counters
         raise UserError(
@@ -221,8 +221,7 @@ def _tag_at(folder: Path) -> Checkpoint:
     return tag_inside(open_checkpoint(folder))
 
 
-def _read_masks(folder: Path, manifest: Manifest, controller: IsolationController) -> dict[str, torch.Tensor]:
-    shards = TagShards(folder, manifest)
+def _check_masks(shards: TagShards, folder: Path, controller: IsolationController) -> None:
     saved = shards.shard(0).by_name
     missing = sorted(name for name in controller.layout.by_name if name not in saved)
     if missing:
@@ -236,4 +235,3 @@ def _read_masks(folder: Path, manifest: Manifest, controller: IsolationControlle
                 f"mask_from: {folder}: {segment.name} has shape {shape}, this model has {segment.shape}; give a "
                 "checkpoint of this model"
             )
-    return {segment.name: shards.mask(segment) for segment in controller.layout.segments}

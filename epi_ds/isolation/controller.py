@@ -6,7 +6,7 @@ the mask in force from step t + 1 on, so norm, clipping and offload copies of on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -130,26 +130,30 @@ class IsolationController:
         *,
         counters: Counters,
         threshold_codes: Tensor | None,
-        masks: Mapping[str, Tensor],
-        states: Mapping[str, Mapping[str, Stored]],
+        mask_of: Callable[[Segment], Tensor],
+        states: Sequence[str],
+        stored_of: Callable[[str, Segment], Stored],
         first_mask: Sequence[Tensor] = (),
         last_row_codes: Tensor | None = None,
     ) -> None:
-        """Replace the whole state by slices of this rank's segments, by parameter name. Collective.
+        """Replace the whole state. `refresher.add_up` is due then, on every rank.
 
-        masks           [real_numel] bool by name; every segment
+        mask_of         -> [real_numel] bool
+        states          names of those to have, as in `states`
+        stored_of       a state's name and a segment -> what is stored of it
         first_mask      see `FirstMask.sample`
         last_row_codes  see `Selector`
-        states          for each of ours by its name in `states`, every segment by name
+
+        One segment after the other is asked for: what is loaded is never there twice.
         """
         self._remembered.restart(name for name in states if name != "importance")
         for name, state in self.states.items():
             for segment in self.layout.segments:
-                state.load(segment, states[name][segment.name], step=counters.observations)
+                state.load(segment, stored_of(name, segment), step=counters.observations)
         self.refresher.first_mask.restore(first_mask, self._devices)
         self.refresher.selector.last_row_codes = last_row_codes
         self.refresher.threshold_codes = threshold_codes
-        self.refresher.load(masks)
+        self.refresher.load(mask_of)
         self.counters = counters
 
     # --- a step ---

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from epi_ds.config import EPIConfig
 from epi_ds.isolation.bracket import count_dtype
 from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.counters import Counters
-from epi_ds.isolation.layout import Layout
+from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.mask import Masks, select_bits
 from epi_ds.isolation.refresh import FirstMask, GroupCounts, Refresh, layer_importance
 from epi_ds.isolation.remembered import Remembered
@@ -75,9 +75,13 @@ class Refresher:
         self.last_decision: Decision | None = None
         self._group_isolated = torch.zeros(len(layout.group_numel), dtype=torch.int64)
 
-    def load(self, masks: Mapping[str, Tensor]) -> None:
-        """Put given masks in force: [real_numel] bool for every segment, by parameter name. Collective."""
-        self._group_isolated = self._exchange.total(self.masks.load(masks))
+    def load(self, mask_of: Callable[[Segment], Tensor]) -> None:
+        """Put given masks in force: [real_numel] bool of every segment. `add_up` is due then, on every rank."""
+        self._group_isolated = self.masks.load(mask_of)
+
+    def add_up(self) -> None:
+        """Count the isolated entries of all ranks, once each has loaded its masks. Collective."""
+        self._group_isolated = self._exchange.total(self._group_isolated)
         self.isolated = int(self._group_isolated[: len(self._layout.layer_names)].sum())
 
     def refresh(

@@ -66,8 +66,13 @@ def _load_states(zero3: Any, saved: SavedPartitions) -> None:
         names = [zero3.param_names[parameter] for parameter in zero3.fp16_groups[index]]
         kinds, scalars = _common(saved, names)
         state: dict[str, Any] = dict(scalars)
+        there = zero3.optimizer.state.get(partition, {})
         for kind in kinds:
-            state[kind] = torch.zeros_like(partition.data)
+            old = there.get(kind)
+            # In place where there are any: old and new moments at once are twice the optimizer's memory.
+            state[kind] = (
+                old if isinstance(old, Tensor) and _alike(old, partition) else torch.zeros_like(partition.data)
+            )
             _fill(state[kind], zero3, index, saved, kind)
         if state:
             states[index] = state
@@ -80,6 +85,10 @@ def _load_states(zero3: Any, saved: SavedPartitions) -> None:
     ]
     zero3.optimizer.load_state_dict({"state": states, "param_groups": groups})
     zero3._clear_fp32_optimizer_param_groups()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
 def _common(saved: SavedPartitions, names: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

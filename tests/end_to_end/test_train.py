@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from epi_ds.launch.local import free_port
+from epi_ds.launch.local import free_port, remove_buffers
 from transformers import AutoTokenizer
 
 from epi_ds.train.recipe import load_recipe
@@ -239,8 +239,10 @@ def test_one_rank_scores_and_probes_for_a_static_mask(uninterrupted: Path, base:
     epi = {"policy": "static", "ratio": 0.1, "probe_steps": 2}
     recipe = write_recipe(tmp_path, base, method={"epi": epi})
     shorter = ["stages.reset.data.rows=6", "stages.carry.data.rows=4", "stages.chat.data.rows=4"]
-    deepspeed = [str(Path(sys.prefix) / "bin" / "deepspeed"), "--num_gpus=1", f"--master_port={free_port()}"]
+    port = free_port()
+    deepspeed = [str(Path(sys.prefix) / "bin" / "deepspeed"), "--num_gpus=1", f"--master_port={port}"]
     checked(run_command([*deepspeed, "--module", "epi_ds.cli.main", "train", str(recipe), *shorter]))
+    remove_buffers(port)
     (before, *_) = lines_of(tmp_path / "run", "evaluation")
     assert before == lines_of(uninterrupted / "run", "evaluation")[0]
     (refresh,) = lines_of(tmp_path / "run", "refresh")

@@ -16,6 +16,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from epi_ds.launch.local import remove_buffers
+
 # How long a collective waits for a rank that is stopped, and how long ranks may take to end after another one has.
 GROUP_SECONDS = 15.0
 END_SECONDS = 30.0
@@ -117,7 +119,6 @@ class Ranks:
                 # A stopped process does not hear a signal but this one.
                 os.kill(process.pid, signal.SIGKILL)
             process.join()
-        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_127.0.0.1_{self._port}_*"):
-            left.unlink(missing_ok=True)
+        remove_buffers(self._port)
         with contextlib.suppress(OSError):
             self._folder.cleanup()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-from epi_ds.launch.local import free_port, launch_command
+from epi_ds.launch.local import free_port, launch_command, remove_buffers
 
 
 class Finished(NamedTuple):
@@ -42,7 +42,11 @@ def run_epi_ds(*arguments: str, timeout: float = 300.0) -> Finished:
 
 def launch(module: str, *arguments: str, num_ranks: int, timeout: float = 300.0) -> Finished:
     """Run a module in ranks under DeepSpeed's node launcher."""
-    return run_command(launch_command(module, arguments, devices=range(num_ranks), port=free_port()), timeout=timeout)
+    port = free_port()
+    try:
+        return run_command(launch_command(module, arguments, devices=range(num_ranks), port=port), timeout=timeout)
+    finally:
+        remove_buffers(port)
 
 
 def checked(finished: Finished, exit_code: int = 0) -> str:

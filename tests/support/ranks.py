@@ -22,6 +22,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from epi_ds.launch.local import remove_buffers
+
 # A rank that waits for a peer which failed gets this long before the group is ended.
 GRACE_SECONDS = 5.0
 GROUP_TIMEOUT = timedelta(seconds=120)
@@ -130,10 +132,7 @@ class RankPool:
             process.join()
         for connection in self._connections:
             connection.close()
-        # Ranks that are killed leave DeepSpeed's buffers behind, 69 MB each.
-        port = _port(os.getpid(), self.world_size)
-        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_127.0.0.1_{port}_*"):
-            left.unlink(missing_ok=True)
+        remove_buffers(_port(os.getpid(), self.world_size))
         with contextlib.suppress(OSError):
             self._folder.cleanup()
 

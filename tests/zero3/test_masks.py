@@ -15,7 +15,7 @@ from torch import Tensor
 from epi_ds.choices import Normalizer, Selection
 from epi_ds.errors import UserError
 from epi_ds.isolation.counters import Counters
-from epi_ds.isolation.layout import block_of, kind_of
+from epi_ds.isolation.layout import Segment, block_of, kind_of
 from epi_ds.isolation.refresh import Refresh
 from tests.support.engines import (
     PARTIAL_OFFLOAD,
@@ -54,14 +54,19 @@ def given_importance() -> dict[str, Tensor]:
 
 def restore(engine: Any, given: dict[str, Tensor]) -> None:
     """Give the engine this importance, as loading a checkpoint does. Collective."""
-    segments = engine.epi.controller.layout.segments
-    slices = {s.name: given[s.name].flatten()[s.global_start : s.global_start + s.real_numel] for s in segments}
+
+    def stored_of(_: str, segment: Segment) -> Stored:
+        first = segment.global_start
+        return Stored(given[segment.name].flatten()[first : first + segment.real_numel], torch.zeros(0), first)
+
     engine.epi.controller.restore(
         counters=Counters(),
         threshold_codes=None,
-        masks={s.name: torch.zeros(s.real_numel, dtype=torch.bool) for s in segments},
-        states={"importance": {s.name: Stored(slices[s.name], torch.zeros(0), s.global_start) for s in segments}},
+        mask_of=lambda segment: torch.zeros(segment.real_numel, dtype=torch.bool),
+        states=["importance"],
+        stored_of=stored_of,
     )
+    engine.epi.controller.refresher.add_up()
 
 
 def expected_masks(importance: dict[str, Tensor], section: dict[str, Any]) -> dict[str, Tensor]:

@@ -192,7 +192,7 @@ def _flip_one_isolated_weight(tag: Path) -> None:
         state = torch.load(file, weights_only=False)
         shard = Shard(tag / "epi" / f"rank_{rank:05d}.safetensors")
         for segment in shard.header.segments:
-            mask = shard.mask(segment.name)
+            mask = shard.mask(segment.name, 0, segment.real_numel)
             if mask.any():
                 flat = state["optimizer_state_dict"]["fp32_flat_groups"][segment.sub_group].detach()
                 index = segment.start + int(torch.nonzero(mask)[0])
