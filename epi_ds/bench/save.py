@@ -52,6 +52,8 @@ class SaveRow(NamedTuple):
     ratio_low: float
     """Of the smallest pair, and the largest."""
     ratio_high: float
+    ratio_of_best: float
+    """Of the quickest of each, for disks, and virtual machines' memory, that are now quick and now slow."""
     shares: dict[str, float]
     """Of ``saved``. Checksum and fsync run in threads beside the writing; waiting for them and the manifest do not."""
     verify: float
@@ -121,6 +123,7 @@ def _measure(engine: Any, state: StateFormat, pairs: int, place: Path) -> SaveRo
         ratio=statistics.median(ratios),
         ratio_low=ratios[0],
         ratio_high=ratios[-1],
+        ratio_of_best=min(saved) / min(write + sync for write, sync in zip(plain, plain_fsync, strict=True)),
         shares={name: statistics.median(share) for name, share in shares.items()},
         verify=seconds_to_verify,
         pairs=pairs,
