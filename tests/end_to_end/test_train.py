@@ -19,6 +19,7 @@ import yaml
 from epi_ds.launch.local import free_port, remove_buffers
 from transformers import AutoTokenizer
 
+from epi_ds.checkpoint.manifest import Manifest
 from epi_ds.train.recipe import load_recipe
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.stages import StageRows, plan_stages, row_order
@@ -112,6 +113,15 @@ def lines_of(run: Path, *events: str) -> list[dict[str, Any]]:
     ]
 
 
+def assert_same_files(one: Manifest, other: Manifest) -> None:
+    """Compare all files of two checkpoints of a trainer, but those that say which run it was."""
+    of_the_run = {f"global_step{one.step}/epi/manifest.json", "trainer_state.json", "recipe.json"}
+    assert one.files.keys() == other.files.keys()
+    assert len(one.files) > 15
+    for name in one.files.keys() - of_the_run:
+        assert one.files[name] == other.files[name], name
+
+
 def digests(folder: Path) -> dict[str, str]:
     """Return a digest of every file in a folder."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
@@ -164,10 +174,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(uninterrupted: Pat
     # Every file of the last checkpoint: weights, moments, importance, masks, random states; and what it says of itself.
     manifests = [manifest_of(run / f"checkpoints/checkpoint-{TOTAL_STEPS}") for run in (left, right)]
     one, other = (manifest.model_dump(exclude={"run_id", "incarnation", "saved_at"}) for manifest in manifests)
-    of_the_run = {f"global_step{TOTAL_STEPS}/epi/manifest.json", "trainer_state.json", "recipe.json"}
-    assert len(one["files"]) > 15
-    for name in one["files"].keys() - of_the_run:
-        assert one["files"][name] == other["files"][name], name
+    assert_same_files(*manifests)
     assert {**one, "files": {}} == {**other, "files": {}}
     assert digests(left / "export") == digests(right / "export")
 
@@ -282,6 +289,13 @@ def test_offload_packing_and_loss_on_every_turn(base: Path, tmp_path: Path) -> N
     # A finished run trains nothing more, and says the same again.
     checked(run_epi_ds("train", str(recipe)))
     assert lines_of(tmp_path / "run", "step") == steps
+    # Continued from the checkpoint before, it takes the last step again, on the same packed rows.
+    last = tmp_path / "run" / "checkpoints" / f"checkpoint-{len(steps)}"
+    before = manifest_of(last)
+    shutil.rmtree(last)
+    checked(run_epi_ds("train", str(recipe)))
+    assert lines_of(tmp_path / "run", "step") == steps
+    assert_same_files(manifest_of(last), before)
 
 
 def test_a_killed_command_leaves_no_rank_behind(base: Path, tmp_path: Path) -> None:
