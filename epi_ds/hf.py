@@ -14,11 +14,12 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from epi_ds.api import attach
-from epi_ds.checkpoint.catalog import remove
+from epi_ds.checkpoint.catalog import INCOMPLETE, remove
+from epi_ds.checkpoint.manifest import Manifest
 from epi_ds.checkpoint.retention import prune
 from epi_ds.checkpoint.trainer_folder import commit_trainer_folder, set_aside_incomplete
-from epi_ds.checkpoint.verdict import on_first_rank
-from epi_ds.choices import Memory
+from epi_ds.checkpoint.verdict import AgreedError, on_first_rank
+from epi_ds.choices import Memory, OnFailure
 from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, EPIConfig, parse_config
 from epi_ds.errors import UserError, summarize
@@ -43,6 +44,7 @@ class EPICallback(TrainerCallback):
         self._model: weakref.ref[Any] | None = None
         self._output: Path | None = None
         self._keep_last: int | None = None
+        self._save_total_limit: int | None = None
         self.verified: Path | None = None
         """A checkpoint whose files were read and found whole already, so that resuming from it need not do it again."""
 
@@ -88,6 +90,10 @@ class EPICallback(TrainerCallback):
 
     def _take_checkpoints_over(self, args: TrainingArguments) -> None:
         """Keep the trainer from removing checkpoints before newer ones are whole, and from resuming from half ones."""
+        self._output = Path(args.output_dir)
+        if args.save_only_model:
+            # Nothing to resume from, and the trainer's own way of keeping it.
+            return
         config = EPIConfig() if self._config is None else self._config
         limit, own = args.save_total_limit, config.checkpoint.keep_last
         if limit is not None and own is not None and limit != own:
@@ -97,11 +103,14 @@ class EPICallback(TrainerCallback):
         if limit is not None and args.load_best_model_at_end:
             # One more than the newest: the best one, which `on_save` keeps.
             limit = max(1, limit - 1)
-        self._keep_last, args.save_total_limit = own if limit is None else limit, None
-        self._output = Path(args.output_dir)
+        self._keep_last = own if limit is None else limit
+        self._save_total_limit, args.save_total_limit = args.save_total_limit, None
+        if not dist.is_initialized():
+            # Said in words when training begins.
+            return
         for folder in on_first_rank(lambda: set_aside_incomplete(Path(args.output_dir))):
             if dist.get_rank() == 0:
-                logger.warning("%s was not saved to its end; it is removed when this run saves", folder)
+                logger.warning("%s was not saved to its end; it is removed once a newer one is whole", folder)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -138,29 +147,51 @@ class EPICallback(TrainerCallback):
         folder = self._folder / f"checkpoint-{state.global_step}"
         # Every rank has written its random states.
         dist.barrier()
-        if not on_first_rank(lambda: self._commit(folder, best=state.best_model_checkpoint)):
-            return
-        self._engine.run.last_checkpoint = folder
-
-    def _commit(self, folder: Path, *, best: str | None) -> bool:
-        manifest = commit_trainer_folder(folder)
-        if manifest is None:
+        run, config = self._engine.run, self.epi.config.checkpoint
+        if run.failed is not None and run.failed.parent == folder:
             # The engine has said why; a folder without weights would only be in the way.
-            remove(folder)
-            return False
-        prune(
-            self._folder,
-            keep_last=self._keep_last,
-            keep_every=self.epi.config.checkpoint.keep_every,
-            run_id=manifest.run_id,
-            kept=() if best is None else (Path(best),),
-        )
-        return True
+            on_first_rank(lambda: remove(folder))
+            return
+        try:
+            # Another job may have begun since the engine saved.
+            self._engine.hold_folder(self._folder)
+            manifest = on_first_rank(lambda: self._commit(folder))
+        except AgreedError as error:
+            if config.on_failure is OnFailure.STOP:
+                raise
+            if dist.get_rank() == 0:
+                logger.error("%s is no checkpoint, and training goes on (checkpoint.on_failure): %s", folder, error)
+            return
+        run.last_checkpoint = folder
+        if dist.get_rank() != 0:
+            return
+        best = state.best_model_checkpoint
+        kept = [folder] if best is None else [folder, Path(best)]
+        try:
+            prune(
+                self._folder,
+                keep_last=self._keep_last,
+                keep_every=config.keep_every,
+                run_id=manifest.run_id,
+                kept=kept,
+            )
+        except OSError as error:
+            logger.warning("older checkpoints in %s are not removed: %s", self._folder, error)
+
+    def _commit(self, folder: Path) -> Manifest:
+        aside = folder.with_name(folder.name + INCOMPLETE)
+        if not folder.exists() and aside.exists():
+            # By a trainer that was constructed for this folder while this one was saving, and never trained.
+            aside.rename(folder)
+        return commit_trainer_folder(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Say so where memory was asked for and no stage ever ended: nothing was remembered."""
+        if self._save_total_limit is not None:
+            # For another trainer with these arguments.
+            args.save_total_limit = self._save_total_limit
         epi = self.epi
         if epi.config.memory is not Memory.NONE and not epi.stats().counters.finished_stages and dist.get_rank() == 0:
             logger.warning(

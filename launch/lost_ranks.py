@@ -21,6 +21,7 @@ _DEATHS = (
 )
 _TIMEOUTS = ("Timed out waiting", "Timed out after", "collective operation timeout")
 
+_ENDING = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM)
 OF_A_DEATH = "If it left no message of its own, look for the kernel's out-of-memory killer (dmesg)"
 
 
@@ -64,7 +65,6 @@ def _from(said: str, sign: str) -> str:
 
 def signal_of(exit_code: int) -> signal.Signals | None:
     """Return the signal that ended DeepSpeed's launcher, or a rank of it: the exit code is then 256 - the number."""
-    try:
-        return signal.Signals(-exit_code % 256)
-    except ValueError:
-        return None
+    number = -exit_code % 256
+    # 255 and 254 are what programs like to end with by themselves.
+    return signal.Signals(number) if number in _ENDING else None

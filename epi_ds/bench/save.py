@@ -133,7 +133,10 @@ def _measure(engine: Any, state: StateFormat, pairs: int, place: Path) -> SaveRo
 def _save(engine: Any, place: Path) -> float:
     """Save as we do; return the seconds. Collective."""
     _make_room(place / _OURS)
-    return _timed(lambda: engine.save_checkpoint(str(place), _OURS, save_latest=False))
+    seconds = _timed(lambda: engine.save_checkpoint(str(place), _OURS, save_latest=False))
+    if engine.run.failed is not None:
+        raise RuntimeError(f"{engine.run.failed} was not saved; the log says why")
+    return seconds
 
 
 def _save_plain(engine: Any, place: Path) -> tuple[float, float]:

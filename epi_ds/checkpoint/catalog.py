@@ -11,6 +11,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 INCOMPLETE, REPLACED, REMOVED = ".incomplete", ".replaced", ".removed"
 _DEEPSPEED_FILE = re.compile(r"(model|optim)_states\.pt$")
 _STEP = re.compile(r"step:(\d+)$")
+# As DeepSpeed and trainers name checkpoints by themselves.
+_USUAL_NAME = re.compile(r"(global_step|checkpoint-)\d+$")
 
 
 class Checkpoint(NamedTuple):
@@ -58,10 +61,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def checkpoints_in(folder: Path) -> list[Checkpoint]:
     """Return the checkpoints that lie in a folder, the newest last; those without a known step come first.
 
+    A later process's is newer than an earlier one's, whatever their steps: it may have gone back to an older one.
     Leftovers under the names of [Note: names] are left out.
     """
     found = [open_checkpoint(path) for path in _folders_in(folder) if not _is_leftover(path) and _claims_to_be(path)]
-    return sorted(found, key=lambda one: (one.step, "" if one.manifest is None else one.manifest.saved_at))
+    return sorted(found, key=_age)
+
+
+def _age(one: Checkpoint) -> tuple[int, int, str]:
+    return (0, -1, "") if one.manifest is None else (one.manifest.incarnation, one.step, one.manifest.saved_at)
 
 
 def leftovers_in(folder: Path) -> list[Path]:
@@ -75,11 +83,17 @@ def _folders_in(folder: Path) -> Iterator[Path]:
 
 
 def _is_leftover(path: Path) -> bool:
-    return path.suffix in (INCOMPLETE, REPLACED, REMOVED)
+    if path.suffix not in (INCOMPLETE, REPLACED, REMOVED):
+        return False
+    # Not anything that somebody calls so.
+    return bool(_USUAL_NAME.match(path.stem)) or _claims_to_be(path)
 
 
 def _claims_to_be(path: Path) -> bool:
-    return (path / FOLDER).is_dir() or any(_DEEPSPEED_FILE.search(file.name) for file in path.iterdir())
+    # Others' folders may be closed to us, or gone by now.
+    with suppress(OSError):
+        return (path / FOLDER).is_dir() or any(_DEEPSPEED_FILE.search(file.name) for file in path.iterdir())
+    return False
 
 
 def named(folder: Path, name: str) -> Checkpoint:
@@ -154,31 +168,55 @@ def put_in_place(incomplete: Path) -> Path:
     replaced = target.with_name(target.name + REPLACED)
     if target.exists():
         target.rename(replaced)
-    incomplete.rename(target)
+    try:
+        incomplete.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
     sync_folder(target.parent)
     if replaced.exists():
         remove(replaced)
     return target
 
 
-def remove(folder: Path) -> None:
-    """Remove a checkpoint so that no half of it is ever taken for one. Warns where files cannot be removed."""
+def remove(folder: Path) -> bool:
+    """Remove a checkpoint so that no half of it is ever taken for one; return whether all of it is gone.
+
+    Warns where files cannot be removed.
+    """
     doomed = folder
     try:
         if folder.suffix != REMOVED:
             doomed = folder.with_name(folder.name + REMOVED)
             if doomed.exists():
-                shutil.rmtree(doomed)
+                _delete(doomed)
             remove_manifest(folder)
             folder.rename(doomed)
-        shutil.rmtree(doomed)
+        _delete(doomed)
     except OSError as error:
         logger.warning("%s could not be removed (%s); it is left for the next time", doomed, error)
+        return False
+    return True
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, what shows that it is ours last: otherwise nobody would finish a deletion that was killed."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != FOLDER:
+            shutil.rmtree(path)
+        elif not path.is_dir():
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def clean_up(folder: Path) -> list[str]:
-    """Put right what killed processes left in a folder; return a sentence about each."""
+    """Put right what killed processes left in a folder; return a sentence about each.
+
+    A trainer's checkpoint that lacks its manifest, and has a whole tag in it, stays until there is a whole one.
+    """
     done = []
+    has_whole = any(one.problem is None for one in checkpoints_in(folder))
     for path in leftovers_in(folder):
         name = path.with_suffix("")
         if path.suffix == INCOMPLETE and open_checkpoint(path).problem is None:
@@ -187,6 +225,8 @@ def clean_up(folder: Path) -> list[str]:
         elif path.suffix == REPLACED and not name.exists() and not name.with_name(name.name + INCOMPLETE).exists():
             path.rename(name)
             done.append(f"{name} was to be replaced, and the new one never came to be complete")
+        elif path.suffix == INCOMPLETE and not has_whole and any(one.problem is None for one in checkpoints_in(path)):
+            done.append(f"{path} lacks its manifest, and stays until a newer checkpoint is whole: a tag in it is")
         elif path.exists():
             remove(path)
             done.append(f"{path} was left by a save or a removal that did not end")

@@ -1,9 +1,10 @@
-"""DeepSpeed's optimizer shards of a tag, read by parameter: any slice, whatever number of ranks saved it.
+"""DeepSpeed's shards of a tag, read by parameter: any slice, whatever number of ranks saved it.
 
 DeepSpeed keeps one flat tensor per sub-group, rank and kind of state, without names. The manifest says which
 parameters a sub-group consists of, so every one of them has a place: its slice of ``ceil(numel / ranks)`` entries
-behind those before it. These files are pickles: open them of a verified and trusted tag only. They are mapped, not
-read: what is copied is what is asked for.
+behind those before it. Frozen parameters lie in the files of the model, by name, cut in the same way. All these files
+are pickles: open them of a verified and trusted tag only. They are mapped, not read: what is copied is what is asked
+for.
 """
 
 from __future__ import annotations
@@ -48,13 +49,14 @@ def places_of(manifest: Manifest) -> dict[str, Place]:
 
 
 class SavedPartitions:
-    """The fp32 weights and optimizer states of a tag."""
+    """The fp32 weights and optimizer states of a tag, and its frozen weights."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         """``folder`` is the tag's. See the module on trust."""
         self.folder, self._manifest = folder, manifest
         self.places = places_of(manifest)
         self._opened: dict[int, dict[str, Any]] = {}
+        self._models: dict[int, dict[str, Any]] = {}
         self._files = {int(match.group(1)): name for name in manifest.files if (match := _OPTIMIZER_SHARD.search(name))}
 
     def shard(self, rank: int) -> dict[str, Any]:
@@ -62,17 +64,31 @@ class SavedPartitions:
         if rank not in self._opened:
             if rank not in self._files:
                 raise CheckpointError(f"{self.folder} has no optimizer shard of rank {rank}")
-            path = self.folder / self._files[rank]
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-                self._opened[rank] = content["optimizer_state_dict"]
-            except Exception as error:  # whatever unpickling meets
-                raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+            self._opened[rank] = _mapped(self.folder / self._files[rank])["optimizer_state_dict"]
         return self._opened[rank]
+
+    def model_states(self, rank: int) -> dict[str, Any]:
+        """Return what DeepSpeed saved of a rank beside the optimizer. Raises CheckpointError where that fails."""
+        if rank not in self._models:
+            self._models[rank] = _mapped(self.folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+        return self._models[rank]
+
+    @property
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """Shapes of the frozen parameters by name; None where the tag was saved without them."""
+        shapes = self.model_states(0)["frozen_param_shapes"]
+        return None if shapes is None else {name: tuple(shape) for name, shape in shapes.items()}
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a parameter, trained or frozen; None where the tag has none of that name."""
+        if name in self.places:
+            return self.places[name].shape
+        return (self.frozen_shapes or {}).get(name)
 
     def close(self) -> None:
         """Let go of the files that were opened."""
         self._opened.clear()
+        self._models.clear()
 
     @property
     def world_size(self) -> int:
@@ -100,27 +116,30 @@ class SavedPartitions:
         return {name: value for name, value in self._state(0, sub_group).items() if name not in kinds}
 
     def read_into(self, target: Tensor, name: str, kind: str, *, start: int) -> None:
-        """Copy entries from ``start`` on of a parameter, as many as ``target`` has.
+        """Copy entries from ``start`` on of a parameter that `shape_of` knows, as many as ``target`` has.
 
         target  [numel] any float dtype, on any device; overwritten
+        kind    of a frozen parameter there are weights only, and those of the forward pass
         """
-        place = self.places[name]
-        stop = start + target.numel()
-        for piece in pieces_of(place.numel, world_size=self.world_size, start=start, stop=stop):
-            flat = self._flat(piece.rank, place.sub_group, kind)
-            saved = flat[place.offset + piece.start : place.offset + piece.stop]
+        numel, stop = math.prod(self.shape_of(name) or ()), start + target.numel()
+        for piece in pieces_of(numel, world_size=self.world_size, start=start, stop=stop):
+            saved = self._slice(name, kind, piece.rank)[piece.start : piece.stop]
             target[piece.offset : piece.offset + piece.numel].copy_(saved)
 
     def weights(self, name: str) -> Tensor:
-        """Return the fp32 weights of a whole parameter, in its shape."""
-        place = self.places[name]
-        whole = torch.empty(place.numel)
+        """Return the weights of a whole parameter, in its shape: fp32, those of a frozen one as they are."""
+        shape, dtype = self.shape_of(name) or (), self._slice(name, WEIGHTS, 0).dtype
+        whole = torch.empty(math.prod(shape), dtype=dtype)
         self.read_into(whole, name, WEIGHTS, start=0)
-        return whole.view(place.shape)
+        return whole.view(shape)
 
-    def flat_weights(self, rank: int, sub_group: int) -> Tensor:
-        """Return the flat fp32 partition of a rank: mapped, or from the files of NVMe offload."""
-        return self._flat(rank, sub_group, WEIGHTS)
+    def _slice(self, name: str, kind: str, rank: int) -> Tensor:
+        """Return a rank's slice of a parameter, mapped; what is behind it comes along."""
+        place = self.places.get(name)
+        if place is None:
+            frozen: Tensor = self.model_states(rank)["frozen_param_fragments"][name]
+            return frozen.flatten()
+        return self._flat(rank, place.sub_group, kind)[place.offset :]
 
     def _flat(self, rank: int, sub_group: int, kind: str) -> Tensor:
         swapped = self._manifest.isolation.extra.get("swapped", {})
@@ -145,3 +164,11 @@ class SavedPartitions:
         # States are numbered in the order of parameter groups, and sub-groups are made in that order.
         state: dict[str, Any] = self.shard(rank)["optimizer_state_dict"]["state"].get(sub_group, {})
         return state
+
+
+def _mapped(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    except Exception as error:  # whatever unpickling meets
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    return content

@@ -30,17 +30,28 @@ def prune(
     run_id: str | None = None,
     kept: Collection[Path] = (),
 ) -> list[Path]:
-    """Remove a run's surplus checkpoints from its folder, and what earlier removals left; return what they were.
+    """Remove a run's surplus checkpoints from its folder, and what earlier removals left.
 
     run_id  leaves those of other runs alone
     kept    these stay in any case
 
-    A removal that fails is a warning: training goes on, and the next call tries again.
+    Returns what was removed. A removal that fails is a warning: training goes on, and the next call tries again.
     """
+    doomed = doomed_in(folder, keep_last=keep_last, keep_every=keep_every, run_id=run_id, kept=kept)
+    return [path for path in doomed if remove(path)]
+
+
+def doomed_in(
+    folder: Path,
+    *,
+    keep_last: int | None,
+    keep_every: int | None,
+    run_id: str | None = None,
+    kept: Collection[Path] = (),
+) -> list[Path]:
+    """Return what `prune` would remove."""
     own = [one for one in checkpoints_in(folder) if one.manifest is None or run_id in (None, one.manifest.run_id)]
+    kept_paths = {path.resolve() for path in kept}
     surplus_ones = surplus(own, keep_last=keep_last, keep_every=keep_every)
-    doomed = [one.path for one in surplus_ones if one.path not in kept]
-    doomed += [path for path in leftovers_in(folder) if path.suffix == REMOVED]
-    for path in doomed:
-        remove(path)
-    return doomed
+    doomed = [one.path for one in surplus_ones if one.path.resolve() not in kept_paths]
+    return doomed + [path for path in leftovers_in(folder) if path.suffix == REMOVED]

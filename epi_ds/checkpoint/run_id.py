@@ -4,7 +4,8 @@
 that they are whole, not where they come from, because a stranger can write both. So a run has an id that lies in its
 folder, ``epi_run.json``, and not in its checkpoints, and pickles are read only of checkpoints that carry the id of
 the folder they lie in. A checkpoint that was copied in from elsewhere does not; reading it takes the user's word
-(``trust``).
+(``trust``). A record within a trainer's checkpoint counts for nothing, since its author could write that too. A whole
+run that was copied with its record does count: it was the user who put it there.
 
 [Note: fence] A process that begins to save takes the folder over. One that lives on beside it, on a node that was lost
 or because a job was started twice, finds at its next save that it did, and saves nothing more. There is no lock that a
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import uuid
 from datetime import datetime, timezone
@@ -23,9 +25,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from epi_ds.checkpoint.durable import write_json
+from epi_ds.checkpoint.manifest import PATH
 from epi_ds.errors import CheckpointError, UserError
 
 FILE = "epi_run.json"
+_TRAINERS_NAME = re.compile(r"checkpoint-\d+$")
 
 
 class RunRecord(BaseModel):
@@ -78,15 +82,16 @@ def take_over(folder: Path) -> RunRecord:
     return record
 
 
-def check_held(folder: Path, record: RunRecord) -> None:
-    """Raise CheckpointError unless this process is the one that took ``folder`` over last."""
+def why_not_held(folder: Path, record: RunRecord) -> str | None:
+    """Return why this process may not save in ``folder``; None where it is the one that took it over last."""
     found = read_run(folder)
-    if found is None or found.holder != record.holder:
-        by = f"{folder / FILE} is gone" if found is None else f"{found.holder_description} has taken {folder} over"
-        raise CheckpointError(
-            f"{by}, so this process ({record.holder_description}) saves nothing there. Stop one of the two jobs, or "
-            "give each a folder of its own"
-        )
+    if found is not None and found.holder == record.holder:
+        return None
+    by = f"{folder / FILE} is gone" if found is None else f"{found.holder_description} has taken {folder} over"
+    return (
+        f"{by}, so this process ({record.holder_description}) saves nothing there. Stop one of the two jobs, or "
+        "give each a folder of its own"
+    )
 
 
 def is_own(checkpoint: Path, run_id: str | None) -> bool:
@@ -94,8 +99,15 @@ def is_own(checkpoint: Path, run_id: str | None) -> bool:
 
     run_id  None for one that we did not write
     """
-    records = (read_run(folder) for folder in (checkpoint.parent, checkpoint.parent.parent))
-    return run_id is not None and any(record is not None and record.run_id == run_id for record in records)
+    folder = checkpoint.resolve().parent
+    if _is_trainers(folder):
+        folder = folder.parent
+    record = read_run(folder)
+    return run_id is not None and record is not None and record.run_id == run_id
+
+
+def _is_trainers(folder: Path) -> bool:
+    return bool(_TRAINERS_NAME.match(folder.name)) or (folder / PATH).exists()
 
 
 def check_trusted(checkpoint: Path, run_id: str | None, *, trust: bool, remedy: str) -> None:

@@ -214,7 +214,15 @@ def tag_inside(checkpoint: Checkpoint) -> Checkpoint:
     """Return the tag that a trainer's checkpoint contains; a tag is returned as it is."""
     if checkpoint.manifest is None or checkpoint.manifest.kind is Kind.TAG:
         return checkpoint
-    return checkpoints_in(checkpoint.path)[-1]
+    return newest_in(checkpoint.path)
+
+
+def newest_in(folder: Path) -> Checkpoint:
+    """Return the newest tag in a folder. Raises CheckpointError where there is none."""
+    tags = checkpoints_in(folder)
+    if not tags:
+        raise CheckpointError(f"{folder} has no tag of DeepSpeed's in it; restore it, or take another checkpoint")
+    return tags[-1]
 
 
 def _tag_at(folder: Path) -> Checkpoint:

@@ -26,13 +26,12 @@ _NAME = re.compile(r"checkpoint-(\d+)$")
 TRAINER_STATE = "trainer_state.json"
 
 
-def commit_trainer_folder(folder: Path) -> Manifest | None:
-    """Make a trainer's folder a checkpoint; return its manifest, None where there is no whole tag in it."""
-    tags = [one for one in checkpoints_in(folder) if one.manifest is not None]
-    if not tags:
-        return None
-    tag = tags[-1]
-    inner: Manifest = tag.manifest  # type: ignore[assignment]
+def commit_trainer_folder(folder: Path) -> Manifest:
+    """Make a trainer's folder a checkpoint; return its manifest. Raises CheckpointError without a whole tag in it."""
+    tags = checkpoints_in(folder)
+    if not tags or tags[-1].manifest is None:
+        raise CheckpointError(str(tags[-1].problem) if tags else f"{folder} has no tag in it")
+    tag, inner = tags[-1], tags[-1].manifest
     # The tag's own files were read when it was saved.
     records = {f"{tag.path.name}/{name}": record for name, record in inner.files.items()}
     found = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

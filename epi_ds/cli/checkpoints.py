@@ -57,19 +57,13 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed.")] = False,
 ) -> None:
     """Remove older checkpoints. The newest ones are not read: verify them first."""
-    from epi_ds.checkpoint.catalog import checkpoints_in
     from epi_ds.checkpoint.overview import folder_of
+    from epi_ds.checkpoint.retention import doomed_in
     from epi_ds.checkpoint.retention import prune as remove
-    from epi_ds.checkpoint.retention import surplus
 
-    folder = folder_of(path)
-    if dry_run:
-        found = surplus(checkpoints_in(folder), keep_last=keep_last, keep_every=keep_every)
-        doomed = [one.path for one in found]
-    else:
-        doomed = remove(folder, keep_last=keep_last, keep_every=keep_every)
+    found = (doomed_in if dry_run else remove)(folder_of(path), keep_last=keep_last, keep_every=keep_every)
     console = Console(soft_wrap=True, highlight=False)
-    for one in doomed:
+    for one in found:
         console.print(f"{'would remove' if dry_run else 'removed'} {one}")
 
 

@@ -64,6 +64,12 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if "RANK" in os.environ:
+            raise
+        # A full disk, say, or a folder that is a file.
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except LostRankError as error:
         # Whichever ranks are left.
         print(f"error: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from epi_ds.errors import LostRankError
+from epi_ds.errors import LostRankError, UserError
 
 if TYPE_CHECKING:
     from epi_ds.train.recipe import Recipe
@@ -32,6 +32,8 @@ def train(
     Starts its ranks itself, unless it runs inside a launcher already. Continues where the run folder has a whole
     checkpoint, on any number of ranks.
     """
+    if restart and resume != "auto":
+        raise UserError(f"--restart throws away what --resume {resume} would continue from; give one of them")
     from epi_ds.launch.environment import check_not_a_task, default_ranks, is_rank, prepare_environment
     from epi_ds.launch.lost_ranks import OF_A_DEATH, die_with_launcher, lost_rank, signal_of
     from epi_ds.train.recipe import load_recipe

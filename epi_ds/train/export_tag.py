@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from epi_ds.checkpoint.durable import write_json
 from epi_ds.checkpoint.manifest import Manifest
 from epi_ds.checkpoint.partitions import SavedPartitions
-from epi_ds.checkpoint.slices import slice_numel
 from epi_ds.errors import CheckpointError, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,14 +39,12 @@ def export_tag(
     model: Path,
     dtype: str | None = None,
     shard_bytes: int = 5_000_000_000,
-    report: Callable[[str], None] = lambda name: None,
 ) -> ExportReport:
     """Write the weights of a verified and trusted tag as safetensors, with configuration and tokenizer.
 
     model        folder with the configuration, the generation configuration and the tokenizer
     dtype        of the weights; None is what the model was trained in
     shard_bytes  at most so many in a file, but for a parameter that is larger
-    report       told every file that is written
 
     No more than one file's weights are in memory. Raises UserError where ``output`` exists or ``model`` is none, and
     CheckpointError rather than write an empty tensor.
@@ -66,7 +62,6 @@ def export_tag(
         path = output / f".piece-{len(pieces)}.safetensors"
         save_file(pending, path, metadata={"format": "pt"})
         pieces.append((path, list(pending)))
-        report(path.name)
         pending.clear()
 
     for name, weight in weights_of(tag, manifest, chosen):
@@ -118,30 +113,19 @@ def weights_of(tag: Path, manifest: Manifest, dtype: torch.dtype) -> Iterator[tu
     Floating-point ones as ``dtype``; a tied weight once.
     """
     saved = SavedPartitions(tag, manifest)
-    for name in saved.places:
+    frozen = saved.frozen_shapes
+    if frozen is None:
+        raise CheckpointError(
+            f"{tag} was saved with exclude_frozen_parameters, so it is no whole model; load it into an engine that has "
+            "the frozen weights, and save it with them"
+        )
+    for name in (*saved.places, *frozen):
         yield name, saved.weights(name).to(dtype)
-    saved.close()
-    first = _model_states(tag, 0)
-    shapes: dict[str, torch.Size] = first["frozen_param_shapes"] or {}
-    if shapes:
-        ranks = [_model_states(tag, rank)["frozen_param_fragments"] for rank in range(manifest.world_size)]
-        for name, shape in shapes.items():
-            yield name, _joined([fragments[name] for fragments in ranks], shape).to(dtype)
+    first = saved.model_states(0)
     for name in first["buffer_names"]:
         buffer = first["module"][name]
         yield name, buffer.to(dtype) if buffer.is_floating_point() else buffer.clone()
-
-
-def _joined(fragments: list[Tensor], shape: torch.Size) -> Tensor:
-    numel = math.prod(shape)
-    whole = torch.cat([fragment.flatten()[: slice_numel(numel, len(fragments))] for fragment in fragments])
-    return whole[:numel].view(shape)
-
-
-def _model_states(tag: Path, rank: int) -> dict[str, Any]:
-    path = tag / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
-    states: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-    return states
+    saved.close()
 
 
 def _config_of(model: Path) -> Any:

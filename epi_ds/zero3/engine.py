@@ -22,9 +22,9 @@ from epi_ds.checkpoint.loading import choose, verify
 from epi_ds.checkpoint.manifest import Manifest
 from epi_ds.checkpoint.partitions import SavedPartitions
 from epi_ds.checkpoint.retention import prune
-from epi_ds.checkpoint.run_id import RunRecord, check_held, check_trusted, take_over
+from epi_ds.checkpoint.run_id import RunRecord, check_trusted, take_over, why_not_held
 from epi_ds.checkpoint.saving import TagWriter, check_space
-from epi_ds.checkpoint.store import check_fits, load_state, tag_inside, write_state
+from epi_ds.checkpoint.store import check_fits, load_state, newest_in, tag_inside, write_state
 from epi_ds.checkpoint.verdict import AgreedError, agree, on_first_rank
 from epi_ds.choices import MissingState, OnFailure
 from epi_ds.errors import CheckpointError, UserError
@@ -33,7 +33,7 @@ from epi_ds.zero3.cpu_adam import replay_steps
 from epi_ds.zero3.engine_run import EngineRun, batch_of, bytes_to_save, manifest_of, sub_groups_of
 from epi_ds.zero3.handle import EPI
 from epi_ds.zero3.nvme import check_swapped_copies, copy_swapped_files, finish_load
-from epi_ds.zero3.resharding import check_parameters, load_partitions
+from epi_ds.zero3.resharding import check_parameters, load_frozen, load_partitions
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -69,17 +69,20 @@ class IsolationEngineMixin(DeepSpeedEngine):
 
         Collective. Returns whether it was saved: what cannot be (a full disk, say) is an error in the log and training
         goes on, or, with ``checkpoint.on_failure: stop``, a CheckpointError on all ranks. Raises UserError in the
-        middle of an accumulation window, whose gradients are in no checkpoint, and CheckpointError where another
-        process has taken the folder over.
+        middle of an accumulation window, whose gradients are in no checkpoint, and for a tag that is no name, and
+        CheckpointError where another process has taken the folder over.
         """
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
         folder = Path(save_dir)
+        if not save_dir or tag == ".." or Path(tag).name != tag:
+            raise UserError(f"save_dir {save_dir!r}, tag {tag!r}: give a folder, and a tag that is one name in it")
         self._check_window(tag)
         self._warn_of_what_is_lost(tag)
         self.optimizer.settle_step_energy()
-        record = self.hold_folder(self.run.trainer_folder or folder)
         config = self.epi.config.checkpoint
+        home = self.run.trainer_folder or folder
         try:
+            record = self.hold_folder(home)
             check_space(folder, bytes_to_save(self))
             writer = TagWriter(folder, tag)
             try:
@@ -87,16 +90,19 @@ class IsolationEngineMixin(DeepSpeedEngine):
             except Exception:
                 writer.discard()
                 raise
+            # Another job may have begun meanwhile, and write under the same name.
+            self.hold_folder(home)
             times = writer.commit(lambda files: manifest_of(self, files, record), save_latest=save_latest)
         except AgreedError as error:
+            self.run.failed = folder / tag
             if config.on_failure is OnFailure.STOP:
                 raise
             if dist.get_rank() == 0:
                 logger.error("%s was not saved, and training goes on (checkpoint.on_failure): %s", folder / tag, error)
             return False
         self.run.last_save, self.run.last_checkpoint = times, folder / tag
-        if self.run.trainer_folder is None:
-            self.prune_checkpoints(folder)
+        if self.run.trainer_folder is None and config.keep_last is not None:
+            self._prune(folder, folder / tag, record)
         return True
 
     def hold_folder(self, folder: Path) -> RunRecord:
@@ -104,9 +110,12 @@ class IsolationEngineMixin(DeepSpeedEngine):
 
         Raises CheckpointError where another process has taken it over since. See [Note: fence] in run_id.py.
         """
+        folder = folder.resolve()
         if folder in self.run.held:
             record = self.run.held[folder]
-            on_first_rank(lambda: check_held(folder, record))
+            problem = on_first_rank(lambda: why_not_held(folder, record))
+            if problem is not None:
+                raise CheckpointError(problem)
             return record
 
         def take() -> tuple[RunRecord, list[str]]:
@@ -120,12 +129,15 @@ class IsolationEngineMixin(DeepSpeedEngine):
         self.run.held[folder] = record
         return record
 
-    def prune_checkpoints(self, folder: Path) -> None:
-        """Remove what ``checkpoint.keep_last`` and ``keep_every`` do not keep in a run's folder. Collective."""
-        config, record = self.epi.config.checkpoint, self.run.held.get(folder)
-        if config.keep_last is not None and record is not None:
-            run_id, last, every = record.run_id, config.keep_last, config.keep_every
-            on_first_rank(lambda: prune(folder, keep_last=last, keep_every=every, run_id=run_id))
+    def _prune(self, folder: Path, saved: Path, record: RunRecord) -> None:
+        """Remove what ``checkpoint.keep_last`` and ``keep_every`` do not keep, but not what was just saved. Rank 0."""
+        if dist.get_rank() != 0:
+            return
+        last, every = self.epi.config.checkpoint.keep_last, self.epi.config.checkpoint.keep_every
+        try:
+            prune(folder, keep_last=last, keep_every=every, run_id=record.run_id, kept=[saved])
+        except OSError as error:
+            logger.warning("older checkpoints in %s are not removed: %s", folder, error)
 
     def _check_window(self, tag: str) -> None:
         if self.optimizer.isolation.window.is_open:
@@ -213,6 +225,12 @@ class IsolationEngineMixin(DeepSpeedEngine):
                 logger.warning("%s holds no checkpoint: nothing is loaded", load_dir)
             return None, None
         folder, manifest = found.path, found.manifest
+        if manifest is None and not resumes:
+            raise UserError(
+                f"{folder} was saved without isolation, and DeepSpeed by itself loads no weights under ZeRO-3 with "
+                "load_module_only, and those of `latest` without load_optimizer_states. Load it whole, with "
+                "missing_state: fresh, or make a model of it with the zero_to_fp32.py that lies in it"
+            )
         run_id, trust = None if manifest is None else manifest.run_id, config.checkpoint.trust
         on_first_rank(lambda: check_trusted(folder, run_id, trust=trust, remedy="set checkpoint.trust: true"))
         arguments = load_module_strict, True, load_lr_scheduler_states, load_module_only, custom_load_fn
@@ -228,7 +246,7 @@ class IsolationEngineMixin(DeepSpeedEngine):
             check_swapped_copies(self, str(folder))
         reader = None if resumes and same_layout else SavedPartitions(folder, manifest)
         if reader is not None:
-            check_parameters(self.optimizer, reader)
+            agree(lambda: check_parameters(self.optimizer, reader))
         with self._reading(reader, weights_only=not resumes):
             loaded, client_state = super().load_checkpoint(str(folder.parent), folder.name, *arguments)
             if load_module_only:
@@ -248,12 +266,24 @@ class IsolationEngineMixin(DeepSpeedEngine):
             average.restore(saved)
         replay_steps(self.optimizer.optimizer)
         self.run.last_checkpoint = folder
+        self._begin_again(folder.parent)
         return loaded, client_state
+
+    def _begin_again(self, folder: Path) -> None:
+        """Where this process has saved in a folder, go on there as a later process would. Collective.
+
+        What it saves from now on is newer than what it saved before, also where it has gone back to an older step.
+        """
+        if folder.resolve() in self.run.held:
+            self.hold_folder(folder)
+            del self.run.held[folder.resolve()]
 
     def _choose(self, load_dir: Path, tag: str | None, *, accepts_plain: bool) -> Checkpoint | None:
         """Return the verified tag to load; of a trainer's folder the one in it."""
         if self.run.trainer_folder is not None and on_first_rank(lambda: _is_trainers(load_dir)):
             whole = on_first_rank(lambda: open_checkpoint(load_dir))
+            if whole.is_plain and accepts_plain:
+                return on_first_rank(lambda: newest_in(load_dir))
             known = whole.problem is None and load_dir == self.run.verified
             problems = [] if known else [whole.problem] if whole.problem is not None else verify(whole)
             if problems:
@@ -316,8 +346,36 @@ class IsolationEngineMixin(DeepSpeedEngine):
         reader = self._reader
         if reader is None:
             return bool(super()._load_zero_checkpoint(load_dir, tag, load_optimizer_states))
-        agree(lambda: load_partitions(self.optimizer, reader, weights_only=self._weights_only))
+
+        def load() -> list[str]:
+            load_partitions(self.optimizer, reader, weights_only=self._weights_only)
+            return load_frozen(self, reader)
+
+        missing = agree(load)
+        if missing and dist.get_rank() == 0:
+            logger.warning(
+                "%s does not hold %d frozen parameters (%s, ...), which keep what the model was made with",
+                reader.folder,
+                len(missing),
+                missing[0],
+            )
         return True
+
+    def load_module_state_dict(
+        self,
+        checkpoint: dict[str, Any],
+        strict: bool = True,
+        custom_load_fn: Any = None,
+        fetch_z3_params: bool = False,
+        z3_params_to_fetch: Any = None,
+        allowed_missing_keys: Any = None,
+    ) -> None:
+        """Load buffers; frozen parameters are cut for the ranks that saved them, and are read with the others."""
+        if self._reader is not None:
+            checkpoint = {**checkpoint, "frozen_param_fragments": None}
+        super().load_module_state_dict(
+            checkpoint, strict, custom_load_fn, fetch_z3_params, z3_params_to_fetch, allowed_missing_keys
+        )
 
 
 def _is_trainers(folder: Path) -> bool:

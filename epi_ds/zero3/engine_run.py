@@ -32,6 +32,8 @@ class EngineRun:
     """The folders that this process has taken over, with what it wrote there."""
     last_checkpoint: Path | None = None
     """The newest one that was saved or loaded."""
+    failed: Path | None = None
+    """The tag of the last save that failed."""
     last_save: SaveTimes | None = None
 
 

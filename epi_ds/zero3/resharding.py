@@ -36,14 +36,39 @@ def load_partitions(zero3: Any, saved: SavedPartitions, *, weights_only: bool) -
     zero3.load_state_dict([content] * dist.get_world_size(zero3.dp_process_group), load_optimizer_states=False)
 
 
+def load_frozen(engine: Any, saved: SavedPartitions) -> list[str]:
+    """Replace this rank's slices of frozen parameters by those of a tag; return the names of those it does not hold.
+
+    Raises UserError where one has another shape there.
+    """
+    zero3 = engine.optimizer
+    trained = {id(parameter) for group in zero3.fp16_groups for parameter in group}
+    rank, missing = dist.get_rank(zero3.dp_process_group), []
+    for parameter in engine.module.parameters():
+        if id(parameter) in trained:
+            continue
+        name, shape = engine.param_names[parameter], tuple(parameter.ds_shape)
+        there = saved.shape_of(name)
+        if there is None:
+            missing.append(name)
+            continue
+        if there != shape:
+            raise UserError(f"{saved.folder}: {name} has shape {there} there, and {shape} here; load another tag")
+        start = min(rank * parameter.partition_numel(), parameter.ds_numel)
+        stop = min(start + parameter.partition_numel(), parameter.ds_numel)
+        with torch.no_grad():
+            saved.read_into(parameter.ds_tensor.data.view(-1)[: stop - start], name, WEIGHTS, start=start)
+    return missing
+
+
 def check_parameters(zero3: Any, saved: SavedPartitions) -> None:
-    """Raise UserError where a tag is of a model of other parameters. Reads no file."""
+    """Raise UserError where a tag is of a model of other parameters."""
     for group in zero3.fp16_groups:
         for parameter in group:
             name, shape = zero3.param_names[parameter], tuple(parameter.ds_shape)
-            place = saved.places.get(name)
-            if place is None or place.shape != shape:
-                there = "none of that name" if place is None else f"one of shape {place.shape}"
+            saved_shape = saved.shape_of(name)
+            if saved_shape != shape:
+                there = "none of that name" if saved_shape is None else f"one of shape {saved_shape}"
                 raise UserError(
                     f"{saved.folder} is of another model: {name} has shape {shape} here, and the checkpoint has {there}"
                 )

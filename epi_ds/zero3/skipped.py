@@ -41,9 +41,14 @@ class SkippedSteps:
         dist.all_gather_object(found, list(suspects))
         names = list(dict.fromkeys(name for own in found for name in own))
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        where = (
+            f"in the last one those of {len(names)} of {num_parameters} parameters ({shown})"
+            if names
+            else "in the last one only their sum over the ranks or over the micro-batches"
+        )
+        checkpoint = f"The newest checkpoint is {last}" if last else "No checkpoint was saved"
         raise RuntimeError(
-            f"the last {self.in_a_row} steps were skipped (max_skipped_steps), because gradients are not finite: in "
-            f"the last one those of {len(names)} of {num_parameters} parameters ({shown}), with loss scale "
-            f"{loss_scale:g}. The weights are those of before; look at the data of these steps, and lower the learning "
-            f"rate or the loss scale. {f'The newest checkpoint is {last}' if last else 'No checkpoint was saved'}"
+            f"the last {self.in_a_row} steps were skipped (max_skipped_steps), because gradients are not finite: "
+            f"{where}, with loss scale {loss_scale:g}. The weights are those of before; look at the data of these "
+            f"steps, and lower the learning rate or the loss scale. {checkpoint}"
         )

@@ -19,7 +19,9 @@ from epi_ds.checkpoint.manifest import (
 )
 
 
-def make_checkpoint(folder: Path, *, step: int, files: dict[str, str] | None = None, run_id: str = "run") -> Path:
+def make_checkpoint(
+    folder: Path, *, step: int, files: dict[str, str] | None = None, run_id: str = "run", incarnation: int = 1
+) -> Path:
     """A small folder that is a checkpoint as far as anyone can tell without loading it."""
     for name, text in (files or {"weights": f"of step {step}"}).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +34,7 @@ def make_checkpoint(folder: Path, *, step: int, files: dict[str, str] | None = N
         format_version=FORMAT_VERSION,
         kind=Kind.TAG,
         run_id=run_id,
-        incarnation=1,
+        incarnation=incarnation,
         saved_at=f"2026-01-01T00:00:{step % 60:02d}+00:00",
         versions={},
         step=step,

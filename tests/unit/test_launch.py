@@ -10,6 +10,10 @@ from epi_ds.launch.environment import check_not_a_task
 from epi_ds.launch.local import device_ids
 from epi_ds.launch.lost_ranks import lost_rank, signal_of
 from epi_ds.launch.operators import nvme_builders, stale_locks
+from typer.testing import CliRunner
+
+from epi_ds.cli.main import app
+from epi_ds.errors import UserError
 
 
 @pytest.fixture
@@ -99,3 +103,10 @@ def test_errors_of_collectives_tell_of_lost_ranks(said: str, expected: str | Non
 def test_signals_are_read_off_exit_codes() -> None:
     # As DeepSpeed's launcher passes on a rank's -9, and as Popen says that the launcher itself was killed.
     assert [signal_of(code) for code in (247, -9, 241, 0, 1, 2)] == [9, 9, 15, None, None, None]
+
+
+def test_a_run_is_not_thrown_away_and_continued() -> None:
+    """Where both are asked for, nothing has been removed when it is refused."""
+    found = CliRunner().invoke(app, ["train", "no_such_recipe.yaml", "--restart", "--resume", "step:3"])
+    assert isinstance(found.exception, UserError)
+    assert "--restart throws away what --resume step:3 would continue from" in str(found.exception)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from epi_ds.checkpoint import digest, loading, saving, store
 from epi_ds.checkpoint.catalog import checkpoints_in, leftovers_in
+from epi_ds.checkpoint.run_id import take_over
 from epi_ds.errors import CheckpointError, UserError
 from tests.support.engines import (
     assert_same,
@@ -214,6 +215,12 @@ def save_plain(folder: str) -> None:
         engine.save_checkpoint(folder)
 
 
+def refused_weights(folder: str, section: dict[str, Any], options: dict[str, bool]) -> str:
+    with engine_of(OddNet, ds_config(epi=section)) as engine, pytest.raises(UserError) as refused:
+        engine.load_checkpoint(folder, **options)
+    return str(refused.value)
+
+
 def test_a_checkpoint_without_isolation_state_needs_consent(tmp_path: Path) -> None:
     run_ranks(save_plain, 2, str(tmp_path))
     assert "epi/manifest.json is missing" in loaded(tmp_path)[1]
@@ -224,6 +231,9 @@ def test_a_checkpoint_without_isolation_state_needs_consent(tmp_path: Path) -> N
     assert step == 1
     assert any("importance starts from zero" in text for text in messages)
     assert loaded(tmp_path, trusting, tag="global_step1")[0] == 1
+    for options in ({"load_module_only": True}, {"load_optimizer_states": False}):
+        for said in run_ranks(refused_weights, 2, str(tmp_path), trusting, options):
+            assert "DeepSpeed by itself loads no weights under ZeRO-3 with load_module_only" in said
     # What was ours and lost its manifest is not taken for a plain one beside others that are whole.
     run_ranks(save_run, 2, str(tmp_path / "ours"), SECTION, 2)
     (tmp_path / "ours" / "global_step2" / "epi" / "manifest.json").unlink()
@@ -378,16 +388,81 @@ def test_older_checkpoints_go_when_newer_ones_are_whole(tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == "global_step8"
 
 
-def unwritable(folder: str, make: Callable[[], Any] | None = None) -> bool:
-    with collected_logs() as messages, engine_of(OddNet, ds_config(epi=SECTION)) as engine:
+def unwritable(folder: str, on_failure: str) -> str:
+    section = SECTION | {"checkpoint": {"on_failure": on_failure}}
+    with collected_logs() as messages, engine_of(OddNet, ds_config(epi=section)) as engine:
         train_step(engine, 0, odd_batch)
         try:
-            engine.save_checkpoint(folder)
+            assert not engine.save_checkpoint(folder)
         except CheckpointError as error:
-            messages.append(str(error))
-        return any("Not a directory" in text or "File exists" in text for text in messages)
+            return str(error)
+        return "\n".join(messages)
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_on_all_ranks(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_fails_the_save_on_all_ranks(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert run_ranks(unwritable, 2, str(tmp_path / "file" / "run")) == [True, True]
+    continued, _ = run_ranks(unwritable, 2, str(tmp_path / "file" / "run"), "continue")
+    assert "was not saved, and training goes on" in continued
+    for said in (continued, *run_ranks(unwritable, 2, str(tmp_path / "file" / "run"), "stop")):
+        assert "Not a directory" in said or "File exists" in said
+
+
+def saved_under_odd_names(folder: str) -> list[str]:
+    said = []
+    with engine_of(OddNet, ds_config(epi=SECTION)) as engine:
+        train_step(engine, 0, odd_batch)
+        for save_dir, tag in ((folder, "a/b"), (folder, ".."), ("", "tag")):
+            with pytest.raises(UserError) as refused:
+                engine.save_checkpoint(save_dir, tag=tag)
+            said.append(str(refused.value))
+        # One folder by two names is one folder.
+        for save_dir in (folder, os.path.relpath(folder)):
+            assert engine.save_checkpoint(save_dir, tag="tag")
+    return said
+
+
+def test_a_tag_is_one_name_in_a_folder(tmp_path: Path) -> None:
+    for said in run_ranks(saved_under_odd_names, 2, str(tmp_path))[0]:
+        assert "give a folder, and a tag that is one name in it" in said
+    assert json.loads((tmp_path / "epi_run.json").read_text())["incarnation"] == 1
+
+
+def take_over_during_a_save(folder: str) -> str:
+    """Another job begins to save after this one's files were written, and before they get their name."""
+    with engine_of(OddNet, ds_config(epi=SECTION)) as engine:
+        train_step(engine, 0, odd_batch)
+        write = type(engine)._write
+
+        def slow(self: Any, *arguments: Any) -> None:
+            write(self, *arguments)
+            if dist.get_rank() == 0:
+                take_over(Path(folder))
+            dist.barrier()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(engine), "_write", slow)
+            with pytest.raises(CheckpointError) as refused:
+                engine.save_checkpoint(folder)
+        return str(refused.value)
+
+
+def test_a_job_that_lost_its_folder_during_a_save_completes_nothing(tmp_path: Path) -> None:
+    for said in run_ranks(take_over_during_a_save, 2, str(tmp_path)):
+        assert "Stop one of the two jobs" in said
+    assert checkpoints_in(tmp_path) == []
+
+
+def go_back(folder: str) -> None:
+    with engine_of(OddNet, ds_config(epi=SECTION | {"checkpoint": {"keep_last": 3}})) as engine:
+        for step in range(4):
+            train_step(engine, step, odd_batch)
+            engine.save_checkpoint(folder)
+        engine.load_checkpoint(folder, tag="step:2")
+        train_step(engine, 7, odd_batch)
+        engine.save_checkpoint(folder, tag="again")
+
+
+def test_a_run_that_went_back_continues_on_its_new_branch(tmp_path: Path) -> None:
+    run_ranks(go_back, 2, str(tmp_path))
+    assert [found.path.name for found in checkpoints_in(tmp_path)] == ["global_step3", "global_step4", "again"]
+    assert loaded(tmp_path)[0] == 3

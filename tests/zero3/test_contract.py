@@ -54,6 +54,15 @@ ENGINE_OVERRIDES = {
     "zero_nvme_offload_optimizer": ["self"],
     "_copy_recovery_script": ["self", "save_path"],
     "_get_all_ckpt_names": ["self", "checkpoints_path", "tag"],
+    "load_module_state_dict": [
+        "self",
+        "checkpoint",
+        "strict",
+        "custom_load_fn",
+        "fetch_z3_params",
+        "z3_params_to_fetch",
+        "allowed_missing_keys",
+    ],
     "_load_zero_checkpoint": ["self", "load_dir", "tag", "load_optimizer_states"],
 }
 CALLED = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -250,3 +252,70 @@ def test_the_sample_of_the_first_mask_begins_anew_and_says_so(tmp_path: Path) ->
     ((sampled, said), *_) = run_ranks(first_mask_of, 3, str(tmp_path))
     assert sampled == 0
     assert len(said) == 1
+
+
+# --- frozen parameters ---
+
+# One without entries on all ranks but a few.
+FROZEN = ("embed.weight", "blocks.0.bias", "head.bias")
+
+
+def partly_frozen(frozen: tuple[str, ...] = FROZEN) -> nn.Module:
+    model = OddNet()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    return model
+
+
+def all_weights(engine: Any) -> dict[str, torch.Tensor]:
+    parameters = dict(engine.module.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(parameters.values())):
+        return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def save_partly_frozen(folder: str, exclude: bool) -> dict[str, torch.Tensor]:
+    with engine_of(partly_frozen, config_of(dist.get_world_size(), {"state": "u16"})) as engine:
+        for name, parameter in engine.module.named_parameters():
+            if name in FROZEN:
+                # Not what any model is made with.
+                with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+                    parameter.data.copy_(torch.arange(parameter.numel()).view_as(parameter) / 7)
+        for step in range(2):
+            train_step(engine, step)
+        assert engine.save_checkpoint(folder, exclude_frozen_parameters=exclude)
+        return all_weights(engine)
+
+
+def load_partly_frozen(
+    folder: str, frozen: tuple[str, ...], options: dict[str, bool]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    config = config_of(dist.get_world_size(), {"state": "u16"})
+    with collected_logs() as messages, engine_of(partial(partly_frozen, frozen), config) as engine:
+        engine.load_checkpoint(folder, **options)
+        return all_weights(engine), messages
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (1, 4), (2, 2)])
+def test_frozen_parameters_are_dealt_anew(tmp_path: Path, before: int, after: int) -> None:
+    saved = run_ranks(save_partly_frozen, before, str(tmp_path), False)[0]
+    for found, _ in run_ranks(load_partly_frozen, after, str(tmp_path), FROZEN, {}):
+        assert_same(saved, found)
+
+
+def test_weights_alone_do_not_care_what_was_frozen(tmp_path: Path) -> None:
+    saved = run_ranks(save_partly_frozen, 2, str(tmp_path), False)[0]
+    for frozen in ((), ("head.weight", *FROZEN), ("norm.bias",)):
+        for found, _ in run_ranks(load_partly_frozen, 2, str(tmp_path), frozen, {"load_module_only": True}):
+            assert_same(saved, found)
+
+
+def test_frozen_parameters_that_were_left_out_stay_and_are_named(tmp_path: Path) -> None:
+    saved = run_ranks(save_partly_frozen, 2, str(tmp_path), True)[0]
+    torch.manual_seed(0)
+    made = dict(OddNet().named_parameters())
+    # DeepSpeed's own condition for such a tag.
+    options = {"load_module_strict": False}
+    found, messages = run_ranks(load_partly_frozen, 3, str(tmp_path), FROZEN, options)[0]
+    assert any("does not hold 3 frozen parameters (embed.weight, ...)" in message for message in messages)
+    for name, weight in found.items():
+        assert torch.equal(weight, made[name] if name in FROZEN else saved[name]), name
