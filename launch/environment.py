@@ -6,23 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-from epi_ds.errors import UserError
-
 
 def is_rank() -> bool:
     """Whether this process is one of several ranks already, whoever started it."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def check_not_a_task() -> None:
-    """Raise ValueError in one of several tasks of srun or mpirun, each of which would start a whole run of its own."""
-    for variable, starter in (("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun")):
-        tasks = os.environ.get(variable, "1")
-        if not is_rank() and tasks.isdigit() and int(tasks) > 1:
-            raise UserError(
-                f"this is one of {tasks} tasks of {starter} ({variable}), and each would start a run of its own; start "
-                "one task per job, or start the ranks with the deepspeed launcher"
-            )
 
 
 def prepare_environment() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,8 @@ from epi_ds.errors import LostRankError, UserError
 
 if TYPE_CHECKING:
     from epi_ds.train.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 MODULE = "epi_ds.cli.main"
 
@@ -29,28 +32,30 @@ def train(
 ) -> None:
     """Fine-tune as a recipe says, with evolving isolation on ZeRO-3.
 
-    Starts its ranks itself, unless it runs inside a launcher already. Continues where the run folder has a whole
-    checkpoint, on any number of ranks.
+    Starts its ranks itself, unless it is one: of the deepspeed launcher, torchrun, srun or mpirun. Continues where the
+    run folder has a whole checkpoint, on any number of ranks.
     """
     if restart and resume != "auto":
         raise UserError(f"--restart throws away what --resume {resume} would continue from; give one of them")
-    from epi_ds.launch.environment import check_not_a_task, default_ranks, is_rank, prepare_environment
+    from epi_ds.launch.environment import default_ranks, prepare_environment
+    from epi_ds.launch.local import remove_buffers, run_ranks
     from epi_ds.launch.lost_ranks import OF_A_DEATH, die_with_launcher, lost_rank, signal_of
+    from epi_ds.launch.rank_environment import become_rank
     from epi_ds.train.recipe import load_recipe
 
+    is_rank = become_rank()
     prepare_environment()
     # Before any rank starts: everything that is wrong with the recipe, at once.
     loaded = load_recipe(recipe, overrides or [])
-    if not is_rank():
-        check_not_a_task()
-        from epi_ds.launch.local import run_ranks
-
+    if not is_rank:
         arguments = ["train", recipe, *(overrides or []), f"--resume={resume}", *(["--restart"] if restart else [])]
         exit_code = run_ranks(MODULE, arguments, num_ranks=loaded.ranks or default_ranks())
         if number := signal_of(exit_code):
             raise LostRankError(f"a rank or the launcher was ended by {number.name}. {OF_A_DEATH}. {_remedy(loaded)}")
         raise typer.Exit(exit_code)
 
+    if loaded.ranks not in (None, int(os.environ["WORLD_SIZE"])) and os.environ["RANK"] == "0":
+        logger.warning("ranks: %d is ignored, because %s were started", loaded.ranks, os.environ["WORLD_SIZE"])
     die_with_launcher()
     import torch.distributed as dist
 
@@ -67,6 +72,9 @@ def train(
         show_run(folder.root)
     dist.barrier()
     dist.destroy_process_group()
+    if os.environ["LOCAL_RANK"] == "0":
+        # srun and mpirun do not know of them.
+        remove_buffers(int(os.environ["MASTER_PORT"]))
 
 
 def _remedy(recipe: Recipe) -> str:

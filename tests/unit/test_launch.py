@@ -1,4 +1,4 @@
-"""Starting ranks: whose devices, which tasks, and locks that builds leave behind."""
+"""Starting ranks: whose devices, what is said of lost ones, and locks that builds leave behind."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from epi_ds.launch.environment import check_not_a_task
 from epi_ds.launch.local import device_ids
 from epi_ds.launch.lost_ranks import lost_rank, signal_of
 from epi_ds.launch.operators import nvme_builders, stale_locks
@@ -41,19 +40,6 @@ def test_more_ranks_than_devices_are_refused(four_gpus: pytest.MonkeyPatch) -> N
         device_ids(5)
     four_gpus.setenv("DS_ACCELERATOR", "cpu")
     assert device_ids(5) == [0, 1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
-def test_one_of_several_tasks_does_not_start_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv(variable, "1")
-    check_not_a_task()
-    monkeypatch.setenv(variable, "2")
-    with pytest.raises(ValueError, match=f"one of 2 tasks.*{variable}"):
-        check_not_a_task()
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    check_not_a_task()
 
 
 def test_a_lock_is_stale_when_no_process_keeps_it_open(tmp_path: Path) -> None:
