@@ -112,7 +112,8 @@ def test_save_rows_say_what_a_whole_checkpoint_adds(tmp_path: Path) -> None:
         assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
         assert min(row[name] for name in ("plain", "plain_fsync", "saved", "verify")) > 0
         assert len(row["shares"]) == 4
-        assert all(0 < share < 1 for share in row["shares"].values())
+        # Two threads at most, each as long as the save.
+        assert all(0 < share < 2 for share in row["shares"].values())
     assert not list(tmp_path.iterdir())
 
 
