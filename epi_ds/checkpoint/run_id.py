@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import uuid
 from datetime import datetime, timezone
@@ -29,7 +28,6 @@ from epi_ds.checkpoint.manifest import PATH
 from epi_ds.errors import CheckpointError, UserError
 
 FILE = "epi_run.json"
-_TRAINERS_NAME = re.compile(r"checkpoint-\d+$")
 
 
 class RunRecord(BaseModel):
@@ -100,14 +98,11 @@ def is_own(checkpoint: Path, run_id: str | None) -> bool:
     run_id  None for one that we did not write
     """
     folder = checkpoint.resolve().parent
-    if _is_trainers(folder):
+    if (folder / PATH).exists():
+        # A trainer's checkpoint.
         folder = folder.parent
     record = read_run(folder)
     return run_id is not None and record is not None and record.run_id == run_id
-
-
-def _is_trainers(folder: Path) -> bool:
-    return bool(_TRAINERS_NAME.match(folder.name)) or (folder / PATH).exists()
 
 
 def check_trusted(checkpoint: Path, run_id: str | None, *, trust: bool, remedy: str) -> None:

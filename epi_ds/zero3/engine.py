@@ -283,7 +283,9 @@ class IsolationEngineMixin(DeepSpeedEngine):
         if self.run.trainer_folder is not None and on_first_rank(lambda: _is_trainers(load_dir)):
             whole = on_first_rank(lambda: open_checkpoint(load_dir))
             if whole.is_plain and accepts_plain:
-                return on_first_rank(lambda: newest_in(load_dir))
+                inside = on_first_rank(lambda: newest_in(load_dir))
+                if inside.is_plain:
+                    return inside
             known = whole.problem is None and load_dir == self.run.verified
             problems = [] if known else [whole.problem] if whole.problem is not None else verify(whole)
             if problems:

@@ -393,6 +393,10 @@ def test_a_folder_is_held_by_the_last_one_that_took_it(tmp_path: Path) -> None:
 def test_only_checkpoints_of_the_folder_s_own_run_are_trusted(tmp_path: Path) -> None:
     run = take_over(tmp_path / "run")
     trainers = tmp_path / "run" / "checkpoint-4" / "global_step4"
+    make_checkpoint(trainers.parent, step=4, run_id=run.run_id, files={"global_step4/weights": "x"})
+    # A loop of one's own may save below such a name, too.
+    loop = take_over(tmp_path / "loop" / "checkpoint-4")
+    assert is_own(tmp_path / "loop" / "checkpoint-4" / "global_step4", loop.run_id)
     for folder in (tmp_path / "run" / "global_step4", trainers):
         assert is_own(folder, run.run_id)
         assert not is_own(folder, "another")
@@ -400,6 +404,7 @@ def test_only_checkpoints_of_the_folder_s_own_run_are_trusted(tmp_path: Path) ->
     # A stranger's trainer's checkpoint that brings a record along, which vouches for the tag in it.
     strangers = tmp_path / "copied" / "checkpoint-4"
     brought = take_over(strangers)
+    make_checkpoint(strangers, step=4, run_id=brought.run_id, files={"global_step4/weights": "x"})
     assert not is_own(strangers / "global_step4", brought.run_id)
     assert not is_own(strangers, brought.run_id)
     elsewhere = tmp_path / "elsewhere" / "global_step4"
