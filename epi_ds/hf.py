@@ -16,10 +16,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from epi_ds.api import attach
 from epi_ds.checkpoint.catalog import INCOMPLETE, remove
 from epi_ds.checkpoint.manifest import Manifest
-from epi_ds.checkpoint.retention import prune
+from epi_ds.checkpoint.retention import Keep, prune
 from epi_ds.checkpoint.trainer_folder import commit_trainer_folder, set_aside_incomplete
 from epi_ds.checkpoint.verdict import AgreedError, on_first_rank
-from epi_ds.choices import Memory, OnFailure
+from epi_ds.choices import Memory
 from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, EPIConfig, parse_config
 from epi_ds.errors import UserError, summarize
@@ -132,7 +132,7 @@ class EPICallback(TrainerCallback):
         self.epi.check_planned_steps(state.max_steps)
         if args.save_strategy != "no" and not args.save_only_model:
             # Another job that still saves here is to notice now, and not when this one has saved.
-            self._engine.hold_folder(self._folder)
+            self._engine.run.hold(self._folder)
 
     @property
     def _folder(self) -> Path:
@@ -147,36 +147,24 @@ class EPICallback(TrainerCallback):
         folder = self._folder / f"checkpoint-{state.global_step}"
         # Every rank has written its random states.
         dist.barrier()
-        run, config = self._engine.run, self.epi.config.checkpoint
+        run = self._engine.run
         if run.failed is not None and run.failed.parent == folder:
             # The engine has said why; a folder without weights would only be in the way.
             on_first_rank(lambda: remove(folder))
             return
         try:
             # Another job may have begun since the engine saved.
-            self._engine.hold_folder(self._folder)
+            run.hold(self._folder)
             manifest = on_first_rank(lambda: self._commit(folder))
         except AgreedError as error:
-            if config.on_failure is OnFailure.STOP:
-                raise
-            if dist.get_rank() == 0:
-                logger.error("%s is no checkpoint, and training goes on (checkpoint.on_failure): %s", folder, error)
+            self._engine.save_failed(folder, error)
             return
         run.last_checkpoint = folder
-        if dist.get_rank() != 0:
-            return
-        best = state.best_model_checkpoint
-        kept = [folder] if best is None else [folder, Path(best)]
-        try:
-            prune(
-                self._folder,
-                keep_last=self._keep_last,
-                keep_every=config.keep_every,
-                run_id=manifest.run_id,
-                kept=kept,
-            )
-        except OSError as error:
-            logger.warning("older checkpoints in %s are not removed: %s", self._folder, error)
+        if dist.get_rank() == 0:
+            best = state.best_model_checkpoint
+            paths = (folder,) if best is None else (folder, Path(best))
+            every = self.epi.config.checkpoint.keep_every
+            prune(self._folder, Keep(self._keep_last, every, run_id=manifest.run_id, paths=paths))
 
     def _commit(self, folder: Path) -> Manifest:
         aside = folder.with_name(folder.name + INCOMPLETE)

@@ -88,7 +88,7 @@ def discover(
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _of_torch(environment)
-    if int(environment.get(_OPEN_MPI[1], "1")) > 1:
+    if _OPEN_MPI[1] in environment and _number(environment, _OPEN_MPI[1]) > 1:
         return _of_open_mpi(environment, os.getppid() if parent is None else parent)
     # A batch script has a Slurm rank and no step; a step may be of fewer tasks than the job.
     if "SLURM_STEP_ID" in environment and _number(environment, "SLURM_STEP_NUM_TASKS") > 1:

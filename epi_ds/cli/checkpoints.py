@@ -58,10 +58,10 @@ def prune(
 ) -> None:
     """Remove older checkpoints. The newest ones are not read: verify them first."""
     from epi_ds.checkpoint.overview import folder_of
-    from epi_ds.checkpoint.retention import doomed_in
+    from epi_ds.checkpoint.retention import Keep, doomed_in
     from epi_ds.checkpoint.retention import prune as remove
 
-    found = (doomed_in if dry_run else remove)(folder_of(path), keep_last=keep_last, keep_every=keep_every)
+    found = (doomed_in if dry_run else remove)(folder_of(path), Keep(keep_last, keep_every))
     console = Console(soft_wrap=True, highlight=False)
     for one in found:
         console.print(f"{'would remove' if dry_run else 'removed'} {one}")

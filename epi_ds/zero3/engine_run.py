@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,17 @@ import torch
 import torch.distributed as dist
 
 import epi_ds
+from epi_ds.checkpoint.catalog import clean_up
 from epi_ds.checkpoint.digest import FileRecord
 from epi_ds.checkpoint.manifest import FORMAT_VERSION, Batch, Kind, Manifest, SavedParameter, SavedSubGroup
-from epi_ds.checkpoint.run_id import RunRecord
+from epi_ds.checkpoint.run_id import RunRecord, take_over, why_not_held
 from epi_ds.checkpoint.saving import SaveTimes, now
 from epi_ds.checkpoint.store import isolation_of
+from epi_ds.checkpoint.verdict import on_first_rank
+from epi_ds.errors import CheckpointError
 from epi_ds.zero3.nvme import swapped_weights
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,6 +41,39 @@ class EngineRun:
     failed: Path | None = None
     """The tag of the last save that failed."""
     last_save: SaveTimes | None = None
+
+    def hold(self, folder: Path) -> RunRecord:
+        """Make this process the one that saves in a run's folder; return its record there. Collective.
+
+        Raises CheckpointError where another process has taken it over since. See [Note: fence] in run_id.py.
+        """
+        folder = folder.resolve()
+        if folder in self.held:
+            record = self.held[folder]
+            problem = on_first_rank(lambda: why_not_held(folder, record))
+            if problem is not None:
+                raise CheckpointError(problem)
+            return record
+
+        def take() -> tuple[RunRecord, list[str]]:
+            taken = take_over(folder)
+            return taken, clean_up(folder)
+
+        record, done = on_first_rank(take)
+        if dist.get_rank() == 0:
+            for sentence in done:
+                logger.warning("%s", sentence)
+        self.held[folder] = record
+        return record
+
+    def begin_again(self, folder: Path) -> None:
+        """Where this process has saved in a folder, go on there as a later process would. Collective.
+
+        What it saves from now on is newer than what it saved before, also where it has gone back to an older step.
+        """
+        if folder.resolve() in self.held:
+            self.hold(folder)
+            del self.held[folder.resolve()]
 
 
 def batch_of(engine: Any) -> Batch:

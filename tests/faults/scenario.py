@@ -5,7 +5,6 @@ here may start a thread when it is imported.
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from torch import nn
 import epi_ds
 from epi_ds.errors import CheckpointError, UserError
 from tests.faults.points import PointName, kill_at
-from tests.support.engines import ds_config
+from tests.support.engines import collected_logs, ds_config
 from tests.support.models import odd_batch
 
 SECTION: dict[str, Any] = {"ratio": 0.2, "refresh_interval": 3, "ema_decay": 0.9, "state": "u16"}
@@ -85,27 +84,18 @@ class Resumed(NamedTuple):
 
 def resume(folder: str, section: dict[str, Any], tag: str | None) -> Resumed:
     """Start again as a user's script does: load what there is, and train on."""
-    messages: list[str] = []
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
-
-    handler = Collect()
-    logging.getLogger("epi_ds").addHandler(handler)
-    try:
-        engine = make_engine(section)
-        engine.load_checkpoint(folder, tag)
-        step = engine.global_steps
-        losses = train(engine, step, step + CONTINUED)
-        # Saving goes on where the fault happened.
-        if not engine.save_checkpoint(folder):
-            return Resumed(-1, [], "a save after the restart failed: " + "\n".join(messages), "")
-        return Resumed(step, losses, "", "\n".join(messages))
-    except (CheckpointError, UserError) as error:
-        return Resumed(-1, [], str(error), "\n".join(messages))
-    finally:
-        logging.getLogger("epi_ds").removeHandler(handler)
+    with collected_logs() as messages:
+        try:
+            engine = make_engine(section)
+            engine.load_checkpoint(folder, tag)
+            step = engine.global_steps
+            losses = train(engine, step, step + CONTINUED)
+            # Saving goes on where the fault happened.
+            if not engine.save_checkpoint(folder):
+                return Resumed(-1, [], "a save after the restart failed: " + "\n".join(messages), "")
+            return Resumed(step, losses, "", "\n".join(messages))
+        except (CheckpointError, UserError) as error:
+            return Resumed(-1, [], str(error), "\n".join(messages))
 
 
 def die_while_saving(folder: str, rank: int, point: PointName) -> str:
@@ -135,26 +125,17 @@ def die_while_training(folder: str, rank: int, signal_number: int) -> str:
 
 def save_on(folder: str, section: dict[str, Any]) -> str:
     """Continue from the newest tag and save: on a full or read-only disk. Return what is said, or ''."""
-    messages: list[str] = []
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
-
-    handler = Collect()
-    logging.getLogger("epi_ds").addHandler(handler)
-    try:
-        engine = make_engine(section)
-        engine.load_checkpoint(folder)
-        train(engine, engine.global_steps, FAULT_STEP)
-        saved = engine.save_checkpoint(folder)
-        # Training goes on, whatever became of the save.
-        train(engine, FAULT_STEP, FAULT_STEP + 1)
-        return "" if saved else "\n".join(text for text in messages if "was not saved" in text)
-    except CheckpointError as error:
-        return f"stopped: {error}"
-    finally:
-        logging.getLogger("epi_ds").removeHandler(handler)
+    with collected_logs() as messages:
+        try:
+            engine = make_engine(section)
+            engine.load_checkpoint(folder)
+            train(engine, engine.global_steps, FAULT_STEP)
+            saved = engine.save_checkpoint(folder)
+            # Training goes on, whatever became of the save.
+            train(engine, FAULT_STEP, FAULT_STEP + 1)
+            return "" if saved else "\n".join(text for text in messages if "was not saved" in text)
+        except CheckpointError as error:
+            return f"stopped: {error}"
 
 
 def two_jobs(folder: str) -> str:
