@@ -86,7 +86,7 @@ def _engine_reasons(engine: Any) -> Iterator[str]:
             "checkpoints on node-local disks are not covered yet: a rank verifies the files of all; set "
             "checkpoint.use_node_local_storage: false"
         )
-    if engine.checkpoint_engine.is_decoupled():
+    if engine.checkpoint_engine is not None and engine.checkpoint_engine.is_decoupled():
         yield (
             "checkpoints that are written by a process of their own are not covered: a save would end before its files "
             "are whole; remove checkpoint.writer"

@@ -119,8 +119,9 @@ def _observe(
                 values = load_tile(own_codes, own_scales, entry, covered, block, touched, FORMAT) * ema_decay
                 if gradient is not None:
                     scaled = raw * inverse_scale
-                    # NaN counts as zero, infinity as the largest finite value: the larger of NaN and zero is zero.
-                    squared = tl.minimum(tl.maximum(scaled * scaled, 0.0), LARGEST)
+                    # NaN, which differs from itself, counts as zero, infinity as the largest finite value. Not by
+                    # `maximum`: Triton 3.7's interpreter keeps NaN there, and 3.9's does not.
+                    squared = tl.minimum(tl.where(scaled == scaled, scaled * scaled, 0.0), LARGEST)
                     # Two roundings may lift d*max + (1-d)*max above the largest finite value: clamp again.
                     values = tl.minimum(values + squared * new_share, LARGEST)
                 random = dither(first, entry, key, phase)
