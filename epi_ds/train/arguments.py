@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -14,6 +14,8 @@ from epi_ds.config import SECTION
 from epi_ds.errors import UserError, nearest
 
 _DEFAULT_DEEPSPEED = "zero3"
+# Key of ``train.deepspeed`` that names what its other keys change.
+_PRESET = "preset"
 
 # TrainingArguments that a run of stages decides itself, or that would break it without a word, and what to set instead.
 _OWNED_ARGUMENTS = {
@@ -39,12 +41,19 @@ _OWNED_ARGUMENTS = {
 
 
 def deepspeed_config(train: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the DeepSpeed configuration that ``train.deepspeed`` names, loads or holds, by default ``zero3``.
+    """Return the DeepSpeed configuration that ``train.deepspeed`` names, loads, changes or holds, by default ``zero3``.
 
-    Raises ValueError for one that a run of stages cannot use.
+    The ``epi`` section of a shipped one is left out, see `preset_section`. Raises ValueError for one that a run of
+    stages cannot use.
     """
-    given = train.get("deepspeed", _DEFAULT_DEEPSPEED)
-    config = dict(given) if isinstance(given, Mapping) else ds_configs.load(str(given))
+    preset = _preset_of(train)
+    if preset is None:
+        config = dict(train["deepspeed"])
+    else:
+        config = ds_configs.load(preset.name_or_path, preset.changes)
+        changed = any(str(key).split(".")[0] == SECTION for key in preset.changes)
+        if ds_configs.is_shipped(preset.name_or_path) and not changed:
+            config.pop(SECTION, None)
     if SECTION in config:
         raise UserError(f'the configuration has an "{SECTION}" section, but a recipe has method.{SECTION}')
     if "scheduler" in config:
@@ -53,6 +62,34 @@ def deepspeed_config(train: Mapping[str, Any]) -> dict[str, Any]:
             "and set stages[].lr_scheduler_type or train.lr_scheduler_type"
         )
     return config
+
+
+def preset_section(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``epi`` section of the shipped configuration in ``train.deepspeed``: what ``method.epi`` begins from.
+
+    Empty where that is none, or has no such section.
+    """
+    preset = _preset_of(train)
+    if preset is None or not ds_configs.is_shipped(preset.name_or_path):
+        return {}
+    return dict(ds_configs.read(preset.name_or_path).get(SECTION, {}))
+
+
+class _Preset(NamedTuple):
+    """A configuration by name or path, and what is merged over it."""
+
+    name_or_path: str
+    changes: Mapping[str, Any]
+
+
+def _preset_of(train: Mapping[str, Any]) -> _Preset | None:
+    """Return what ``train.deepspeed`` refers to, or None where it is a whole configuration."""
+    given = train.get("deepspeed", _DEFAULT_DEEPSPEED)
+    if not isinstance(given, Mapping):
+        return _Preset(str(given), {})
+    if _PRESET not in given:
+        return None
+    return _Preset(str(given[_PRESET]), {key: value for key, value in given.items() if key != _PRESET})
 
 
 def argument_problems(train: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from epi_ds.data.skills import SKILLS
 from epi_ds.data.sources import is_file_path
 from epi_ds.errors import UserError, nearest, problems_of, summarize
 from epi_ds.launch import recipes as shipped
-from epi_ds.train.arguments import argument_problems, deepspeed_config, schedule_problems
+from epi_ds.train.arguments import argument_problems, deepspeed_config, preset_section, schedule_problems
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
@@ -192,7 +192,7 @@ class Recipe(BaseModel):
     method: MethodSection = MethodSection()
     train: dict[str, Any] = {}
     """Arguments of TRL's ``SFTConfig`` (Hugging Face ``TrainingArguments``) by their own names. ``deepspeed`` may name
-    a shipped configuration."""
+    a shipped configuration, or hold it as ``preset`` with changes: ``{preset: zero3_hpz, gradient_clipping: 0.5}``."""
     evaluation: EvaluationSection = EvaluationSection()
     output: str
     """Folder of the run."""
@@ -279,6 +279,13 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(values: Mapping[str, Any], *, place: str) -> Recipe:
     """Validate the values of a recipe; raise one ValueError that lists every problem found."""
+    added = _added_by_preset(values)
+    if added:
+        method = values.get("method", {})
+        values = {**values, "method": {**method, "epi": {**method.get("epi", {}), **added}}}
+        # A problem may be with a setting that is not written there.
+        settings = ", ".join(f"{key}: {value}" for key, value in added.items())
+        place = f"{place}, to whose method.epi the DeepSpeed preset adds {settings}"
     problems: list[str] = []
     recipe = None
     try:
@@ -297,6 +304,16 @@ def parse_recipe(values: Mapping[str, Any], *, place: str) -> Recipe:
     if problems or recipe is None:
         raise UserError(summarize(problems, place=place))
     return recipe
+
+
+def _added_by_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of ``method.epi`` that the preset in ``train.deepspeed`` has and the recipe does not give."""
+    train, method = values.get("train"), values.get("method", {})
+    given = method.get("epi", {}) if isinstance(method, Mapping) else None
+    # What is no mapping is told by the validation.
+    if not isinstance(train, Mapping) or not isinstance(given, Mapping):
+        return {}
+    return {key: value for key, value in preset_section(train).items() if key not in given}
 
 
 def _override(values: dict[str, Any], override: str) -> None:

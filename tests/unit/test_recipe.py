@@ -117,10 +117,5 @@ def test_unknown_recipes_and_configurations_name_what_there_is() -> None:
         load_recipe("dmeo")
     with pytest.raises(ValueError, match=r"there is no recipe file missing.yaml"):
         load_recipe("missing.yaml")
-    with pytest.raises(ValueError, match="zero3, zero3_offload"):
+    with pytest.raises(ValueError, match="did you mean 'zero3'"):
         ds_configs.load("zero4x")
-
-
-@pytest.mark.parametrize("name", ds_configs.names())
-def test_shipped_configurations_are_stage_3(name: str) -> None:
-    assert ds_configs.load(name)["zero_optimization"]["stage"] == 3
