@@ -19,7 +19,7 @@ from epi_ds.launch.environment import accelerator_name, prepare_environment
 
 # What ZeRO-3 with Adam uses, by accelerator. On a GPU the fused optimizer is all that is compiled.
 # NVMe offload needs AsyncIO too, which is built where its library is.
-_BUILDERS = {
+BUILDERS = {
     "cpu": ("ShareMemCommBuilder", "FusedAdamBuilder", "CPUAdamBuilder"),
     "cuda": ("FusedAdamBuilder", "CPUAdamBuilder"),
 }
@@ -80,7 +80,7 @@ def build_operators(report: Callable[[str], None]) -> None:
         for lock in stale_locks(folder):
             report(f"removing {lock}, left by a build that was killed")
             lock.unlink()
-        for name in (*_BUILDERS.get(accelerator, ()), *nvme_builders(report)):
+        for name in (*BUILDERS.get(accelerator, ()), *nvme_builders(report)):
             started = time.perf_counter()
             try:
                 get_accelerator().create_op_builder(name).load()

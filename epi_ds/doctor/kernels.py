@@ -1,0 +1,57 @@
+"""Which implementation of our own operations runs on this machine."""
+
+from __future__ import annotations
+
+import os
+
+from epi_ds.doctor.accelerator import device_type
+from epi_ds.doctor.finding import Finding, Level, Subject
+
+_SPEED = "the same bits, several times as slowly"
+
+
+def kernels() -> list[Finding]:
+    """Find the backend of every type of device here; compiles the C++ where that has not been done. Imports torch."""
+    # With offload, the partitions of a GPU are on the CPU.
+    return [_backend(kind) for kind in dict.fromkeys([device_type(), "cpu"])]
+
+
+def _backend(kind: str) -> Finding:
+    from epi_ds.kernels.cpu.build import library
+    from epi_ds.kernels.dispatch import VARIABLE, Backend, backend_on
+
+    if os.environ.get(VARIABLE, "auto") != "auto":
+        # Raises where it cannot be had, as training would.
+        chosen = backend_on(kind)
+        said = f"{kind}: {chosen.value}, as {VARIABLE} asks for"
+        if chosen is Backend.REFERENCE:
+            return Finding(Level.WARN, Subject.KERNELS, f"{said}: {_SPEED}", f"unset {VARIABLE}")
+        return Finding(Level.OK, Subject.KERNELS, said)
+    if (reason := _reason_against(kind)) is not None:
+        said = f"{kind}: plain torch, {_SPEED}: {reason}"
+        return Finding(Level.WARN, Subject.KERNELS, said, "install what is missing; nothing else depends on it")
+    if kind == "cuda":
+        return Finding(Level.OK, Subject.KERNELS, "cuda: Triton")
+    # Nodes with other processors get the same bits.
+    return Finding(Level.OK, Subject.KERNELS, "cpu: C++", measured=library().epi_isa().decode())
+
+
+def _reason_against(kind: str) -> str | None:
+    """Return why a type of device has no backend of its own, or None where it has one."""
+    from epi_ds.kernels.dispatch import VARIABLE, Backend, backend_on
+
+    own = {"cpu": Backend.CPU, "cuda": Backend.GPU}.get(kind)
+    if own is None:
+        return f"there are none for {kind}"
+    before = os.environ.get(VARIABLE)
+    # Asked for by its name it says why; the automatic choice logs that and takes another.
+    os.environ[VARIABLE] = own.value
+    try:
+        backend_on(kind)
+    except RuntimeError as error:
+        return str(error.__cause__).partition("\n")[0]
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
+    return None

@@ -1,0 +1,97 @@
+"""Ranks that the doctor starts on this machine, where nobody has started it as one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from epi_ds.doctor.accelerator import device_type
+from epi_ds.doctor.finding import CheckFailedError, Finding, Level, Subject, from_json, to_json
+from epi_ds.doctor.report import Report
+from epi_ds.launch.local import device_ids, free_port, launch_command, remove_buffers, start_child
+from epi_ds.launch.rank_environment import discover
+
+# Each rank, and the launcher, imports torch and DeepSpeed first.
+_START_SECONDS = 120.0
+_REMEDY = "epi-ds train starts its ranks in the same way: see to this error first"
+
+
+def num_own_ranks() -> int:
+    """Return how many ranks are started here: one for each device, or two on the CPU. Imports torch."""
+    import torch
+
+    return 2 if device_type() == "cpu" else max(2, torch.accelerator.device_count())
+
+
+def own_ranks(folder: Path, *, seconds: float) -> list[Finding]:
+    """Return what ranks of this machine find together.
+
+    seconds  that they wait for each other
+
+    Raises CheckFailedError where they do not start, or do not end.
+    """
+    import torch
+
+    ranks, port = num_own_ranks(), free_port()
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    if ranks > torch.accelerator.device_count():
+        # No two ranks share a device: these talk as ranks on the CPU do.
+        environment["DS_ACCELERATOR"], devices = "cpu", list[int | str](range(ranks))
+    else:
+        devices = device_ids(ranks)
+    with tempfile.TemporaryDirectory(prefix="epi_ds_doctor_") as own:
+        written = Path(own) / "findings.json"
+        arguments = [str(written), str(folder.absolute()), str(seconds)]
+        command = launch_command(__name__, arguments, devices=devices, port=port)
+        try:
+            said = _run(command, environment, seconds=_START_SECONDS + 3 * seconds)
+        finally:
+            remove_buffers(port)
+        if not written.exists():
+            raise _failed(f"{ranks} ranks did not start: {said}")
+        return from_json(written.read_text())
+
+
+def _run(command: list[str], environment: dict[str, str], *, seconds: float) -> str:
+    """Run the launcher to its end and return the last line that it or a rank said."""
+    process = start_child(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise _failed(f"the ranks did not end in {seconds:.0f} s") from None
+    finally:
+        # Takes its ranks with it.
+        process.terminate()
+        process.wait()
+    lines = output.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"exit code {process.returncode}"
+
+
+def _failed(said: str) -> CheckFailedError:
+    return CheckFailedError(Finding(Level.FAIL, Subject.RANKS, said, _REMEDY))
+
+
+def _main(written: str, folder: str, seconds: str) -> None:
+    from epi_ds.doctor.examine import Checks, examine_as_rank
+    from epi_ds.launch.lost_ranks import die_with_launcher
+
+    die_with_launcher()
+
+    def tell(findings: list[Finding]) -> None:
+        # Rank 0 says of the others that they are missing.
+        if os.environ["RANK"] == "0":
+            Path(written).write_text(to_json(findings))
+
+    # The launcher ends all ranks when one ends with an error, also the one that is about to say what it is.
+    report = Report(tell, exit_code=0)
+    place = discover(os.environ)
+    if place is None:
+        raise RuntimeError("this module is run by the launcher that own_ranks starts, which sets RANK and WORLD_SIZE")
+    examine_as_rank(report, place, Checks(), folder=Path(folder), seconds=float(seconds))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
