@@ -17,12 +17,7 @@ SEED ?= 0
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade "pip>=24"
-	# On its own and by its exact version: what torch is installed decides what everything after it resolves to.
-	$(BIN)/pip install --quiet "$(shell grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	$(BIN)/epi-ds build-operators
+	PYTHON="$(PYTHON)" docker/install_python.sh $(VENV) dev
 	touch $@
 
 demo: install
