@@ -68,6 +68,10 @@ class CheckpointConfig(BaseModel):
     allow_new_batch_size: bool = False
     """Resume although a step has another number of rows now (micro-batch x accumulation x ranks)."""
 
+    stop_before_end: float = Field(120, ge=0)
+    """Seconds before the time limit of a Slurm job at which to save and stop: enough for two steps and a save. 0 leaves
+    it to signals."""
+
     @model_validator(mode="after")
     def _keep_every_is_used(self) -> CheckpointConfig:
         if self.keep_every is not None and self.keep_last is None:

@@ -17,12 +17,16 @@ from epi_ds.api import attach
 from epi_ds.checkpoint.catalog import INCOMPLETE, remove
 from epi_ds.checkpoint.manifest import Manifest
 from epi_ds.checkpoint.retention import Keep, prune
+from epi_ds.checkpoint.run_id import run_id_of
 from epi_ds.checkpoint.trainer_folder import commit_trainer_folder, set_aside_incomplete
 from epi_ds.checkpoint.verdict import AgreedError, on_first_rank
 from epi_ds.choices import Memory
 from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, EPIConfig, parse_config
 from epi_ds.errors import UserError, summarize
+from epi_ds.launch import stop_signals
+from epi_ds.preemption import Preemption
+from epi_ds.trackers import continue_runs
 from epi_ds.zero3.guard import has_optimizer
 from epi_ds.zero3.handle import EPI
 
@@ -45,6 +49,7 @@ class EPICallback(TrainerCallback):
         self._output: Path | None = None
         self._keep_last: int | None = None
         self._save_total_limit: int | None = None
+        self._preemption: Preemption | None = None
         self.verified: Path | None = None
         """A checkpoint whose files were read and found whole already, so that resuming from it need not do it again."""
 
@@ -63,6 +68,12 @@ class EPICallback(TrainerCallback):
             raise UserError(
                 "EPICallback needs DeepSpeed ZeRO-3: pass deepspeed=... to the training arguments, and start the "
                 "script with the deepspeed launcher"
+            )
+        if getattr(args, "enable_jit_checkpoint", False):
+            raise UserError(
+                "enable_jit_checkpoint has each rank save by itself when it hears SIGTERM, at whatever step it is in; "
+                "EPICallback saves on SIGTERM, SIGUSR1 and before a Slurm job's time limit, at a step that all ranks "
+                "agree on. Remove it"
             )
         if args.auto_find_batch_size:
             raise UserError(
@@ -111,6 +122,9 @@ class EPICallback(TrainerCallback):
         for folder in on_first_rank(lambda: set_aside_incomplete(Path(args.output_dir))):
             if dist.get_rank() == 0:
                 logger.warning("%s was not saved to its end; it is removed once a newer one is whole", folder)
+        if args.report_to:
+            output = self._folder
+            continue_runs(args.report_to, output, run_id=on_first_rank(lambda: run_id_of(output)))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -130,15 +144,35 @@ class EPICallback(TrainerCallback):
         if self._engine is None or trained is not self._engine.optimizer:
             raise RuntimeError(f"isolation is not attached to what trains: {self._why_not(kwargs['model'])}")
         self.epi.check_planned_steps(state.max_steps)
-        if args.save_strategy != "no" and not args.save_only_model:
+        if args.save_only_model:
+            return
+        if args.save_strategy != "no":
             # Another job that still saves here is to notice now, and not when this one has saved.
             self._engine.run.hold(self._folder)
+        self._preemption = Preemption(self._engine)
+        if self._preemption.is_due():
+            self._preemption.leave()
 
     @property
     def _folder(self) -> Path:
         if self._output is None:
             raise RuntimeError("the trainer was not constructed with this callback; pass callbacks=[EPICallback(...)]")
         return self._output
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the ranks have agreed to save after this step and to end. See preemption.py."""
+        return self._preemption is not None and bool(self._preemption.cause)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Have the trainer save and stop where the job is about to end. Collective.
+
+        Not after the last step, from which there is nothing to go on with.
+        """
+        if self._preemption is not None and state.global_step < state.max_steps and self._preemption.is_due():
+            control.should_save = control.should_training_stop = True
+            # It may take longer than the job has left.
+            control.should_evaluate = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make what the trainer has saved a checkpoint, and remove older ones that are not to be kept. Collective."""
@@ -159,7 +193,7 @@ class EPICallback(TrainerCallback):
         except AgreedError as error:
             self._engine.save_failed(folder, error)
             return
-        run.last_checkpoint = folder
+        run.last_checkpoint, run.saved_step = folder, self._engine.global_steps
         if dist.get_rank() == 0:
             best = state.best_model_checkpoint
             paths = (folder,) if best is None else (folder, Path(best))
@@ -176,7 +210,13 @@ class EPICallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say so where memory was asked for and no stage ever ended: nothing was remembered."""
+        """End the process where the job is about to end, so that nobody takes the run for finished.
+
+        Else say so where memory was asked for and no stage ever ended: nothing was remembered. Raises SystemExit.
+        """
+        if self._preemption is not None and self.is_stopping:
+            self._preemption.leave()
+        stop_signals.stop_listening()
         if self._save_total_limit is not None:
             # For another trainer with these arguments.
             args.save_total_limit = self._save_total_limit

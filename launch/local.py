@@ -9,16 +9,21 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 from epi_ds.launch.environment import prepare_environment
-from epi_ds.launch.lost_ranks import die_with_parent
+from epi_ds.launch.lost_ranks import die_with_parent, signal_of
+from epi_ds.launch.stop_signals import REQUEUE_EXIT_CODE
 
 from epi_ds.errors import UserError
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def free_port() -> int:
@@ -67,7 +72,8 @@ def launch_command(module: str, arguments: Sequence[str], *, devices: Sequence[i
         "--master_addr=127.0.0.1",
         f"--master_port={port}",
         "--no_local_rank",
-        "--log_level=warning",
+        # Its errors say again what ranks have said, and of a run that was told to stop that it failed.
+        "--log_level=critical",
         "--module",
         module,
         *arguments,
@@ -88,30 +94,70 @@ def remove_buffers(port: int) -> None:
         left.unlink(missing_ok=True)
 
 
+class Stop:
+    """Passes on what tells this process to end. What it started goes on until it has saved."""
+
+    def __init__(self, pass_on: Callable[[bool], None]) -> None:
+        """``pass_on`` is called with whether it is a second Ctrl-C, upon which all is to end at once."""
+        self._pass_on = pass_on
+        self.told = False
+        self._interrupted = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGINT, SIGTERM, SIGHUP and SIGUSR1 while the block runs."""
+        previous = {number: signal.signal(number, self._note) for number in _FORWARDED}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.told = True
+        self._pass_on(number == signal.SIGINT and self._interrupted)
+        if number == signal.SIGINT and not self._interrupted:
+            self._interrupted = True
+            print("saving a checkpoint and stopping; Ctrl-C again stops at once", file=sys.stderr)
+
+
+def signal_ranks(launcher: int, number: signal.Signals) -> None:
+    """Send a signal to a launcher's ranks: not through it, which tells one after the other, and gives each 30 s."""
+    with suppress(psutil.Error):
+        process = psutil.Process(launcher)
+        # Where there are no ranks yet, the launcher has nothing to wait for.
+        for one in process.children() or [process]:
+            with suppress(psutil.Error):
+                one.send_signal(number)
+
+
 def run_ranks(module: str, arguments: Sequence[str], *, num_ranks: int) -> int:
     """Run a module in ``num_ranks`` ranks of this machine and return the exit code.
 
-    SIGINT, SIGTERM and SIGHUP are passed on to the launcher, which ends all ranks.
+    SIGTERM, SIGUSR1, SIGHUP and SIGINT reach the ranks as SIGTERM, upon which those that listen save and end. A second
+    SIGINT ends all of them at once.
     """
     prepare_environment()
     environment, port = os.environ.copy(), free_port()
     # Without this every rank starts as many threads as the machine has cores.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    process = start_child(
-        launch_command(module, arguments, devices=device_ids(num_ranks), port=port),
-        env=environment,
-        # A terminal's Ctrl-C reaches the whole foreground group; the ranks must get it once, through the launcher.
-        start_new_session=True,
-    )
-
-    def forward(number: int, _frame: FrameType | None) -> None:
-        # The launcher knows SIGINT and SIGTERM only.
-        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
-
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    # Slurm sends SIGUSR1 to all processes of a task, and would end DeepSpeed's launcher, which does not know it. Those
+    # that start while it is ignored go on ignoring it, until they listen as ranks do.
+    previous = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
-        return process.wait()
+        process = start_child(
+            launch_command(module, arguments, devices=device_ids(num_ranks), port=port),
+            env=environment,
+            # A terminal's Ctrl-C reaches the whole foreground group; the ranks must get it once, through this process.
+            start_new_session=True,
+        )
+        stop = Stop(lambda is_last: signal_ranks(process.pid, signal.SIGKILL if is_last else signal.SIGTERM))
+        with stop.listening():
+            exit_code = process.wait()
     finally:
         remove_buffers(port)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGUSR1, previous)
+    if stop.told and signal_of(exit_code) is signal.SIGTERM:
+        # Before it listened, a rank has nothing to save.
+        return REQUEUE_EXIT_CODE
+    return exit_code

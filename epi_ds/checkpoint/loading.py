@@ -51,6 +51,16 @@ def choose(folder: Path, tag: str | None, *, accepts_plain: bool) -> Choice | No
     return choice
 
 
+def newest_checkpoint(folder: str | Path) -> str | None:
+    """Return the path of the newest whole checkpoint in a trainer's output folder; None without. Collective.
+
+    For ``trainer.train(resume_from_checkpoint=newest_checkpoint(args.output_dir))``, which begins a run and goes on
+    alike. Raises CheckpointError where there are checkpoints and none is whole.
+    """
+    choice = choose(Path(folder), AUTO, accepts_plain=False)
+    return None if choice is None else str(choice.checkpoint.path)
+
+
 class _Found(NamedTuple):
     checkpoints: list[Checkpoint]
     latest: str | None

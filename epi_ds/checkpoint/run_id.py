@@ -67,9 +67,15 @@ def read_run(folder: Path) -> RunRecord | None:
 def take_over(folder: Path) -> RunRecord:
     """Make this process the one that saves in ``folder``; return what was written. See [Note: fence]."""
     found = read_run(folder)
+    if found is None:
+        return _written(folder, run_id=uuid.uuid4().hex, incarnation=1)
+    return _written(folder, run_id=found.run_id, incarnation=found.incarnation + 1)
+
+
+def _written(folder: Path, *, run_id: str, incarnation: int) -> RunRecord:
     record = RunRecord(
-        run_id=found.run_id if found is not None else uuid.uuid4().hex,
-        incarnation=found.incarnation + 1 if found is not None else 1,
+        run_id=run_id,
+        incarnation=incarnation,
         holder=uuid.uuid4().hex,
         host=socket.gethostname(),
         pid=os.getpid(),
@@ -78,6 +84,14 @@ def take_over(folder: Path) -> RunRecord:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / FILE, json.loads(record.model_dump_json()))
     return record
+
+
+def run_id_of(folder: Path) -> str:
+    """Return the id of a folder's run; draw one where there is none yet, for a process that may take it over."""
+    found = read_run(folder)
+    if found is None:
+        found = _written(folder, run_id=uuid.uuid4().hex, incarnation=0)
+    return found.run_id
 
 
 def why_not_held(folder: Path, record: RunRecord) -> str | None:

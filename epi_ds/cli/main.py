@@ -10,7 +10,21 @@ from typing import Annotated
 
 import typer
 
-from epi_ds.cli import audit, bench, checkpoints, demo, estimate, export, operators, recipes, report, train
+from epi_ds.cli import (
+    audit,
+    bench,
+    checkpoints,
+    configs,
+    demo,
+    doctor,
+    estimate,
+    export,
+    launch,
+    operators,
+    recipes,
+    report,
+    train,
+)
 from epi_ds.errors import CheckpointError, LostRankError, UserError
 
 app = typer.Typer(
@@ -31,15 +45,18 @@ def options(
 
 
 app.command("train")(train.train)
+app.add_typer(launch.app, name="launch")
 app.command("demo")(demo.demo)
 app.command("audit")(audit.audit)
 app.add_typer(bench.app, name="bench")
 app.add_typer(checkpoints.app, name="checkpoints")
+app.add_typer(configs.app, name="configs")
 app.command("export")(export.export)
 app.command("estimate")(estimate.estimate)
 app.command("report")(report.report)
 app.command("recipes")(recipes.recipes)
 app.command("build-operators")(operators.build_operators)
+app.command("doctor")(doctor.doctor)
 
 
 def _quieten() -> None:

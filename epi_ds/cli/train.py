@@ -29,52 +29,81 @@ def train(
     resume: Annotated[
         str, typer.Option(help="auto: the newest checkpoint that is whole; or step:N; or a checkpoint's name.")
     ] = "auto",
+    until: Annotated[str | None, typer.Option(help="Save and stop after the stage of this name.")] = None,
 ) -> None:
     """Fine-tune as a recipe says, with evolving isolation on ZeRO-3.
 
     Starts its ranks itself, unless it is one: of the deepspeed launcher, torchrun, srun or mpirun. Continues where the
-    run folder has a whole checkpoint, on any number of ranks.
+    run folder has a whole checkpoint, on any number of ranks. SIGTERM, SIGUSR1 and Ctrl-C make it save and stop, with
+    exit code 85.
     """
     if restart and resume != "auto":
         raise UserError(f"--restart throws away what --resume {resume} would continue from; give one of them")
-    from epi_ds.launch.environment import default_ranks, prepare_environment
-    from epi_ds.launch.local import remove_buffers, run_ranks
-    from epi_ds.launch.lost_ranks import OF_A_DEATH, die_with_launcher, lost_rank, signal_of
+    from epi_ds.launch import stop_signals
+    from epi_ds.launch.environment import prepare_environment
     from epi_ds.launch.rank_environment import become_rank
-    from epi_ds.train.recipe import load_recipe
 
     is_rank = become_rank()
+    if is_rank:
+        # Before what takes seconds, in which a signal would end this rank, and with it all others.
+        stop_signals.listen()
     prepare_environment()
+    from epi_ds.train.recipe import load_recipe
+
     # Before any rank starts: everything that is wrong with the recipe, at once.
     loaded = load_recipe(recipe, overrides or [])
-    if not is_rank:
-        arguments = ["train", recipe, *(overrides or []), f"--resume={resume}", *(["--restart"] if restart else [])]
-        exit_code = run_ranks(MODULE, arguments, num_ranks=loaded.ranks or default_ranks())
-        if number := signal_of(exit_code):
-            raise LostRankError(f"a rank or the launcher was ended by {number.name}. {OF_A_DEATH}. {_remedy(loaded)}")
-        raise typer.Exit(exit_code)
+    if is_rank:
+        _train(loaded, restart=restart, resume=resume, until=until)
+        return
+    options = [f"--resume={resume}", *([f"--until={until}"] if until else []), *(["--restart"] if restart else [])]
+    raise typer.Exit(start_ranks(loaded, ["train", recipe, *(overrides or []), *options]))
 
-    if loaded.ranks not in (None, int(os.environ["WORLD_SIZE"])) and os.environ["RANK"] == "0":
-        logger.warning("ranks: %d is ignored, because %s were started", loaded.ranks, os.environ["WORLD_SIZE"])
-    die_with_launcher()
+
+def start_ranks(recipe: Recipe, arguments: list[str], *, num_ranks: int | None = None) -> int:
+    """Run ``epi-ds`` with these arguments in ranks of this machine; return the exit code.
+
+    num_ranks  None for as many as the recipe says
+
+    Raises LostRankError where a rank was killed.
+    """
+    from epi_ds.launch.environment import default_ranks
+    from epi_ds.launch.local import run_ranks
+    from epi_ds.launch.lost_ranks import OF_A_DEATH, signal_of
+
+    exit_code = run_ranks(MODULE, arguments, num_ranks=num_ranks or recipe.ranks or default_ranks())
+    if number := signal_of(exit_code):
+        raise LostRankError(f"a rank or the launcher was ended by {number.name}. {OF_A_DEATH}. {_remedy(recipe)}")
+    return exit_code
+
+
+def _train(recipe: Recipe, *, restart: bool, resume: str, until: str | None) -> None:
+    """Train as one of the ranks. Raises LostRankError where another one dies or stands still."""
+    if recipe.ranks not in (None, int(os.environ["WORLD_SIZE"])) and os.environ["RANK"] == "0":
+        logger.warning("ranks: %d is ignored, because %s were started", recipe.ranks, os.environ["WORLD_SIZE"])
     import torch.distributed as dist
 
     from epi_ds.cli.report import show_run
+    from epi_ds.launch.local import remove_buffers
+    from epi_ds.launch.lost_ranks import die_with_launcher, lost_rank
+    from epi_ds.launch.teardown import skip_teardown
     from epi_ds.train.run import run_recipe
 
+    die_with_launcher()
     try:
-        folder = run_recipe(loaded, restart=restart, resume_from=resume)
+        folder = run_recipe(recipe, restart=restart, resume_from=resume, until=until)
+        if dist.get_rank() == 0:
+            show_run(folder.root)
+        dist.barrier()
+        dist.destroy_process_group()
+        skip_teardown(0)
     except RuntimeError as error:
         if (reason := lost_rank(error)) is None:
             raise
-        raise LostRankError(f"rank {os.environ['RANK']}: {reason}. {_remedy(loaded)}") from error
-    if dist.get_rank() == 0:
-        show_run(folder.root)
-    dist.barrier()
-    dist.destroy_process_group()
-    if os.environ["LOCAL_RANK"] == "0":
-        # srun and mpirun do not know of them.
-        remove_buffers(int(os.environ["MASTER_PORT"]))
+        raise LostRankError(f"rank {os.environ['RANK']}: {reason}. {_remedy(recipe)}") from error
+    finally:
+        if os.environ["LOCAL_RANK"] == "0":
+            # srun and mpirun do not know of them.
+            remove_buffers(int(os.environ["MASTER_PORT"]))
 
 
 def _remedy(recipe: Recipe) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.choices import PolicyName
 from epi_ds.hf import EPICallback
 from epi_ds.isolation.refresh import Refresh
@@ -40,13 +41,15 @@ class RunCallback(TrainerCallback):
         evaluator: Evaluator,
         metrics: MetricsWriter | None,
         progress: ProgressDisplay,
+        until: str | None,
     ) -> None:
-        """``metrics`` is None on all ranks but 0."""
+        """``metrics`` is None on all ranks but 0; ``until`` names the stage after which to stop, None for the last."""
         self._trainer = trainer
         self._isolation = isolation
         self._evaluator = evaluator
         self._metrics = metrics
         self._progress = progress
+        self._until = until
         self._started = 0.0
         self._seconds = 0.0
         self._isolated_in_force = 0
@@ -87,6 +90,11 @@ class RunCallback(TrainerCallback):
         if state.global_step == 0:
             self._probe()
             self._evaluate(0, BEFORE)
+            return
+        ended = stage_at(self._spans, state.global_step - 1)
+        if state.global_step == ended.stop_step and not self._was_evaluated(ended.stop_step):
+            # The process that ended the stage had no time for it.
+            self._evaluate(ended.stop_step, ended.name)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -109,8 +117,12 @@ class RunCallback(TrainerCallback):
             self._last_refresh = refresh
             self._report_refresh(step, stage.name, refresh)
         if step == stage.stop_step:
-            self._evaluate(step, stage.name)
+            if not self._isolation.is_stopping:
+                # A job that is about to end saves first: the weights stay as they are until the resumed one evaluates.
+                self._evaluate(step, stage.name)
             self._begin_stage_after(stage)
+            if stage.name == self._until and step < state.max_steps:
+                control.should_save = control.should_training_stop = True
 
     def on_log(
         self,
@@ -139,7 +151,9 @@ class RunCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Sum the run up."""
+        """Sum the run up, if this is its end."""
+        if state.global_step < state.max_steps:
+            return
         stats = self._epi.stats()
         self._write(
             "summary",
@@ -179,6 +193,11 @@ class RunCallback(TrainerCallback):
         trainer.model.train(was_training)
         self._last_refresh = refresh
         self._report_refresh(0, BEFORE, refresh)
+
+    def _was_evaluated(self, step: int) -> bool:
+        """Whether the metrics hold an evaluation of a step. Collective: the first rank has the file."""
+        metrics = self._metrics
+        return on_first_rank(lambda: metrics is not None and metrics.holds("evaluation", step=step))
 
     def _evaluate(self, step: int, after: str) -> None:
         started = time.perf_counter()

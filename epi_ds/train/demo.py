@@ -1,4 +1,4 @@
-"""The demonstration: pretrain a small model, fine-tune it in three stages, interrupt it, resume it."""
+"""The demonstration: pretrain a small model, fine-tune it in three stages, have it stop on the way, resume it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from epi_ds.data.skills import SKILLS
 from epi_ds.launch.local import start_child
+from epi_ds.launch.stop_signals import REQUEUE_EXIT_CODE
 from epi_ds.train.base_model import pretrain_small_model
 from epi_ds.train.recipe import load_recipe
 from epi_ds.train.run_folder import RunFolder
@@ -52,7 +53,7 @@ def run_demo(output: Path, console: Console) -> None:
         f"output={output}",
         f"model.path={base}",
     ]
-    console.print("[bold]2/3[/] fine-tuning in stages with evolving isolation; interrupted on the way")
+    console.print("[bold]2/3[/] fine-tuning in stages with evolving isolation; told to stop on the way")
     _interrupt_after_checkpoint(command, folder, console)
     console.print("[bold]3/3[/] the same command again: it resumes from the newest complete checkpoint")
     if exit_code := start_child(command).wait():
@@ -87,7 +88,7 @@ def _pretrain(folder: Path, console: Console) -> None:
 
 
 def _interrupt_after_checkpoint(command: list[str], folder: RunFolder, console: Console) -> None:
-    """Start the run and terminate it some steps after a complete checkpoint."""
+    """Start the run and have it stop some steps after a complete checkpoint."""
 
     def newest() -> int:
         return max((checkpoint.step for checkpoint in folder.complete_checkpoints()), default=0)
@@ -95,11 +96,12 @@ def _interrupt_after_checkpoint(command: list[str], folder: RunFolder, console: 
     process = start_child(command)
     while process.poll() is None and newest() < _INTERRUPT_FROM_STEP:
         time.sleep(_POLL_SECONDS)
-    # Let it train on, so that the interruption costs steps and the resume has something to repeat.
+    # Let it train on, so that it stops where no checkpoint was due.
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=1.0)
     if process.poll() is not None:
         raise RuntimeError(f"the run ended with exit code {process.returncode} before it could be interrupted")
     process.send_signal(signal.SIGTERM)
-    process.wait()
-    console.print(f"interrupted after checkpoint {newest()}", highlight=False)
+    if (exit_code := process.wait()) != REQUEUE_EXIT_CODE:
+        raise RuntimeError(f"the run ended with exit code {exit_code}, and was to save and stop; its output is above")
+    console.print(f"it saved checkpoint {newest()} and stopped", highlight=False)

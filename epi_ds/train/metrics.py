@@ -33,6 +33,7 @@ class MetricsWriter:
         """``resume_step`` keeps the lines up to that step, which a resumed run does not repeat; None keeps none."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_step is None else [m for m in read_metrics(path) if m["step"] <= resume_step]
+        self._kept = kept
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, path)
@@ -41,6 +42,10 @@ class MetricsWriter:
     def write(self, event: str, *, step: int, stage: str, **values: Any) -> None:
         """Append one line."""
         self._file.write(json.dumps({"event": event, "step": step, "stage": stage, **values}) + "\n")
+
+    def holds(self, event: str, *, step: int) -> bool:
+        """Whether an earlier process wrote a line of this event and step, which is kept."""
+        return any(line["event"] == event and line["step"] == step for line in self._kept)
 
     def close(self) -> None:
         """Close the file."""

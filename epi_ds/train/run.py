@@ -17,11 +17,13 @@ from trl import SFTConfig
 from epi_ds.checkpoint.catalog import Checkpoint
 from epi_ds.checkpoint.durable import write_json
 from epi_ds.checkpoint.loading import AUTO
+from epi_ds.checkpoint.run_id import run_id_of
 from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.config import SECTION
-from epi_ds.errors import UserError
+from epi_ds.errors import UserError, nearest
 from epi_ds.hf import EPICallback
 from epi_ds.launch.environment import accelerator_name
+from epi_ds.trackers import continue_runs
 from epi_ds.train.accelerate_setup import DEFAULT_TIMEOUT_SECONDS, prepare_accelerate
 from epi_ds.train.arguments import deepspeed_config
 from epi_ds.train.callbacks import RunCallback
@@ -45,14 +47,21 @@ _DEFAULT_ARGUMENTS: dict[str, Any] = {
 }
 
 
-def run_recipe(recipe: Recipe, *, restart: bool = False, resume_from: str = AUTO) -> RunFolder:
+def run_recipe(
+    recipe: Recipe, *, restart: bool = False, resume_from: str = AUTO, until: str | None = None
+) -> RunFolder:
     """Train, evaluate and export as the recipe says; continue where its folder has a whole checkpoint.
 
     Collective: every rank of a launcher calls it.
 
     restart      throw away what the folder holds
     resume_from  see `find_resume`
+    until        the stage after which to save and stop; None for the last one, after which the model is exported
+
+    Raises SystemExit where the job was about to end, see preemption.py, and UserError for a stage that is not there.
     """
+    if until is not None and until not in (names := [stage.name for stage in recipe.stages]):
+        raise UserError(f"--until {until}: the recipe has no such stage{nearest(until, names)}; {', '.join(names)}")
     timeout = recipe.train.get("ddp_timeout", DEFAULT_TIMEOUT_SECONDS)
     extra_arguments = prepare_accelerate(timeout_seconds=timeout)
     # One display, ours: the libraries' bars of all ranks would be drawn over each other.
@@ -70,16 +79,28 @@ def run_recipe(recipe: Recipe, *, restart: bool = False, resume_from: str = AUTO
         write_json(folder.recipe, recipe.model_dump(mode="json"))
         metrics = MetricsWriter(folder.metrics, resume_step=resume.step if resume else None)
     try:
+        if trackers := _trackers_of(recipe):
+            continue_runs(trackers, folder.root, run_id=on_first_rank(lambda: run_id_of(folder.checkpoints)))
         tasks = build_tasks(recipe)
         isolation = EPICallback()
         isolation.verified = resume.path if resume else None
         trainer = _make_trainer(recipe, folder, isolation, extra_arguments)
-        _train(recipe, trainer, isolation, tasks, metrics=metrics, console=console, resume=resume)
-        export_model(trainer.model_wrapped, trainer.processing_class, folder.export)
+        stop_step = next((span.stop_step for span in trainer.spans if span.name == until), None)
+        if resume is None or stop_step is None or resume.step < stop_step:
+            _train(recipe, trainer, isolation, tasks, metrics=metrics, console=console, resume=resume, until=until)
+        elif console is not None:
+            console.print(f"stage {until} has ended already: {resume.path}", highlight=False)
+        if until is None or until == recipe.stages[-1].name:
+            export_model(trainer.model_wrapped, trainer.processing_class, folder.export)
     finally:
         if metrics is not None:
             metrics.close()
     return folder
+
+
+def _trackers_of(recipe: Recipe) -> list[str]:
+    given = recipe.train.get("report_to", "none")
+    return [name for name in ([given] if isinstance(given, str) else given) if name != "none"]
 
 
 def _make_trainer(
@@ -146,6 +167,7 @@ def _train(
     metrics: MetricsWriter | None,
     console: Console | None,
     resume: Checkpoint | None,
+    until: str | None,
 ) -> None:
     evaluator = Evaluator(
         trainer,
@@ -164,6 +186,7 @@ def _train(
             evaluator=evaluator,
             metrics=metrics,
             progress=progress,
+            until=until,
         )
         trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)

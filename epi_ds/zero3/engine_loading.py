@@ -125,7 +125,7 @@ class LoadingMixin(DeepSpeedEngine):
         for average, saved in zip(self.optimizer.isolation.clipping, clipping, strict=True):
             average.restore(saved)
         replay_steps(self.optimizer.optimizer)
-        self.run.last_checkpoint = folder
+        self.run.last_checkpoint, self.run.saved_step = folder, self.global_steps
         self.run.begin_again(folder.parent)
 
     def _choose(self, load_dir: Path, tag: str | None, *, accepts_plain: bool) -> Checkpoint | None:

@@ -38,6 +38,8 @@ class EngineRun:
     """The folders that this process has taken over, with what it wrote there."""
     last_checkpoint: Path | None = None
     """The newest one that was saved or loaded."""
+    saved_step: int | None = None
+    """The step of that one; None where there is none."""
     failed: Path | None = None
     """The tag of the last save that failed."""
     last_save: SaveTimes | None = None

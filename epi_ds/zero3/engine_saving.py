@@ -76,7 +76,11 @@ class SavingMixin(DeepSpeedEngine):
             self.save_failed(folder / tag, error)
             return False
         self.run.last_save, self.run.last_checkpoint = times, folder / tag
-        if self.run.trainer_folder is None and dist.get_rank() == 0:
+        if self.run.trainer_folder is not None:
+            # Its checkpoint is not yet whole.
+            return True
+        self.run.saved_step = self.global_steps
+        if dist.get_rank() == 0:
             keep = Keep(config.keep_last, config.keep_every, run_id=record.run_id, paths=(folder / tag,))
             prune(folder, keep)
         return True

@@ -1,15 +1,18 @@
 """Runs in ranks: a plain TRL script, to which isolation is one callback.
 
-    plain_sft.py MODEL FOLDER [RESUME_FROM | --continue | --unprepared]
+    plain_sft.py MODEL FOLDER [RESUME_FROM | --continue | --unprepared | --newest [STEP]]
 
 ``--continue`` resumes from the newest checkpoint in FOLDER and keeps one; ``--unprepared`` leaves out what accelerate
-needs on the CPU. Rank 0 writes FOLDER/result.json: the losses by step, and a digest of the final mask and weights.
+needs on the CPU. ``--newest`` resumes where there is a checkpoint; in STEP rank 1 hears SIGTERM. Rank 0 writes
+FOLDER/result.json: the losses by step, and a digest of the final mask and weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from deepspeed.utils import safe_get_full_fp32_param
 from epi_ds.launch.environment import prepare_environment
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import epi_ds
@@ -27,7 +30,18 @@ from epi_ds.data.skills import Split, rows
 from epi_ds.train.accelerate_setup import prepare_accelerate
 
 
-def main(model_path: str, folder: Path, option: str | None) -> None:
+class Signal(TrainerCallback):
+    """Sends SIGTERM to this rank in a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self._step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main(model_path: str, folder: Path, option: str | None, signal_step: int | None) -> None:
     """Train 8 steps, saving after the fourth."""
     conversations = [{"messages": list(row.messages)} for row in rows("code", split=Split.TRAIN, size=32, seed=0)]
     args = SFTConfig(
@@ -54,10 +68,15 @@ def main(model_path: str, folder: Path, option: str | None) -> None:
         train_dataset=Dataset.from_list(conversations),
         callbacks=[isolation],
     )
+    if signal_step is not None and dist.get_rank() == 1:
+        trainer.add_callback(Signal(signal_step))
     if option == "--unprepared":
         trainer.train()
         return
-    trainer.train(resume_from_checkpoint=True if option == "--continue" else option)
+    if option == "--newest":
+        trainer.train(resume_from_checkpoint=epi_ds.newest_checkpoint(folder))
+    else:
+        trainer.train(resume_from_checkpoint=True if option == "--continue" else option)
     digest = hashlib.sha256()
     for name, parameter in trainer.model.named_parameters():
         digest.update(isolation.epi.mask(name).numpy().tobytes())
@@ -79,4 +98,5 @@ def main(model_path: str, folder: Path, option: str | None) -> None:
 
 if __name__ == "__main__":
     prepare_environment()
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)
+    options = sys.argv[3:]
+    main(sys.argv[1], Path(sys.argv[2]), *(options[:1] or [None]), int(options[1]) if len(options) > 1 else None)

@@ -3,7 +3,8 @@
     recorder.py RECIPE FOLDER [DIE_AT_STEP]
 
 Writes FOLDER/rank_R.jsonl, a line per micro-batch: the optimizer steps finished, the rows of tokens this rank trains on
-(without padding), and how much momentum one parameter has before it.
+(without padding), and how much momentum one parameter has before it. RECORDER_SECONDS makes every micro-batch of a run
+that begins so much longer; one that goes on is as quick as ever.
 """
 
 from __future__ import annotations
@@ -11,24 +12,33 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from deepspeed.utils import safe_get_full_optimizer_state
-from epi_ds.launch.environment import prepare_environment
+from epi_ds.launch import stop_signals
 
-from epi_ds.train.recipe import load_recipe
-from epi_ds.train.run import run_recipe
-from epi_ds.train.trainer import StageTrainer
+# As `epi-ds train` does, before what takes seconds.
+stop_signals.listen()
+
+import torch.distributed as dist  # noqa: E402
+from deepspeed.utils import safe_get_full_optimizer_state  # noqa: E402
+from epi_ds.launch.environment import prepare_environment  # noqa: E402
+
+from epi_ds.train.recipe import load_recipe  # noqa: E402
+from epi_ds.train.run import run_recipe  # noqa: E402
+from epi_ds.train.trainer import StageTrainer  # noqa: E402
 
 
 def record(folder: Path, die_at: int | None) -> None:
     """Wrap the trainer's step. Everything else is what ``epi-ds train`` runs."""
     original = StageTrainer.training_step
+    first_step: int | None = None
 
     def training_step(trainer: Any, model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
+        nonlocal first_step
         step = trainer.state.global_step
+        first_step = step if first_step is None else first_step
         if step == die_at:
             os._exit(1)  # as a killed rank: nothing is flushed, saved or taken down
         momentum = 0.0
@@ -45,6 +55,8 @@ def record(folder: Path, die_at: int | None) -> None:
         }
         with (folder / f"rank_{dist.get_rank()}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+        if first_step == 0:
+            time.sleep(float(os.environ.get("RECORDER_SECONDS", "0")))
         return original(trainer, model, inputs, *rest)
 
     StageTrainer.training_step = training_step  # type: ignore[method-assign]

@@ -34,13 +34,14 @@ def test_a_mask_is_active_in_most_steps(metrics: dict[str, list[dict[str, Any]]]
     assert sum(active) >= 0.8 * len(active)
 
 
-def test_it_was_interrupted_and_repeated_no_step(demo: Demo, metrics: dict[str, list[dict[str, Any]]]) -> None:
-    assert "interrupted after checkpoint" in demo.output
+def test_it_was_stopped_and_repeated_no_step(demo: Demo, metrics: dict[str, list[dict[str, Any]]]) -> None:
+    stopped = re.search(r"it saved checkpoint (\d+) and stopped", demo.output)
+    assert stopped is not None
     assert [line["resumed"] for line in metrics["run"]] == [False, True]
     steps = [line["step"] for line in metrics["step"]]
     assert steps == list(range(1, metrics["run"][0]["total_steps"] + 1))
-    # The resumed part began where a checkpoint was, in the middle of the run.
-    assert 0 < metrics["run"][1]["step"] < len(steps)
+    # The resumed part began where the first one had stopped, in the middle of the run.
+    assert metrics["run"][1]["step"] == int(stopped.group(1)) < len(steps)
 
 
 def test_every_line_says_which_stage_and_step(metrics: dict[str, list[dict[str, Any]]]) -> None:

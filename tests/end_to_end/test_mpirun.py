@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.conftest import Demo
+from tests.end_to_end.test_preemption import LOOP, started
 from tests.end_to_end.test_train import RANKS, TOTAL_STEPS, lines_of, write_recipe
 from tests.support.processes import checked, run_command, run_epi_ds
 
@@ -20,6 +23,25 @@ pytestmark = [
 ]
 
 SHORT = {"evaluation": {"rows": 2, "max_new_tokens": 4}, "train": {"save_steps": 100}}
+
+
+def steps_in(file: Path) -> int:
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def test_ranks_of_mpirun_save_when_they_are_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mpirun itself ends ranks upon SIGTERM without letting them save."""
+    for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+        monkeypatch.setenv(name, "1")
+    command = ("launch", "mpi", LOOP, str(tmp_path), "--ranks", str(RANKS), "--option=--oversubscribe")
+    log = tmp_path / "rank_1.jsonl"
+    with started(*command, when=lambda: steps_in(log) >= 3) as run:
+        run.command.send_signal(signal.SIGTERM)
+        output = run.ended()
+    assert "(SIGUSR1): " in output
+    assert 3 <= steps_in(log) < 40
+    checked(run_epi_ds(*command))
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 41))
 
 
 def test_processes_of_mpirun_are_ranks(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

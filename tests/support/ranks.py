@@ -41,7 +41,7 @@ def _serve(rank: int, world_size: int, folder: str, connection: Connection) -> N
     log = open(f"{folder}/rank_{rank}.log", "w", buffering=1)  # noqa: SIM115 - stdout and stderr for good
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
-    faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
+    faulthandler.register(signal.SIGUSR2, file=log, all_threads=True)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
     # Never listened on: the rendezvous below is a file. But DeepSpeed names shared memory by it, and two pools, or two
     # sessions on one machine, would write into each other's.
@@ -142,7 +142,7 @@ class RankPool:
     def _stacks(self, ranks: list[int]) -> str:
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._processes[rank].pid, signal.SIGUSR1)
+                os.kill(self._processes[rank].pid, signal.SIGUSR2)
         time.sleep(1.0)
         return "\n".join(f"--- rank {rank}\n{self._log(rank)}" for rank in ranks)
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 from epi_ds.launch.rank_environment import (
+    Meeting,
     RankEnvironment,
     Source,
     become_rank,
     discover,
-    first_host,
+    first_of,
+    only_rank,
     port_of,
     tasks_per_node,
 )
@@ -41,8 +43,11 @@ MPI = {
 }
 
 
-def found(environment: dict[str, str], *, resolves: bool = True) -> RankEnvironment | None:
-    return discover(environment, resolves=lambda host: resolves, parent=4711)
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+
+
+def found(environment: dict[str, str], *, resolves: bool = True, told: Meeting | None = None) -> RankEnvironment | None:
+    return discover(environment, resolves=lambda host: resolves, parent=4711, ask_mpi=lambda: told)
 
 
 def test_no_starter_is_no_rank() -> None:
@@ -85,13 +90,25 @@ def test_processes_of_mpirun_are_ranks() -> None:
     assert found(MPI) == RankEnvironment(Source.MPIRUN, 1, 2, 1, 2, "127.0.0.1", port_of("4711"))
     # Its daemons are tasks of srun within a job, and what they start inherits that.
     assert found(MPI | SLURM) == found(MPI)
+    assert found(HYDRA) == found(MPI)
+    # srun sets some of these too, and no local ones.
+    assert found(SLURM | {"PMI_RANK": "4", "PMI_SIZE": "5"}) == found(SLURM)
+    # And torch's variables are of who came last.
+    assert found(TORCH | MPI | SLURM | {"CROSS_RANK": "0"}) == found(TORCH)
+
+
+def test_ranks_of_mpirun_on_several_nodes_ask_where_they_meet() -> None:
     several = MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
-    with pytest.raises(UserError, match="-x MASTER_ADDR="):
+    with pytest.raises(UserError, match=r"install mpi4py .*-x MASTER_ADDR="):
         found(several)
+    assert found(several, told=Meeting("b", 6)) == RankEnvironment(Source.MPIRUN, 1, 2, 0, 1, "b", 6)
     given_place = found(several | {"MASTER_ADDR": "a", "MASTER_PORT": "5"})
     assert given_place == RankEnvironment(Source.MPIRUN, 1, 2, 0, 1, "a", 5)
-    # And torch's variables are of who came last.
-    assert found(TORCH | MPI | SLURM) == found(TORCH)
+
+
+def test_a_rank_alone_meets_nobody() -> None:
+    alone = only_rank()
+    assert found(alone.variables()) == alone._replace(source=Source.TORCH)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +124,9 @@ def test_processes_of_mpirun_are_ranks() -> None:
         ),
         ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "two"}, "'two' is no list of tasks per node"),
         ({**SLURM, "SLURM_LOCALID": "2"}, "Slurm contradict each other"),
+        ({**MPI, "OMPI_COMM_WORLD_RANK": "2"}, "mpirun contradict each other: OMPI_COMM_WORLD_RANK=2"),
+        # As a batch script exports them, for all tasks alike.
+        ({**SLURM, **TORCH}, "RANK=5, .*SLURM_PROCID=4.*unset RANK, WORLD_SIZE and LOCAL_RANK in the batch script"),
         ({key: value for key, value in SLURM.items() if key != "SLURM_NODEID"}, "SLURM_NODEID is missing"),
     ],
 )
@@ -132,7 +152,7 @@ def test_tasks_per_node_are_expanded(groups: list[tuple[int, int]]) -> None:
     ],
 )
 def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
-    assert first_host(nodes) == first
+    assert first_of(nodes) == first
 
 
 def test_ports_are_usable() -> None:

@@ -1,0 +1,54 @@
+"""When Slurm ends this job."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT_SECONDS = 20
+
+
+def end_of_job(environment: Mapping[str, str]) -> float | None:
+    """Return when the job's time limit ends it, in seconds since the epoch; None where nothing ends it, or says when.
+
+    Asks the controller, so one rank asks for all. The limit can be changed while a job runs: ask again near the end.
+    """
+    job = environment.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    # squeue prints local time; the controller's and the nodes' time zones may differ, so ask for one.
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]
+    try:
+        answer = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_TIMEOUT_SECONDS,
+            env={**environment, "TZ": "UTC", "SLURM_TIME_FORMAT": "standard"},
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        # A container without Slurm's programs, or a controller that is busy.
+        given = environment.get("SLURM_JOB_END_TIME", "")
+        if given.isdigit():
+            return float(given)
+        logger.warning(
+            "when job %s ends is not known (%s), so nothing is saved before its time limit unless a signal says so: "
+            "submit it with --signal=USR1@120",
+            job,
+            error,
+        )
+        return None
+    return parse_end(answer)
+
+
+def parse_end(answer: str) -> float | None:
+    """Return squeue's ``2026-11-25T18:00:00``, in UTC, in seconds since the epoch; None for ``N/A`` and ``NONE``."""
+    try:
+        return datetime.fromisoformat(f"{answer}+00:00").timestamp()
+    except ValueError:
+        return None

@@ -1,0 +1,239 @@
+"""Jobs on a real Slurm of two nodes: whatever ends them, they go on, and end as if nobody had disturbed them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.end_to_end.test_train import TOTAL_STEPS, assert_same_files, lines_of, write_recipe
+from tests.slurm.cluster import PATIENCE, Cluster, running_cluster
+from tests.support.processes import checked, run_epi_ds
+from tests.support.tags import manifest_of
+
+pytestmark = [
+    pytest.mark.end_to_end,
+    pytest.mark.slurm,
+    pytest.mark.skipif(
+        any(shutil.which(program) is None for program in ("slurmctld", "slurmd", "munged")),
+        reason="no Slurm (Debian, Ubuntu: docker/install_system.sh slurm)",
+    ),
+]
+
+RECORDER = str(Path(__file__).resolve().parents[1] / "end_to_end" / "recorder.py")
+SAVE_STEPS = 3
+# In the second stage of three, not where a checkpoint is due.
+DISTURBED_AT = 7
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two idle nodes, which commands of this process find."""
+    with pytest.MonkeyPatch.context() as environment, running_cluster() as started:
+        for name, value in started.environment.items():
+            environment.setenv(name, value)
+        yield started
+
+
+class Job:
+    """A recorded run of the recipe as a job of two nodes."""
+
+    def __init__(self, cluster: Cluster, folder: Path, base: Path) -> None:
+        self.cluster, self.folder, self.run = cluster, folder, folder / "run"
+        self.recipe = write_recipe(
+            folder,
+            base,
+            evaluation={"rows": 4, "max_new_tokens": 4},
+            train={"save_steps": SAVE_STEPS},
+            # The time limits here are short.
+            method={"epi": {**_epi_of(folder, base), "checkpoint": {"stop_before_end": 0}}},
+        )
+        self.id = ""
+
+    def submit(self, *options: str) -> None:
+        """Submit it by ``epi-ds launch slurm``."""
+        # A script of the user's, as far as the launcher knows, that trains the recipe and records rows.
+        script = [RECORDER, "--", str(self.recipe), str(self.folder)]
+        self.id = submitted("--nodes", "2", "--name", self.folder.name, *options, *script)[0]
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that the metrics have by now."""
+        metrics = self.run / "metrics.jsonl"
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [line["step"] for line in whole if line["event"] == "step"]
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until a step is done."""
+        deadline = time.monotonic() + PATIENCE
+        while step not in self.steps:
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.05)
+
+    @property
+    def log(self) -> str:
+        """What the job has printed."""
+        return "".join(path.read_text() for path in Path("runs/recorder/slurm").glob(f"{self.folder.name}-*.log"))
+
+    @property
+    def starts(self) -> list[int]:
+        """The steps at which its processes began."""
+        return [line["step"] for line in lines_of(self.run, "run")]
+
+    def rows(self, rank: int) -> list[list[Any]]:
+        """The rows of each micro-batch, by step; those of a step that was repeated, of its last time."""
+        by_step: dict[int, list[Any]] = {}
+        previous = -1
+        for line in (self.folder / f"rank_{rank}.jsonl").read_text().splitlines():
+            found = json.loads(line)
+            if found["step"] != previous:
+                by_step[found["step"]] = []
+            by_step[found["step"]].append(found["rows"])
+            previous = found["step"]
+        return [by_step[step] for step in range(TOTAL_STEPS)]
+
+
+def _epi_of(folder: Path, base: Path) -> dict[str, Any]:
+    """The isolation settings of the recipe as it is written otherwise."""
+    section: dict[str, Any] = yaml.safe_load(write_recipe(folder, base).read_text())["method"]["epi"]
+    return section
+
+
+def submitted(*arguments: str) -> list[str]:
+    """Call ``epi-ds launch slurm --submit``; return the ids of the jobs."""
+    output = checked(run_epi_ds("launch", "slurm", "--submit", *arguments))
+    return re.findall(r"submitted job (\d+)", output)
+
+
+@pytest.fixture
+def job(cluster: Cluster, small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """A job that is not submitted yet."""
+    monkeypatch.chdir(tmp_path)
+    return Job(cluster, tmp_path / "job", small_base)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """The job that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as place:
+        place.chdir(folder)
+        found = Job(cluster, folder / "job", small_base)
+        found.submit()
+        cluster.finish(found.id)
+    assert found.starts == [0]
+    return found
+
+
+def assert_undisturbed(one: Job, undisturbed: Job) -> None:
+    """Compare losses, refreshes, scores, the order of rows, and every file of the last checkpoint."""
+    for event in ("step", "refresh", "evaluation"):
+        assert lines_of(one.run, event) == lines_of(undisturbed.run, event)
+    assert one.steps == list(range(1, TOTAL_STEPS + 1))
+    for rank in range(2):
+        assert one.rows(rank) == undisturbed.rows(rank)
+    name = f"checkpoints/checkpoint-{TOTAL_STEPS}"
+    assert_same_files(manifest_of(one.run / name), manifest_of(undisturbed.run / name))
+
+
+def requeue(job: Job) -> None:
+    job.cluster.run("scontrol", "requeue", job.id)
+
+
+def signal_tasks(job: Job) -> None:
+    job.cluster.run("scancel", "--signal=USR1", job.id)
+
+
+def preempt(job: Job) -> None:
+    """Let a job of the partition with the higher priority take both nodes."""
+    job.cluster.run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+
+
+@pytest.mark.parametrize("disturb", [requeue, signal_tasks, preempt])
+def test_a_job_that_is_told_to_end_loses_nothing(disturb: Callable[[Job], None], job: Job, undisturbed: Job) -> None:
+    job.submit()
+    job.wait_for_step(DISTURBED_AT)
+    disturb(job)
+    job.cluster.finish(job.id)
+    assert_undisturbed(job, undisturbed)
+    assert job.cluster.restarts(job.id) == 1
+    stop = job.starts[1]
+    # Saved at the step at which the ranks agreed, and not at the checkpoint before it.
+    assert job.starts == [0, stop]
+    assert stop >= DISTURBED_AT
+    assert f"stopped after step {stop} (SIG{'USR1' if disturb is signal_tasks else 'TERM'})" in job.log
+
+
+@pytest.mark.parametrize("by_signal", [True, False], ids=["signal", "clock"])
+def test_a_job_saves_before_its_time_is_up(
+    by_signal: bool, job: Job, undisturbed: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told by Slurm, as ``--signal`` asks; or, where nobody asked, by what Slurm says of the time limit."""
+    # A minute is the least that Slurm can limit: the first process is still training then.
+    monkeypatch.setenv("RECORDER_SECONDS", "1.25")
+    if not by_signal:
+        text = job.recipe.read_text()
+        assert "stop_before_end: 0\n" in text
+        job.recipe.write_text(text.replace("stop_before_end: 0\n", "stop_before_end: 25\n"))
+    # On a busy machine the signal may come before training begins.
+    job.submit("--time", "1", "--grace", "30" if by_signal else "1", "--max-starts", "9")
+    job.cluster.finish(job.id)
+    assert_undisturbed(job, undisturbed)
+    assert len(job.starts) > 1
+    stops = re.findall(r"stopped after step (\d+) \((.*?)\)", job.log)
+    assert sorted({int(step) for step, _ in stops} - {0}) == job.starts[1:]
+    assert ("SIGUSR1" if by_signal else "the job's time limit") in {cause for _, cause in stops}
+
+
+@pytest.mark.parametrize("what", ["rank", "node"])
+def test_a_job_that_loses_a_rank_or_a_node_goes_on_from_its_last_checkpoint(
+    what: str, job: Job, undisturbed: Job
+) -> None:
+    job.submit()
+    job.wait_for_step(DISTURBED_AT)
+    # Rank 0 is on the node of the batch script, which goes with it.
+    ranks = job.cluster.ranks_of(job.id)
+    assert sorted(ranks) == ["n1", "n2"]
+    if what == "rank":
+        ranks["n2"].kill()
+    else:
+        job.cluster.lose("n2")
+        job.cluster.wait_for("lost", job.id, "PENDING", "COMPLETING")
+        job.cluster.start("n2")
+    job.cluster.finish(job.id)
+    assert_undisturbed(job, undisturbed)
+    # What was trained after the last checkpoint is trained again.
+    assert job.starts[0] == 0
+    assert all(start % SAVE_STEPS == 0 and start >= DISTURBED_AT - SAVE_STEPS for start in job.starts[1:])
+    assert len(job.starts) > 1
+
+
+def test_an_array_trains_a_seed_in_each_task(cluster: Cluster, job: Job, undisturbed: Job) -> None:
+    seeds = (3, 4, 5)
+    (array,) = submitted(
+        str(job.recipe), "--nodes", "2", "--sweep", f"train.seed={','.join(map(str, seeds))}", "--parallel", "1"
+    )
+    for task in range(len(seeds)):
+        cluster.finish(f"{array}_{task}")
+    losses = [lines_of(job.run / f"seed-{seed}", "step") for seed in seeds]
+    # Seed 3 is the recipe's own.
+    assert losses[0] == lines_of(undisturbed.run, "step")
+    assert losses[0] != losses[1] != losses[2]
+
+
+def test_stages_are_jobs_that_wait_for_each_other(cluster: Cluster, job: Job, undisturbed: Job) -> None:
+    numbers = submitted(str(job.recipe), "--nodes", "2", "--by-stage")
+    assert [cluster.state(number) for number in numbers[1:]] == ["PENDING", "PENDING"]
+    for number in numbers:
+        cluster.finish(number)
+    for event in ("step", "evaluation"):
+        assert lines_of(job.run, event) == lines_of(undisturbed.run, event)
+    assert [line["step"] for line in lines_of(job.run, "run")] == [0, 5, 10]
