@@ -21,7 +21,7 @@ def combination_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> lis
 
     Values that are missing, ``auto`` or no mapping where DeepSpeed wants one are left to DeepSpeed.
     """
-    return [*_zero_problems(ds_config, config), *_optimizer_problems(ds_config, config)]
+    return [*_zero_problems(ds_config, config), *_path_problems(ds_config), *_optimizer_problems(ds_config, config)]
 
 
 def stage_problem(stage: int, ds_config: Mapping[str, Any]) -> str:
@@ -57,6 +57,18 @@ def _zero_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> Iterator[
             "offload_optimizer.device: nvme keeps the second moments on the disk, and state: adam reads them several "
             "times a refresh; set state: u8, or offload_optimizer.device: cpu"
         )
+
+
+def _path_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
+    zero = _section(ds_config, "zero_optimization")
+    for name in ("offload_optimizer", "offload_param"):
+        path = _section(zero, name).get("nvme_path")
+        # As in a copy of a shipped configuration that transformers has read, and not we.
+        if isinstance(path, str) and "${" in path:
+            yield (
+                f"{name}.nvme_path is {path!r}, and nobody replaces variables there, so that is the folder's name; "
+                "write the folder itself, or pass epi_ds.ds_config(<the file>) instead of the file"
+            )
 
 
 def _optimizer_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> Iterator[str]:

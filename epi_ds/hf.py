@@ -24,7 +24,6 @@ from epi_ds.choices import Memory
 from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, EPIConfig, parse_config
 from epi_ds.errors import UserError, summarize
-from epi_ds.launch import stop_signals
 from epi_ds.preemption import Preemption
 from epi_ds.trackers import continue_runs
 from epi_ds.zero3.guard import has_optimizer
@@ -122,9 +121,10 @@ class EPICallback(TrainerCallback):
         for folder in on_first_rank(lambda: set_aside_incomplete(Path(args.output_dir))):
             if dist.get_rank() == 0:
                 logger.warning("%s was not saved to its end; it is removed once a newer one is whole", folder)
-        if args.report_to:
-            output = self._folder
-            continue_runs(args.report_to, output, run_id=on_first_rank(lambda: run_id_of(output)))
+        output = self._folder
+        # TensorBoard's folder was decided when the trainer made its own callbacks.
+        if trackers := [name for name in args.report_to if name != "tensorboard"]:
+            continue_runs(trackers, output, run_id=on_first_rank(lambda: run_id_of(output)))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -214,9 +214,10 @@ class EPICallback(TrainerCallback):
 
         Else say so where memory was asked for and no stage ever ended: nothing was remembered. Raises SystemExit.
         """
-        if self._preemption is not None and self.is_stopping:
-            self._preemption.leave()
-        stop_signals.stop_listening()
+        if self._preemption is not None:
+            if self.is_stopping:
+                self._preemption.leave()
+            self._preemption.close()
         if self._save_total_limit is not None:
             # For another trainer with these arguments.
             args.save_total_limit = self._save_total_limit

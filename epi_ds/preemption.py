@@ -49,7 +49,7 @@ class Preemption:
                 f"Preemption needs an engine with isolation, whose checkpoints are whole or absent; got "
                 f"{type(engine).__name__}. Use epi_ds.initialize or epi_ds.attach first"
             )
-        stop_signals.listen()
+        self._listens = stop_signals.listen()
         self._engine: Any = engine
         self._margin = engine.epi.config.checkpoint.stop_before_end
         self._first_step = engine.global_steps
@@ -97,6 +97,11 @@ class Preemption:
         skip_teardown(stop_signals.REQUEUE_EXIT_CODE)
         raise SystemExit(stop_signals.REQUEUE_EXIT_CODE)
 
+    def close(self) -> None:
+        """Let signals end this process again, where they did before."""
+        if self._listens:
+            stop_signals.stop_listening()
+
     @property
     def cause(self) -> str:
         """Why training is to stop, in words; empty where it is not."""
@@ -116,5 +121,5 @@ class Preemption:
         if self._end is None or time.time() < self._end - self._margin:
             return False
         # It may have been given more time meanwhile.
-        self._end = end_of_job(os.environ)
+        self._end = end_of_job(os.environ, known=self._end)
         return self._end is not None and time.time() >= self._end - self._margin

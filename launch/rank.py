@@ -38,4 +38,10 @@ def run_as_rank(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_as_rank(sys.argv[1:])
+    try:
+        run_as_rank(sys.argv[1:])
+    except UserError as error:
+        # A script's too. Every rank meets the same mistake; one says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

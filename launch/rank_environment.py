@@ -204,7 +204,8 @@ def _own_address() -> str:
             probe.connect(("192.0.2.1", 1))
             address: str = probe.getsockname()[0]
         except OSError:
-            address = _ONE_NODE
+            # No way to elsewhere, as in a network of compute nodes alone.
+            address = socket.gethostbyname(socket.gethostname())
     return address
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -62,15 +63,20 @@ class SlurmJob:
     """Further options of sbatch, such as ``--time=4:00:00``."""
     grace_seconds: int = 120
     """How long before the time limit ranks are told to save and stop."""
-    max_starts: int = 3
-    """A job that failed, but not by a mistake of the user's, is queued again until it was started so often. One that
-    was told to stop always is."""
+    retries: int = 2
+    """So often a job that failed, but not by a mistake of the user's, is queued again. One that was told to stop always
+    is."""
     variants: tuple[tuple[str, ...], ...] = ()
     """Arguments that each task of an array adds to the command; none for a job that is no array."""
     parallel: int | None = None
     """Tasks of the array that run at the same time; None for as many as there is room for."""
     image: Image = field(default_factory=Image)
     python: str = sys.executable
+
+    def __post_init__(self) -> None:
+        for what in (self.name, str(self.folder), str(self.working_directory)):
+            if found := re.search(r"[\s%\"']", what):
+                raise UserError(f"{what!r} has {found.group()!r} in it, which sbatch reads otherwise; use another name")
 
     @property
     def path(self) -> Path:
@@ -88,6 +94,7 @@ class SlurmJob:
             path=self.path,
             log=self.folder / ("%x-%A_%a.log" if self.variants else "%x-%j.log"),
             program=" ".join(shlex.quote(part) for part in (*self._inside(), self.python)),
+            failures=shlex.quote(f"{self.folder}/{self.name}-failures-"),
             requeue_code=REQUEUE_EXIT_CODE,
         )
 

@@ -26,16 +26,20 @@ _received: list[signal.Signals] = []
 _previous: dict[signal.Signals, Any] = {}
 
 
-def listen() -> None:
-    """From here on SIGUSR1 and SIGTERM are noted instead of ending this process. Handlers of others are called too."""
+def listen() -> bool:
+    """From here on SIGUSR1 and SIGTERM are noted instead of ending this process. Handlers of others are called too.
+
+    Returns whether this call began it: who did is to call `stop_listening`.
+    """
     if _previous:
-        return
+        return False
     if threading.current_thread() is not threading.main_thread():
         # Python lets nobody else set handlers.
         logger.warning("not in the main thread: SIGTERM and SIGUSR1 end this process without a checkpoint")
-        return
+        return False
     for number in _SIGNALS:
         _previous[number] = signal.signal(number, _note)
+    return True
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -12,14 +12,19 @@ logger = logging.getLogger(__name__)
 _TIMEOUT_SECONDS = 20
 
 
-def end_of_job(environment: Mapping[str, str]) -> float | None:
+def end_of_job(environment: Mapping[str, str], *, known: float | None = None) -> float | None:
     """Return when the job's time limit ends it, in seconds since the epoch; None where nothing ends it, or says when.
+
+    known  what an earlier call said, which holds where Slurm does not answer
 
     Asks the controller, so one rank asks for all. The limit can be changed while a job runs: ask again near the end.
     """
     job = environment.get("SLURM_JOB_ID")
     if job is None:
         return None
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        # The id of one of an array's tasks is that of the whole array.
+        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     # squeue prints local time; the controller's and the nodes' time zones may differ, so ask for one.
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]
     try:
@@ -31,8 +36,11 @@ def end_of_job(environment: Mapping[str, str]) -> float | None:
             timeout=_TIMEOUT_SECONDS,
             env={**environment, "TZ": "UTC", "SLURM_TIME_FORMAT": "standard"},
         ).stdout.strip()
-    except (OSError, subprocess.SubprocessError) as error:
+        return parse_end(answer)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         # A container without Slurm's programs, or a controller that is busy.
+        if known is not None:
+            return known
         given = environment.get("SLURM_JOB_END_TIME", "")
         if given.isdigit():
             return float(given)
@@ -43,12 +51,11 @@ def end_of_job(environment: Mapping[str, str]) -> float | None:
             error,
         )
         return None
-    return parse_end(answer)
 
 
 def parse_end(answer: str) -> float | None:
-    """Return squeue's ``2026-11-25T18:00:00``, in UTC, in seconds since the epoch; None for ``N/A`` and ``NONE``."""
-    try:
-        return datetime.fromisoformat(f"{answer}+00:00").timestamp()
-    except ValueError:
-        return None
+    """Return squeue's ``2026-11-25T18:00:00``, in UTC, in seconds since the epoch; None for ``N/A`` and ``NONE``.
+
+    Raises ValueError for anything else.
+    """
+    return None if answer in ("N/A", "NONE") else datetime.fromisoformat(f"{answer}+00:00").timestamp()

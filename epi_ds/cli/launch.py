@@ -87,7 +87,9 @@ def slurm(
     *,
     nodes: Annotated[int, typer.Option(min=1)] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=0, help="0 trains on the CPU.")] = 0,
-    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Default: one for each GPU, or 1.")] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Default: one for each GPU; without any the recipe's ranks, or 1.")
+    ] = None,
     cpus_per_rank: Annotated[int | None, typer.Option(min=1)] = None,
     time: Annotated[str | None, typer.Option(help="As sbatch wants it: 4:00:00, 2-0, 90.")] = None,
     partition: Annotated[str | None, typer.Option()] = None,
@@ -97,7 +99,7 @@ def slurm(
     option: Annotated[list[str] | None, typer.Option(help="A further option of sbatch; may be repeated.")] = None,
     name: Annotated[str | None, typer.Option(help="Default: that of the recipe or script.")] = None,
     grace: Annotated[int, typer.Option(min=1, help="Seconds before the time limit at which ranks save.")] = 120,
-    max_starts: Annotated[int, typer.Option(min=1, help="Queue a job that failed again until so many starts.")] = 3,
+    retries: Annotated[int, typer.Option(min=0, help="How often a job that failed is queued again.")] = 2,
     sweep: Annotated[
         list[str] | None, typer.Option(help="key=value,value,...: an array, a task for each; may be repeated.")
     ] = None,
@@ -129,12 +131,12 @@ def slurm(
         folder=folder_of(found, Path.cwd()),
         working_directory=Path.cwd(),
         nodes=nodes,
-        ranks_per_node=ranks_per_node or gpus_per_node or 1,
+        ranks_per_node=ranks_per_node or gpus_per_node or found.ranks_per_node(nodes),
         gpus_per_node=gpus_per_node or None,
         cpus_per_rank=cpus_per_rank,
         options=(*(f"--{key}={value}" for key, value in given.items() if value is not None), *(option or [])),
         grace_seconds=grace,
-        max_starts=max_starts,
+        retries=retries,
         parallel=parallel,
         image=Image(container, image, tuple(mount or ())),
         python=python or (sys.executable if container is Container.NONE else "python3"),

@@ -38,6 +38,11 @@ class Target(NamedTuple):
         """Names of the recipe's stages."""
         return () if self.recipe is None else tuple(stage.name for stage in self.recipe.stages)
 
+    def ranks_per_node(self, nodes: int) -> int:
+        """Return how many of the recipe's ranks each of so many nodes takes; 1 where there is no number."""
+        ranks = self.recipe.ranks if self.recipe is not None else None
+        return max(1, (ranks or 1) // nodes)
+
     def until(self, stage: str) -> tuple[str, ...]:
         """Return the command that stops after a stage of the recipe."""
         return (*self.command, f"--until={stage}")

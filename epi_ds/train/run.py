@@ -62,6 +62,8 @@ def run_recipe(
     """
     if until is not None and until not in (names := [stage.name for stage in recipe.stages]):
         raise UserError(f"--until {until}: the recipe has no such stage{nearest(until, names)}; {', '.join(names)}")
+    if until == recipe.stages[-1].name:
+        until = None
     timeout = recipe.train.get("ddp_timeout", DEFAULT_TIMEOUT_SECONDS)
     extra_arguments = prepare_accelerate(timeout_seconds=timeout)
     # One display, ours: the libraries' bars of all ranks would be drawn over each other.
@@ -90,7 +92,7 @@ def run_recipe(
             _train(recipe, trainer, isolation, tasks, metrics=metrics, console=console, resume=resume, until=until)
         elif console is not None:
             console.print(f"stage {until} has ended already: {resume.path}", highlight=False)
-        if until is None or until == recipe.stages[-1].name:
+        if until is None:
             export_model(trainer.model_wrapped, trainer.processing_class, folder.export)
     finally:
         if metrics is not None:

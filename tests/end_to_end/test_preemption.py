@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,7 +187,11 @@ def test_stages_are_trained_by_one_process_each(
     assert [line["step"] for line in lines_of(run_folder, "evaluation")] == [0, 5]
     assert not (run_folder / "export").exists()
     assert "stage reset has ended already" in checked(run_epi_ds("train", recipe, "--until", "reset"))
-    checked(run_epi_ds("train", recipe, "--until", "chat"))
+    for _ in range(2):
+        # A second time too, as after a stop while the model was exported.
+        shutil.rmtree(run_folder / "export", ignore_errors=True)
+        checked(run_epi_ds("train", recipe, "--until", "chat"))
+        assert (run_folder / "export" / "config.json").exists()
     assert_same_run(run_folder, undisturbed)
     assert len(lines_of(run_folder, "summary")) == 1
     assert "no such stage; did you mean 'chat'" in checked(run_epi_ds("train", recipe, "--until", "chats"), 2)

@@ -35,6 +35,11 @@ ADAM = {"state": "adam", "apply": "update"}
             ADAM,
             ["offload_optimizer.ratio is 0.5", "offload_optimizer.ratio: 1.0"],
         ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "${EPI_DS_NVME}"}}},
+            {},
+            ["offload_param.nvme_path is '${EPI_DS_NVME}'", "epi_ds.ds_config"],
+        ),
     ],
 )
 def test_impossible_combinations_are_named(

@@ -38,7 +38,7 @@ CASES = {
         *["slurm", "recipe.yaml", "train.learning_rate=1e-5", "stages.first.data.rows=16", "--nodes", "4"],
         *["--ranks-per-node", "2", "--cpus-per-rank", "6", "--time", "2-0", "--partition", "gpu", "--account", "lab"],
         *["--qos", "long", "--memory", "200G", "--option=--exclusive", "--option=--constraint=a100", "--name", "mine"],
-        *["--grace", "300", "--max-starts", "1", "--after", "17"],
+        *["--grace", "300", "--retries", "0", "--after", "17"],
     ],
     "slurm_array": [
         *["slurm", "recipe.yaml", "--sweep", "train.seed=0,1", "--sweep", "method.epi.ratio=0.01,0.1"],
@@ -101,32 +101,43 @@ def test_the_last_lines_queue_a_job_again_that_can_go_on(tmp_path: Path) -> None
     programs = tmp_path / "bin"
     programs.mkdir()
     calls = tmp_path / "calls"
-    for name, line in (("srun", '[[ "$*" == *build-operators* ]] && exit 0; exit "$CODE"'), ("scontrol", "exit 0")):
+    for name, line in (
+        ("srun", '[[ "$*" == *build-operators* ]] && exit 0; exit "$CODE"'),
+        ("squeue", 'echo "$STATE"'),
+        ("scontrol", "exit 0"),
+    ):
         (programs / name).write_text(f'#!/bin/bash\necho {name} "$@" >> {calls}\n{line}\n')
         (programs / name).chmod(0o755)
 
-    def requeued(code: int, *, starts: int, variants: tuple[tuple[str, ...], ...] = ()) -> str | None:
-        job = SlurmJob("job", ("train.py",), tmp_path, tmp_path, max_starts=3, variants=variants)
+    def requeued(code: int, *, state: str = "RUNNING", variants: tuple[tuple[str, ...], ...] = ()) -> str | None:
+        job = SlurmJob("job", ("train.py",), tmp_path, tmp_path, retries=2, variants=variants)
         job.write()
         calls.unlink(missing_ok=True)
         variables = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1"}
-        environment = {"PATH": f"{programs}:{os.environ['PATH']}", "CODE": str(code), **variables}
-        environment["SLURM_RESTART_COUNT"] = str(starts - 1)
+        environment = {"PATH": f"{programs}:{os.environ['PATH']}", "CODE": str(code), "STATE": state, **variables}
         ended = subprocess.run(["bash", str(job.path)], env=environment).returncode
         assert ended == code
         called = calls.read_text().splitlines()
         assert called[1].endswith("train.py" + (" b=2" if variants else ""))
-        return called[2] if len(called) > 2 else None
+        return next((line for line in called if line.startswith("scontrol")), None)
 
-    assert requeued(0, starts=1) is None
-    assert requeued(REQUEUE_EXIT_CODE, starts=1) == "scontrol requeue 9"
-    # A run that was told to stop goes on, however often; one that fails does so three times.
-    assert requeued(REQUEUE_EXIT_CODE, starts=30) == "scontrol requeue 9"
-    assert requeued(1, starts=2) == "scontrol requeue 9"
-    assert requeued(1, starts=3) is None
-    # A mistake of the user's would be made again.
-    assert requeued(2, starts=1) is None
-    assert requeued(1, starts=1, variants=(("b=1",), ("b=2",))) == "scontrol requeue 9_1"
+    assert requeued(0) is None
+    # A run that was told to stop goes on, however often, unless somebody has cancelled it, or Slurm queues it again.
+    for _ in range(4):
+        assert requeued(REQUEUE_EXIT_CODE) == "scontrol requeue 9"
+    assert requeued(REQUEUE_EXIT_CODE, state="COMPLETING") is None
+    assert requeued(REQUEUE_EXIT_CODE, state="PENDING") is None
+    # A mistake of the user's would be made again; what fails otherwise is tried twice more.
+    assert requeued(2) is None
+    assert [requeued(1), requeued(137), requeued(1)] == ["scontrol requeue 9", "scontrol requeue 9", None]
+    assert requeued(1, variants=(("b=1",), ("b=2",))) == "scontrol requeue 9_1"
+
+
+def test_names_that_sbatch_reads_otherwise_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'my job' has ' ' in it"):
+        SlurmJob("my job", ("train.py",), tmp_path, tmp_path)
+    with pytest.raises(UserError, match="has '%' in it"):
+        SlurmJob("job", ("train.py",), tmp_path / "50%", tmp_path)
 
 
 @pytest.mark.parametrize(

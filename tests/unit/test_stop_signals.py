@@ -111,7 +111,9 @@ def test_the_end_of_a_job_is_read() -> None:
     expected = datetime(2026, 11, 25, 18, 0, 0, tzinfo=timezone.utc).timestamp()
     assert parse_end("2026-11-25T18:00:00") == expected
     assert parse_end("N/A") is None
-    assert parse_end("") is None
+    for nothing in ("", "2026-11-25T18:00:00\n2026-11-25T18:00:00"):
+        with pytest.raises(ValueError, match="isoformat"):
+            parse_end(nothing)
     assert end_of_job({}) is None
 
 
@@ -125,3 +127,5 @@ def test_where_slurm_s_programs_are_missing_its_variable_is_read(
     assert end_of_job({"SLURM_JOB_ID": "7"}) is None
     assert "when job 7 ends is not known" in caplog.text
     assert "--signal=USR1@120" in caplog.text
+    # A controller that was there before, and is busy now that the end is near.
+    assert end_of_job({"SLURM_JOB_ID": "7"}, known=5.0) == 5.0
