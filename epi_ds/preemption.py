@@ -57,9 +57,9 @@ class Preemption:
         self._cause = _GOES_ON
         if self._end is not None and self._end - time.time() < 2 * self._margin:
             logger.warning(
-                "the job's time limit ends it in %.0f s, and training is to stop %.0f s before that "
-                "(checkpoint.stop_before_end): hardly a step will be trained. Raise the job's time",
-                self._end - time.time(),
+                "there are %.0f s to train in until %.0f s before the job's time limit (checkpoint.stop_before_end): "
+                "raise it, or every step may be a job of its own",
+                max(0.0, self._end - self._margin - time.time()),
                 self._margin,
             )
 

@@ -180,7 +180,7 @@ def test_a_job_saves_before_its_time_is_up(
     # A minute is the least that Slurm can limit: the first process is still training then.
     monkeypatch.setenv("RECORDER_SECONDS", "1.25")
     # On a busy machine the signal may come before training begins.
-    job.submit("--time", "1", "--grace", "30" if by_signal else "1", "--retries", "9")
+    job.submit("--time", "1", "--retries", "9", *(["--grace", "30"] if by_signal else ["--option=--signal=CONT@1"]))
     job.cluster.finish(job.id)
     assert_undisturbed(job, undisturbed)
     assert len(job.starts) > 1
