@@ -55,6 +55,8 @@ class Preemption:
         self._first_step = engine.global_steps
         self._end = end_of_job(os.environ) if dist.get_rank() == 0 and self._margin else None
         self._cause = _GOES_ON
+        # Made once: in every step it is filled where it lies.
+        self._reduced = torch.zeros(1, dtype=torch.int32, device=engine.device)
         if self._end is not None and self._end - time.time() < 2 * self._margin:
             logger.warning(
                 "there are %.0f s to train in until %.0f s before the job's time limit (checkpoint.stop_before_end): "
@@ -69,9 +71,9 @@ class Preemption:
         Always False within an accumulation window, whose gradients no checkpoint holds.
         """
         if self._cause == _GOES_ON and not self._engine.optimizer.isolation.window.is_open:
-            own = torch.tensor([self._own_cause()], dtype=torch.int32, device=self._engine.device)
-            dist.all_reduce(own, op=dist.ReduceOp.MAX)
-            self._cause = int(own)
+            self._reduced.fill_(self._own_cause())
+            dist.all_reduce(self._reduced, op=dist.ReduceOp.MAX)
+            self._cause = int(self._reduced)
         return self._cause != _GOES_ON
 
     def leave(self) -> NoReturn:

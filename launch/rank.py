@@ -20,7 +20,7 @@ from epi_ds.errors import UserError
 
 def run_as_rank(arguments: list[str]) -> None:
     """Become a rank and run what ``arguments`` name, with the arguments that follow. Raises UserError for no script."""
-    if not become_rank():
+    if become_rank() is None:
         os.environ.update(only_rank().variables())
     die_with_launcher()
     prepare_environment()

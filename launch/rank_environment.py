@@ -78,15 +78,15 @@ class Meeting(NamedTuple):
     port: int
 
 
-def become_rank() -> bool:
-    """Put into torch's variables which rank this process is; return whether it is one. Raises as `discover` does."""
+def become_rank() -> RankEnvironment | None:
+    """Put into torch's variables which rank this process is; return it, None for no rank. Raises as `discover` does."""
     found = discover(os.environ)
     if found is not None and found.source is not Source.TORCH:
         os.environ.update(found.variables())
         if found.master_addr.startswith("127."):
             # All nodes are this host, whose own name gloo would look up, and not find or find elsewhere.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return found is not None
+    return found
 
 
 def only_rank() -> RankEnvironment:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-import jinja2
 from epi_ds.launch.stop_signals import REQUEUE_EXIT_CODE
 
 from epi_ds.errors import UserError
@@ -85,6 +84,9 @@ class SlurmJob:
 
     def render(self) -> str:
         """Return the text of the script."""
+        # Not for every command that lists its options.
+        import jinja2
+
         environment = jinja2.Environment(
             undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
         )

@@ -12,6 +12,16 @@ logger = logging.getLogger(__name__)
 _TIMEOUT_SECONDS = 20
 
 
+def job_of(environment: Mapping[str, str]) -> str | None:
+    """Return what Slurm's commands call this job, None outside of one; a task of an array by its place in it.
+
+    The job id of one of an array's tasks is that of the whole array.
+    """
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment.get("SLURM_JOB_ID")
+
+
 def end_of_job(environment: Mapping[str, str], *, known: float | None = None) -> float | None:
     """Return when the job's time limit ends it, in seconds since the epoch; None where nothing ends it, or says when.
 
@@ -19,12 +29,9 @@ def end_of_job(environment: Mapping[str, str], *, known: float | None = None) ->
 
     Asks the controller, so one rank asks for all. The limit can be changed while a job runs: ask again near the end.
     """
-    job = environment.get("SLURM_JOB_ID")
+    job = job_of(environment)
     if job is None:
         return None
-    if "SLURM_ARRAY_JOB_ID" in environment:
-        # The id of one of an array's tasks is that of the whole array.
-        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     # squeue prints local time; the controller's and the nodes' time zones may differ, so ask for one.
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]
     try:

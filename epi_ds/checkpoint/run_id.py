@@ -68,13 +68,13 @@ def take_over(folder: Path) -> RunRecord:
     """Make this process the one that saves in ``folder``; return what was written. See [Note: fence]."""
     found = read_run(folder)
     if found is None:
-        return _written(folder, run_id=uuid.uuid4().hex, incarnation=1)
+        return _written(folder, run_id=None, incarnation=1)
     return _written(folder, run_id=found.run_id, incarnation=found.incarnation + 1)
 
 
-def _written(folder: Path, *, run_id: str, incarnation: int) -> RunRecord:
+def _written(folder: Path, *, run_id: str | None, incarnation: int) -> RunRecord:
     record = RunRecord(
-        run_id=run_id,
+        run_id=run_id or uuid.uuid4().hex,
         incarnation=incarnation,
         holder=uuid.uuid4().hex,
         host=socket.gethostname(),
@@ -88,10 +88,7 @@ def _written(folder: Path, *, run_id: str, incarnation: int) -> RunRecord:
 
 def run_id_of(folder: Path) -> str:
     """Return the id of a folder's run; draw one where there is none yet, for a process that may take it over."""
-    found = read_run(folder)
-    if found is None:
-        found = _written(folder, run_id=uuid.uuid4().hex, incarnation=0)
-    return found.run_id
+    return (read_run(folder) or _written(folder, run_id=None, incarnation=0)).run_id
 
 
 def why_not_held(folder: Path, record: RunRecord) -> str | None:

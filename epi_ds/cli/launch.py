@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from epi_ds.launch.mpi import Starter
-from epi_ds.launch.slurm import Container
+from epi_ds.launch.slurm import Container, Image, SlurmJob, submit_command
+from epi_ds.launch.slurm import submit as submit_jobs
 
 app = typer.Typer(help="Start a run's ranks: on this machine, under Slurm or under MPI.", no_args_is_help=True)
 
@@ -118,8 +119,6 @@ def slurm(
     It lies beside the run, to be read and changed. A job that is preempted, requeued or out of time saves, is queued
     again and goes on.
     """
-    from epi_ds.launch.slurm import Image, SlurmJob, submit_command
-    from epi_ds.launch.slurm import submit as submit_jobs
     from epi_ds.train.launch_target import find_target
     from epi_ds.train.slurm_jobs import folder_of, jobs_of
 
@@ -141,7 +140,11 @@ def slurm(
         image=Image(container, image, tuple(mount or ())),
         python=python or (sys.executable if container is Container.NONE else "python3"),
     )
-    jobs = jobs_of(found, job, sweep=sweep or [], by_stage=by_stage)
+    _hand_over(jobs_of(found, job, sweep=sweep or [], by_stage=by_stage), after=after, submit=submit, dry_run=dry_run)
+
+
+def _hand_over(jobs: list[SlurmJob], *, after: str | None, submit: bool, dry_run: bool) -> None:
+    """Print or write the scripts, and submit them or say how."""
     for one in jobs:
         if dry_run:
             typer.echo(one.render())

@@ -43,7 +43,7 @@ def train(
     from epi_ds.launch.environment import prepare_environment
     from epi_ds.launch.rank_environment import become_rank
 
-    is_rank = become_rank()
+    is_rank = become_rank() is not None
     if is_rank:
         # Before what takes seconds, in which a signal would end this rank, and with it all others.
         stop_signals.listen()

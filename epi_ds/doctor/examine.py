@@ -24,7 +24,7 @@ from epi_ds.doctor.report import LIMIT_SECONDS, Report
 from epi_ds.doctor.slurm import slurm
 from epi_ds.doctor.software import software
 from epi_ds.launch.environment import prepare_environment
-from epi_ds.launch.rank_environment import RankEnvironment, become_rank, discover
+from epi_ds.launch.rank_environment import RankEnvironment, become_rank
 
 if TYPE_CHECKING:
     from epi_ds.doctor.team import Team
@@ -55,8 +55,7 @@ def examine(folder: Path, *, seconds: float, tell: Callable[[list[Finding]], Non
     """
     # torch prints every attempt to connect, and the frames of its C++; what matters of it comes as an error.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    become_rank()
-    place = discover(os.environ)
+    place = become_rank()
     # Another rank's lines stand among those of all others.
     report = Report(tell if place is None or place.rank == 0 else lambda findings: tell(named(findings)))
     checks = _checks(folder, num_ranks=num_own_ranks if place is None else lambda: place.local_size)

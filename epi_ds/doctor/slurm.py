@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Mapping
 
 from epi_ds.doctor.finding import Finding, Level, Subject
+from epi_ds.launch.time_limit import job_of
 
 _COMMANDS = ("sbatch", "squeue", "scontrol")
 _ANSWER_SECONDS = 30
@@ -16,7 +17,7 @@ _ANSWER_SECONDS = 30
 
 def slurm() -> list[Finding]:
     """Say which Slurm there is and, inside a job, when it ends and whether it begins again; nothing without Slurm."""
-    job = os.environ.get("SLURM_JOB_ID")
+    job = job_of(os.environ)
     missing = [name for name in _COMMANDS if shutil.which(name) is None]
     if missing:
         if job is None:

@@ -33,7 +33,8 @@ class MetricsWriter:
         """``resume_step`` keeps the lines up to that step, which a resumed run does not repeat; None keeps none."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_step is None else [m for m in read_metrics(path) if m["step"] <= resume_step]
-        self._kept = kept
+        # Not the lines, of which a long run has many, and large ones.
+        self._kept = {(line["event"], line["step"]) for line in kept}
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, path)
@@ -45,7 +46,7 @@ class MetricsWriter:
 
     def holds(self, event: str, *, step: int) -> bool:
         """Whether an earlier process wrote a line of this event and step, which is kept."""
-        return any(line["event"] == event and line["step"] == step for line in self._kept)
+        return (event, step) in self._kept
 
     def close(self) -> None:
         """Close the file."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from epi_ds.launch import stop_signals
-from epi_ds.launch.time_limit import end_of_job, parse_end
+from epi_ds.launch.time_limit import end_of_job, job_of, parse_end
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +115,12 @@ def test_the_end_of_a_job_is_read() -> None:
         with pytest.raises(ValueError, match="isoformat"):
             parse_end(nothing)
     assert end_of_job({}) is None
+
+
+def test_a_task_of_an_array_goes_by_its_place() -> None:
+    assert job_of({}) is None
+    assert job_of({"SLURM_JOB_ID": "9"}) == "9"
+    assert job_of({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "2"}) == "9_2"
 
 
 def test_where_slurm_s_programs_are_missing_its_variable_is_read(
