@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import psutil
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from trl.models import unwrap_model_for_generation
 
 from epi_ds.train.tasks import Task
+from epi_ds.zero3.local_forwards import local_forwards
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +108,13 @@ class Evaluator:
         """Yield the model to generate with, without the forward that TRL patched in for training."""
         trainer = self._trainer
         checkpointing = trainer.model.is_gradient_checkpointing
-        with unwrap_model_for_generation(
-            trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=gathered
-        ) as unwrapped:
+        with (
+            unwrap_model_for_generation(
+                trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=gathered
+            ) as unwrapped,
+            # Ranks have different numbers of batches, or none.
+            local_forwards(trainer.model_wrapped) if gathered else nullcontext(),
+        ):
             yield unwrapped
         if checkpointing:
             # TRL turns it off while generating, and on again with the defaults instead of the user's settings.
