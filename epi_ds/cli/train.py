@@ -91,7 +91,7 @@ def _train(recipe: Recipe, *, restart: bool, resume: str, until: str | None) -> 
     die_with_launcher()
     try:
         folder = run_recipe(recipe, restart=restart, resume_from=resume, until=until)
-        if dist.get_rank() == 0:
+        if folder is not None and dist.get_rank() == 0:
             show_run(folder.root)
         dist.barrier()
         dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
@@ -19,6 +20,7 @@ from epi_ds.train.evaluation import Evaluator
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.recipe import Moments
+from epi_ds.train.settings import Change
 from epi_ds.train.stages import StageSpan, stage_at
 from epi_ds.train.trainer import StageTrainer
 from epi_ds.zero3.handle import EPI
@@ -40,14 +42,19 @@ class RunCallback(TrainerCallback):
         isolation: EPICallback,
         evaluator: Evaluator,
         metrics: MetricsWriter | None,
+        changed: Sequence[Change],
         progress: ProgressDisplay,
         until: str | None,
     ) -> None:
-        """``metrics`` is None on all ranks but 0; ``until`` names the stage after which to stop, None for the last."""
+        """``metrics`` is None on all ranks but 0; ``until`` names the stage after which to stop, None for the last.
+
+        ``changed`` are the settings that this start of the run changed.
+        """
         self._trainer = trainer
         self._isolation = isolation
         self._evaluator = evaluator
         self._metrics = metrics
+        self._changed = changed
         self._progress = progress
         self._until = until
         self._started = 0.0
@@ -86,6 +93,7 @@ class RunCallback(TrainerCallback):
             stages={span.name: [span.first_step, span.stop_step] for span in self._spans},
             covered=self._epi.stats().covered,
             config=self._epi.config.model_dump(mode="json"),
+            changed=[change._asdict() for change in self._changed],
         )
         if state.global_step == 0:
             self._probe()

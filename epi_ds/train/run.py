@@ -32,33 +32,26 @@ from epi_ds.train.export import export_model
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.recipe import DataSource, Recipe
-from epi_ds.train.resume import find_resume, marker_of
+from epi_ds.train.resume import DEFAULT_ARGUMENTS, find_resume, marker_of
 from epi_ds.train.run_folder import RunFolder
+from epi_ds.train.settings import END, Change, changes_since, end_of
 from epi_ds.train.tasks import Task, build_tasks, load_conversations
 from epi_ds.train.trainer import StageTrainer, to_dataset
-
-# Where the recipe does not say otherwise.
-_DEFAULT_ARGUMENTS: dict[str, Any] = {
-    "logging_steps": 1,
-    "report_to": "none",
-    "disable_tqdm": True,
-    # TRL's default is bf16 wherever the machine can; a recipe that says nothing gives the same weights everywhere.
-    "bf16": False,
-}
 
 
 def run_recipe(
     recipe: Recipe, *, restart: bool = False, resume_from: str = AUTO, until: str | None = None
-) -> RunFolder:
+) -> RunFolder | None:
     """Train, evaluate and export as the recipe says; continue where its folder has a whole checkpoint.
 
-    Collective: every rank of a launcher calls it.
+    Collective: every rank of a launcher calls it. A run that has ended says so, changes nothing and returns None.
 
     restart      throw away what the folder holds
     resume_from  see `find_resume`
     until        the stage after which to save and stop; None for the last one, after which the model is exported
 
-    Raises SystemExit where the job was about to end, see preemption.py, and UserError for a stage that is not there.
+    Raises SystemExit where the job was about to end, see preemption.py, and UserError for a stage that is not there,
+    and for a run that has ended and was trained with other settings.
     """
     if until is not None and until not in (names := [stage.name for stage in recipe.stages]):
         raise UserError(f"--until {until}: the recipe has no such stage{nearest(until, names)}; {', '.join(names)}")
@@ -73,10 +66,17 @@ def run_recipe(
     is_writer = dist.get_rank() == 0
     if restart:
         on_first_rank(folder.clear)
-    resume = find_resume(recipe, folder, tag=resume_from)
     console = Console() if is_writer else None
+    # Who names a checkpoint wants to go back to it.
+    if resume_from == AUTO and (end := on_first_rank(lambda: end_of(folder, recipe))) is not None:
+        if console is not None:
+            console.print(end, highlight=False, soft_wrap=True)
+        return None
+    resume = find_resume(recipe, folder, tag=resume_from)
     metrics = None
+    changed: list[Change] = []
     if is_writer:
+        changed = changes_since(folder, recipe) if resume else []
         folder.root.mkdir(parents=True, exist_ok=True)
         write_json(folder.recipe, recipe.model_dump(mode="json"))
         metrics = MetricsWriter(folder.metrics, resume_step=resume.step if resume else None)
@@ -89,11 +89,23 @@ def run_recipe(
         trainer = _make_trainer(recipe, folder, isolation, extra_arguments)
         stop_step = next((span.stop_step for span in trainer.spans if span.name == until), None)
         if resume is None or stop_step is None or resume.step < stop_step:
-            _train(recipe, trainer, isolation, tasks, metrics=metrics, console=console, resume=resume, until=until)
+            _train(
+                recipe,
+                trainer,
+                isolation,
+                tasks,
+                metrics=metrics,
+                changed=changed,
+                console=console,
+                resume=resume,
+                until=until,
+            )
         elif console is not None:
             console.print(f"stage {until} has ended already: {resume.path}", highlight=False)
         if until is None:
             export_model(trainer.model_wrapped, trainer.processing_class, folder.export)
+            if metrics is not None:
+                metrics.write(END, step=trainer.spans[-1].stop_step, stage=trainer.spans[-1].name)
     finally:
         if metrics is not None:
             metrics.close()
@@ -115,7 +127,7 @@ def _make_trainer(
     section = recipe.method.epi.model_dump(mode="json", exclude_defaults=True)
     args = SFTConfig(
         **{
-            **_DEFAULT_ARGUMENTS,
+            **DEFAULT_ARGUMENTS,
             **recipe.train,
             **extra_arguments,
             "output_dir": str(folder.checkpoints),
@@ -167,6 +179,7 @@ def _train(
     tasks: Sequence[Task],
     *,
     metrics: MetricsWriter | None,
+    changed: Sequence[Change],
     console: Console | None,
     resume: Checkpoint | None,
     until: str | None,
@@ -187,6 +200,7 @@ def _train(
             isolation=isolation,
             evaluator=evaluator,
             metrics=metrics,
+            changed=changed,
             progress=progress,
             until=until,
         )
