@@ -67,12 +67,12 @@ def run_recipe(
     if restart:
         on_first_rank(folder.clear)
     console = Console() if is_writer else None
-    # Who names a checkpoint wants to go back to it.
-    if resume_from == AUTO and (end := on_first_rank(lambda: end_of(folder, recipe))) is not None:
+    resume = find_resume(recipe, folder, tag=resume_from)
+    # Who names a checkpoint wants to go on from it.
+    if resume_from == AUTO and (end := on_first_rank(lambda: end_of(folder, recipe, resume=resume))) is not None:
         if console is not None:
             console.print(end, highlight=False, soft_wrap=True)
         return None
-    resume = find_resume(recipe, folder, tag=resume_from)
     metrics = None
     changed: list[Change] = []
     if is_writer:

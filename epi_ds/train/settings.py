@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from epi_ds.checkpoint.catalog import Checkpoint
 from epi_ds.defaults import with_defaults
 from epi_ds.errors import UserError
 from epi_ds.train.metrics import read_metrics
@@ -51,14 +52,16 @@ def changes_since(folder: RunFolder, recipe: Recipe) -> list[Change]:
     ]
 
 
-def end_of(folder: RunFolder, recipe: Recipe) -> str | None:
-    """Return what to say of a run that has ended; None where it has not.
+def end_of(folder: RunFolder, recipe: Recipe, *, resume: Checkpoint | None) -> str | None:
+    """Return what to say of a run that has ended; None where it has not, or where something of it is gone again.
+
+    resume  what it would continue from
 
     Raises UserError where it was trained with other settings than the recipe's: its files must not be taken for what
     they are not.
     """
     ended = next((line for line in read_metrics(folder.metrics) if line["event"] == END), None)
-    if ended is None:
+    if ended is None or resume is None or resume.step != ended["step"] or not folder.has_export:
         return None
     remedy = "Give another output to train on, or begin anew with --restart"
     if changed := changes_since(folder, recipe):

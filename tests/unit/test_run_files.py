@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from epi_ds.checkpoint.catalog import open_checkpoint
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 from epi_ds.report.page import write_report
@@ -124,20 +125,27 @@ def with_ratio(ratio: float) -> Recipe:
 
 def test_a_run_that_has_ended_says_so_and_refuses_other_settings(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    assert end_of(folder, RECIPE) is None
+    last = open_checkpoint(checkpoint(folder, 4))
     writer = MetricsWriter(folder.metrics, resume_step=None)
     folder.recipe.write_text(RECIPE.model_dump_json())
     writer.write("summary", step=4, stage="a")
-    assert end_of(folder, with_ratio(0.2)) is None
+    folder.export.mkdir()
+    for name in ("config.json", "tokenizer_config.json"):
+        (folder.export / name).touch()
+    assert end_of(folder, with_ratio(0.2), resume=last) is None
     assert changes_since(folder, with_ratio(0.2)) == [("method.epi.ratio", 0.01, 0.2)]
     writer.write(END, step=4, stage="a")
     writer.close()
-    assert "4 steps" in str(end_of(folder, RECIPE))
+    assert "4 steps" in str(end_of(folder, RECIPE, resume=last))
     # How it is watched, and on how many ranks, is no setting of what was trained.
     watched = RECIPE.model_copy(update={"train": {"logging_steps": 7}, "ranks": 3})
-    assert end_of(folder, watched) is not None
+    assert end_of(folder, watched, resume=last) is not None
     with pytest.raises(UserError, match=r"method\.epi\.ratio was 0\.01, is 0\.2"):
-        end_of(folder, with_ratio(0.2))
+        end_of(folder, with_ratio(0.2), resume=last)
+    # What was taken away is made again.
+    assert end_of(folder, RECIPE, resume=open_checkpoint(checkpoint(folder, 2))) is None
+    (folder.export / "config.json").unlink()
+    assert end_of(folder, RECIPE, resume=last) is None
 
 
 def test_a_recipe_of_an_earlier_release_differs_in_no_setting_that_came_later(tmp_path: Path) -> None:
