@@ -12,17 +12,17 @@ from torch import Tensor
 
 from epi_ds.choices import ADAPTIVE, Protects
 from epi_ds.config import EPIConfig
-from epi_ds.isolation.bracket import count_dtype
-from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.counters import Counters
+from epi_ds.isolation.importance.remembered import Remembered
+from epi_ds.isolation.importance.stored import Importance, ReadPartition, partition_reader
+from epi_ds.isolation.importance.tasks import task_shares
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.mask import Masks, select_bits
-from epi_ds.isolation.refresh import FirstMask, GroupCounts, Refresh, layer_importance
-from epi_ds.isolation.remembered import Remembered
-from epi_ds.isolation.selector import Candidates, Decision, Selector
-from epi_ds.isolation.state import Importance, ReadPartition, partition_reader
-from epi_ds.isolation.tasks import task_shares
-from epi_ds.isolation.threshold import Thresholds
+from epi_ds.isolation.refresh_report import FirstMask, GroupCounts, Refresh, layer_importance
+from epi_ds.isolation.search.bracket import count_dtype
+from epi_ds.isolation.search.collectives import GroupExchange
+from epi_ds.isolation.search.selector import Candidates, Decision, Selector
+from epi_ds.isolation.search.threshold import Thresholds
 
 logger = logging.getLogger(__name__)
 

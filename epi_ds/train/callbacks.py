@@ -12,14 +12,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.choices import PolicyName
+from epi_ds.evaluation.evaluator import Evaluator
 from epi_ds.hf import EPICallback
-from epi_ds.isolation.refresh import Refresh
-from epi_ds.isolation.selector import Decision
+from epi_ds.isolation.refresh_report import Refresh
+from epi_ds.isolation.search.selector import Decision
+from epi_ds.recipe.models import Moments
 from epi_ds.train.accelerate_setup import check_trainer
-from epi_ds.train.evaluation import Evaluator
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.progress import ProgressDisplay
-from epi_ds.train.recipe import Moments
 from epi_ds.train.settings import Change
 from epi_ds.train.stages import StageSpan, stage_at
 from epi_ds.train.trainer import StageTrainer

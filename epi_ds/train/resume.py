@@ -13,7 +13,7 @@ from epi_ds.checkpoint.loading import choose
 from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.defaults import with_defaults
 from epi_ds.errors import UserError
-from epi_ds.train.recipe import DataSource, ModelSection, Recipe, Stage
+from epi_ds.recipe.models import DataSource, ModelSection, Recipe, Stage
 from epi_ds.train.run_folder import RunFolder
 
 MARKER = "recipe.json"

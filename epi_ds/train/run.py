@@ -17,25 +17,25 @@ from trl import SFTConfig
 from epi_ds.checkpoint.catalog import Checkpoint
 from epi_ds.checkpoint.durable import write_json
 from epi_ds.checkpoint.loading import AUTO
-from epi_ds.checkpoint.run_id import run_id_of
+from epi_ds.checkpoint.run import run_id_of
 from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.config import SECTION
 from epi_ds.errors import UserError, nearest
+from epi_ds.evaluation.evaluator import Evaluator
+from epi_ds.evaluation.tasks import Task, build_tasks, load_conversations
 from epi_ds.hf import EPICallback
 from epi_ds.launch.environment import accelerator_name
+from epi_ds.recipe.arguments import deepspeed_config
+from epi_ds.recipe.models import DataSource, Recipe
 from epi_ds.trackers import continue_runs
 from epi_ds.train.accelerate_setup import DEFAULT_TIMEOUT_SECONDS, prepare_accelerate
-from epi_ds.train.arguments import deepspeed_config
 from epi_ds.train.callbacks import RunCallback
-from epi_ds.train.evaluation import Evaluator
 from epi_ds.train.export import export_model
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.progress import ProgressDisplay
-from epi_ds.train.recipe import DataSource, Recipe
 from epi_ds.train.resume import DEFAULT_ARGUMENTS, find_resume, marker_of
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.settings import END, Change, changes_since, end_of
-from epi_ds.train.tasks import Task, build_tasks, load_conversations
 from epi_ds.train.trainer import StageTrainer, to_dataset
 
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from epi_ds.checkpoint.catalog import Checkpoint
 from epi_ds.defaults import with_defaults
 from epi_ds.errors import UserError
+from epi_ds.recipe.models import Recipe
 from epi_ds.train.metrics import read_metrics
-from epi_ds.train.recipe import Recipe
 from epi_ds.train.resume import is_harmless, with_default_arguments
 from epi_ds.train.run_folder import RunFolder
 

@@ -143,7 +143,7 @@ def _write_base(folder: Path) -> None:
     import torch
 
     from epi_ds.data.skills import load_tokenizer
-    from epi_ds.train.base_model import small_llama
+    from epi_ds.demo.base_model import small_llama
 
     torch.manual_seed(0)
     tokenizer = load_tokenizer()

@@ -22,10 +22,10 @@ from epi_ds.launch.local import free_port, remove_buffers
 from transformers import AutoTokenizer
 
 from epi_ds.checkpoint.manifest import Manifest
-from epi_ds.train.recipe import load_recipe
+from epi_ds.evaluation.tasks import load_conversations
+from epi_ds.recipe.models import load_recipe
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.stages import StageRows, plan_stages, row_order
-from epi_ds.train.tasks import load_conversations
 from tests.end_to_end.conftest import Demo
 from tests.support.processes import checked, launch, run_command, run_epi_ds
 from tests.support.tags import manifest_of

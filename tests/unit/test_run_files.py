@@ -11,10 +11,10 @@ import pytest
 from epi_ds.checkpoint.catalog import open_checkpoint
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
+from epi_ds.recipe.models import Recipe, parse_recipe
 from epi_ds.report.page import write_report
 from epi_ds.report.scores import score_table
 from epi_ds.train.metrics import MetricsWriter, read_metrics
-from epi_ds.train.recipe import Recipe, parse_recipe
 from epi_ds.train.resume import MARKER, find_resume, marker_of
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.settings import END, changes_since, end_of

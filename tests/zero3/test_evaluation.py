@@ -14,9 +14,9 @@ from trl import SFTConfig, SFTTrainer
 
 from epi_ds import ds_configs
 from epi_ds.data.skills import Split, get_skill, rows
+from epi_ds.evaluation.evaluator import Evaluator, Score
+from epi_ds.evaluation.tasks import Task
 from epi_ds.train.accelerate_setup import prepare_accelerate
-from epi_ds.train.evaluation import Evaluator, Score
-from epi_ds.train.tasks import Task
 from epi_ds.train.trainer import to_dataset
 from tests.support.ranks import run_ranks
 
