@@ -20,7 +20,7 @@ from epi_ds.isolation.importance.stored import Importance, StoredImportance
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.mask import Masks
 from epi_ds.isolation.policy import Policy
-from epi_ds.isolation.refresher import MaskListener, Refresher
+from epi_ds.isolation.refresh import MaskListener, Refresher
 from epi_ds.isolation.refresh_report import Refresh
 from epi_ds.isolation.schedule import largest_ratio
 from epi_ds.isolation.search.collectives import GroupExchange

@@ -36,7 +36,7 @@ FLOORS = {
     "epi_ds.zero3.attach": 3.3,
     "epi_ds.checkpoint": 3,
     "epi_ds.isolation.controller": 2,
-    "epi_ds.isolation.refresher": 2,
+    "epi_ds.isolation.refresh": 2,
     "epi_ds.isolation.search.collectives": 2,
     "epi_ds.isolation": 1,
     "epi_ds.defaults": 0,
