@@ -58,6 +58,18 @@ def backend_on(device_type: str) -> Backend:
     return own
 
 
+def reason_against(device_type: str) -> str | None:
+    """Return why a type of device has no backend of its own, or None where it has one, whatever is asked for."""
+    own = _OF_DEVICE.get(device_type)
+    if own is None:
+        return f"there are none for {device_type}"
+    try:
+        _prepare(own)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def _prepare(backend: Backend) -> None:
     """Raise RuntimeError where a backend cannot be had."""
     if backend is Backend.CPU:

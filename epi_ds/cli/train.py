@@ -48,7 +48,7 @@ def train(
         # Before what takes seconds, in which a signal would end this rank, and with it all others.
         stop_signals.listen()
     prepare_environment()
-    from epi_ds.recipe.models import load_recipe
+    from epi_ds.recipe.loading import load_recipe
 
     # Before any rank starts: everything that is wrong with the recipe, at once.
     loaded = load_recipe(recipe, overrides or [])

@@ -20,7 +20,7 @@ from epi_ds.data.skills import SKILLS
 from epi_ds.demo.base_model import pretrain_small_model
 from epi_ds.launch.local import start_child
 from epi_ds.launch.stop_signals import REQUEUE_EXIT_CODE
-from epi_ds.recipe.models import load_recipe
+from epi_ds.recipe.loading import load_recipe
 from epi_ds.train.run_folder import RunFolder
 
 RECIPE = "demo"

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from epi_ds.errors import UserError
-from epi_ds.recipe.models import Recipe, load_recipe
+from epi_ds.recipe.loading import load_recipe
+from epi_ds.recipe.models import Recipe
 
 _TRAIN = ("-m", "epi_ds.cli.main", "train")
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from epi_ds.data.skills import Split, get_skill, rows
 from epi_ds.evaluation.tasks import TEST_SEED
-from epi_ds.recipe.models import load_recipe
+from epi_ds.recipe.loading import load_recipe
 from tests.end_to_end.conftest import Demo
 from tests.support.processes import checked, run_command
 

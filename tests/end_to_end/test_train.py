@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from epi_ds.checkpoint.manifest import Manifest
 from epi_ds.evaluation.tasks import load_conversations
-from epi_ds.recipe.models import load_recipe
+from epi_ds.recipe.loading import load_recipe
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.stages import StageRows, plan_stages, row_order
 from tests.end_to_end.conftest import Demo

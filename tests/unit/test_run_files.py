@@ -11,7 +11,8 @@ import pytest
 from epi_ds.checkpoint.catalog import open_checkpoint
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
-from epi_ds.recipe.models import Recipe, parse_recipe
+from epi_ds.recipe.loading import parse_recipe
+from epi_ds.recipe.models import Recipe
 from epi_ds.report.page import write_report
 from epi_ds.report.scores import score_table
 from epi_ds.train.metrics import MetricsWriter, read_metrics
