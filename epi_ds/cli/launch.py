@@ -37,9 +37,9 @@ def local(
     from epi_ds.launch.environment import default_ranks, prepare_environment
 
     prepare_environment()
-    from epi_ds.cli.train import start_ranks
     from epi_ds.launch.local import run_ranks
     from epi_ds.recipe.launch_target import find_target
+    from epi_ds.train.ranks import start_ranks
 
     found = find_target(target, arguments or [])
     if found.recipe is not None:

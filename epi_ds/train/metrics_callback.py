@@ -1,9 +1,9 @@
-"""What happens around the trainer's steps: metrics, progress, stage boundaries."""
+"""What is written and shown of the trainer's steps."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -11,13 +11,10 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from epi_ds.checkpoint.verdict import on_first_rank
-from epi_ds.choices import PolicyName
-from epi_ds.evaluation.evaluator import Evaluator
+from epi_ds.evaluation.evaluator import Score
 from epi_ds.hf import EPICallback
 from epi_ds.isolation.refresh_report import Refresh
 from epi_ds.isolation.search.selector import Decision
-from epi_ds.recipe.models import Moments
-from epi_ds.train.accelerate_setup import check_trainer
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.settings import Change
@@ -25,38 +22,34 @@ from epi_ds.train.stages import StageSpan, stage_at
 from epi_ds.train.trainer import StageTrainer
 from epi_ds.zero3.handle import EPI
 
-# Stage name of what happens before the first step.
 BEFORE = "start"
+"""Stage name of what happens before the first step."""
 # TRL counts these from the start of the process, so after a resume they would fall back. The trainer's own count of
 # tokens goes on: train.include_num_input_tokens_seen.
 _PER_PROCESS = ("num_tokens",)
 
 
-class RunCallback(TrainerCallback):
-    """Runs the stages of a recipe around a trainer. Every rank calls all of it; rank 0 writes and shows."""
+class MetricsCallback(TrainerCallback):
+    """Writes a run's metrics and shows its progress. Every rank calls all of it; rank 0 writes and shows.
+
+    To be added before `StageCallback`: what a step did is written before what the end of its stage does.
+    """
 
     def __init__(
         self,
         trainer: StageTrainer,
         *,
         isolation: EPICallback,
-        evaluator: Evaluator,
         metrics: MetricsWriter | None,
-        changed: Sequence[Change],
         progress: ProgressDisplay,
-        until: str | None,
+        changed: Sequence[Change],
     ) -> None:
-        """``metrics`` is None on all ranks but 0; ``until`` names the stage after which to stop, None for the last.
-
-        ``changed`` are the settings that this start of the run changed.
-        """
+        """``metrics`` is None on all ranks but 0; ``changed`` are the settings that this start of the run changed."""
         self._trainer = trainer
         self._isolation = isolation
-        self._evaluator = evaluator
         self._metrics = metrics
-        self._changed = changed
         self._progress = progress
-        self._until = until
+        self._changed = changed
         self._started = 0.0
         self._seconds = 0.0
         self._isolated_in_force = 0
@@ -80,8 +73,7 @@ class RunCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prove that training is distributed; before the first step, probe where asked for and evaluate."""
-        check_trainer(self._trainer)
+        """Write that the run starts or goes on, and what it was told."""
         self._last_refresh = self._epi.stats().last_refresh
         self._write(
             "run",
@@ -95,14 +87,6 @@ class RunCallback(TrainerCallback):
             config=self._epi.config.model_dump(mode="json"),
             changed=[change._asdict() for change in self._changed],
         )
-        if state.global_step == 0:
-            self._probe()
-            self._evaluate(0, BEFORE)
-            return
-        ended = stage_at(self._spans, state.global_step - 1)
-        if state.global_step == ended.stop_step and not self._was_evaluated(ended.stop_step):
-            # The process that ended the stage had no time for it.
-            self._evaluate(ended.stop_step, ended.name)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,25 +96,17 @@ class RunCallback(TrainerCallback):
         self._isolated_in_force = self._epi.stats().isolated
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Report a refresh; at the end of a stage evaluate, and prepare the optimizer for the next one."""
+        """Write what the step found about the mask."""
         self._seconds = time.perf_counter() - self._started
         step = state.global_step
         stage = stage_at(self._spans, step - 1)
         decision = self._epi.stats().last_decision
         if decision is not None and decision is not self._last_decision:
             self._last_decision = decision
-            self._report_drift(step, stage.name, decision)
+            self._write_drift(step, stage.name, decision)
         refresh = self._epi.stats().last_refresh
         if refresh is not None and refresh is not self._last_refresh:
-            self._last_refresh = refresh
-            self._report_refresh(step, stage.name, refresh)
-        if step == stage.stop_step:
-            if not self._isolation.is_stopping:
-                # A job that is about to end saves first: the weights stay as they are until the resumed one evaluates.
-                self._evaluate(step, stage.name)
-            self._begin_stage_after(stage)
-            if stage.name == self._until and step < state.max_steps:
-                control.should_save = control.should_training_stop = True
+            self.write_refresh(step, stage.name, refresh)
 
     def on_log(
         self,
@@ -178,56 +154,23 @@ class RunCallback(TrainerCallback):
             f"({stats.counters.refreshes} refreshes)"
         )
 
-    # --- what they are made of ---
+    # --- what others have to say ---
 
-    def _probe(self) -> None:
-        config = self._epi.config
-        if config.policy is not PolicyName.STATIC or config.probe_steps is None:
-            return
-        trainer = self._trainer
-        size = trainer.args.per_device_train_batch_size
+    def write_evaluation(self, step: int, after: str, scores: Mapping[str, Score], *, seconds: float) -> None:
+        """Write and show the scores of all tasks by name; ``after`` is the stage that has ended, or `BEFORE`."""
+        written = {name: score._asdict() for name, score in scores.items()}
+        self._write("evaluation", step, after, scores=written, seconds=seconds)
+        shown = "  ".join(f"{name} {score.value:.3f}" for name, score in scores.items())
+        self._progress.note(f"{'before training' if after == BEFORE else 'after ' + after}: {shown}")
 
-        def losses() -> Any:
-            for index in range(config.probe_steps or 0):
-                # The first rows, dealt to the ranks as the run's own batches are.
-                first = (index * dist.get_world_size() + dist.get_rank()) * size
-                rows = [trainer.probe_dataset[i % len(trainer.probe_dataset)] for i in range(first, first + size)]
-                inputs = trainer._prepare_inputs(trainer.data_collator(rows))
-                yield trainer.compute_loss(trainer.model_wrapped, inputs)
-
-        was_training = trainer.model.training
-        trainer.model.eval()
-        refresh = self._epi.probe(losses())
-        trainer.model.train(was_training)
-        self._last_refresh = refresh
-        self._report_refresh(0, BEFORE, refresh)
-
-    def _was_evaluated(self, step: int) -> bool:
+    def has_evaluation(self, step: int) -> bool:
         """Whether the metrics hold an evaluation of a step. Collective: the first rank has the file."""
         metrics = self._metrics
         return on_first_rank(lambda: metrics is not None and metrics.holds("evaluation", step=step))
 
-    def _evaluate(self, step: int, after: str) -> None:
-        started = time.perf_counter()
-        scores = self._evaluator.evaluate()
-        if not scores:
-            return
-        self._write(
-            "evaluation",
-            step,
-            after,
-            scores={name: score._asdict() for name, score in scores.items()},
-            seconds=time.perf_counter() - started,
-        )
-        shown = "  ".join(f"{name} {score.value:.3f}" for name, score in scores.items())
-        self._progress.note(f"{'before training' if after == BEFORE else 'after ' + after}: {shown}")
-
-    def _report_drift(self, step: int, stage: str, decision: Decision) -> None:
-        if decision.drift is not None:
-            refreshed = decision.thresholds is not None
-            self._write("drift", step, stage, **decision.drift._asdict(), ratio=decision.ratio, refreshed=refreshed)
-
-    def _report_refresh(self, step: int, stage: str, refresh: Refresh) -> None:
+    def write_refresh(self, step: int, stage: str, refresh: Refresh) -> None:
+        """Write what a refresh found, once."""
+        self._last_refresh = refresh
         layers = refresh.layers
         self._write(
             "refresh",
@@ -257,13 +200,7 @@ class RunCallback(TrainerCallback):
             sent_bytes=refresh.sent_bytes,
         )
 
-    def _begin_stage_after(self, stage: StageSpan) -> None:
-        position = self._spans.index(stage) + 1
-        if position == len(self._spans):
-            return
-        refresh = self._epi.finish_stage(stage.name)
-        if refresh is not None:
-            self._last_refresh = refresh
-            self._report_refresh(stage.stop_step, stage.name, refresh)
-        if self._trainer.stages[position].moments is Moments.RESET:
-            self._epi.reset_optimizer_state()
+    def _write_drift(self, step: int, stage: str, decision: Decision) -> None:
+        if decision.drift is not None:
+            refreshed = decision.thresholds is not None
+            self._write("drift", step, stage, **decision.drift._asdict(), ratio=decision.ratio, refreshed=refreshed)
