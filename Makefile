@@ -17,7 +17,7 @@ SEED ?= 0
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
-	PYTHON="$(PYTHON)" docker/install_python.sh $(VENV) dev
+	PYTHON="$(PYTHON)" docker/install_python.sh $(VENV) dev,train
 	touch $@
 
 demo: install

@@ -49,3 +49,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, attribute = _HOMES[name].rpartition(".")
     return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    # What is imported when asked for is there for whoever looks, too.
+    return sorted({*globals(), *_HOMES})

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import logging
 import os
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 VARIABLE = "EPI_DS_KERNELS"
 
 
-class Backend(str, Enum):
+class Backend(StrEnum):
     """An implementation of the operations."""
 
     REFERENCE = "reference"

@@ -18,7 +18,7 @@ import json
 import os
 import socket
 import uuid
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -79,7 +79,7 @@ def _written(folder: Path, *, run_id: str | None, incarnation: int) -> RunRecord
         holder=uuid.uuid4().hex,
         host=socket.gethostname(),
         pid=os.getpid(),
-        since=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        since=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / FILE, json.loads(record.model_dump_json()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +17,14 @@ from epi_ds.errors import UserError, nearest
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
 
-class Moments(str, Enum):
+class Moments(StrEnum):
     """What happens to the optimizer's moments when a stage begins."""
 
     RESET = "reset"
     CARRY = "carry"
 
 
-class Metric(str, Enum):
+class Metric(StrEnum):
     """How an answer is scored."""
 
     EXACT_MATCH = "exact_match"

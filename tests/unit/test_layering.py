@@ -153,6 +153,37 @@ def test_collectives_stay_in_one_room(module: str) -> None:
             assert module.startswith("epi_ds.launch"), f"{module} imports {name}"
 
 
+# What the extra `train` brings, and who may need it.
+OF_THE_EXTRA = ("trl", "datasets", "accelerate", "matplotlib")
+WITH_THE_EXTRA = ("epi_ds.train", "epi_ds.evaluation", "epi_ds.recipe", "epi_ds.data", "epi_ds.demo", "epi_ds.report")
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if not m.startswith(WITH_THE_EXTRA)))
+def test_the_core_installs_without_the_trainer(module: str) -> None:
+    for name in imported(MODULES[module]):
+        assert not name.startswith(OF_THE_EXTRA), f"{module} imports {name}, which is of the extra train"
+        if name.startswith(WITH_THE_EXTRA):
+            # Commands import what they run when they run it.
+            assert module.startswith(("epi_ds.cli", "epi_ds.bench")), f"{module} imports {name}"
+
+
+def test_a_verb_that_needs_the_extra_names_it() -> None:
+    absent = f"import sys; sys.modules.update(dict.fromkeys({('trl', 'datasets', 'matplotlib')!r}))"
+    run = f"{absent}; from epi_ds.cli.main import main; sys.argv = ['epi-ds', *sys.argv[1:]]; main()"
+
+    def said(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", run, *arguments], capture_output=True, text=True)
+
+    refused = said("train", "demo")
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        "error: epi-ds train needs trl, which is not installed here: pip install 'epi-ds[train]'\n"
+    )
+    assert said("configs", "list").returncode == 0
+    assert said("checkpoints", "list", "nowhere").stderr == "error: there is no folder nowhere\n"
+    assert said("--help").returncode == 0
+
+
 def test_importing_the_package_loads_nothing_heavy() -> None:
     script = (
         "import epi_ds, sys; print([m for m in ('transformers', 'trl', 'datasets', 'deepspeed') if m in sys.modules])"
@@ -171,4 +202,6 @@ def test_kernels_and_launch_are_no_top_level_packages() -> None:
     assert listed is not None
     packages = set(ast.literal_eval(f"[{listed.group(1)}]"))
     folders = {name.rpartition(".")[0] if path.name != "__init__.py" else name for name, path in MODULES.items()}
-    assert packages == folders
+    # Folders of files that are no modules; setuptools wants them named too.
+    assert packages - folders == {"epi_ds.data.skills.tokenizer", "epi_ds.launch.templates"}
+    assert folders <= packages

@@ -9,7 +9,7 @@ halving log2 W (R. Thakur, R. Rabenseifner, W. Gropp, Optimization of Collective
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 from epi_ds.choices import Normalizer, Selection, StateFormat, Transport
@@ -29,7 +29,7 @@ TYPICAL_KINDS = 12
 ANSWER_INTEGERS = 3
 
 
-class Collective(str, Enum):
+class Collective(StrEnum):
     """A collective operation over W ranks."""
 
     ALL_GATHER = "all_gather"
