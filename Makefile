@@ -1,5 +1,6 @@
 # make demo   installs what is missing and shows the whole of it, in under five minutes on two cores
 # make test   runs all tests and lints, as CI does
+# make gpu    what an NVIDIA GPU can show: the bits and the speed of the kernels, steps in bf16 and their audit
 # make faults kills, damages and fills disks, and says what came of it; SEED=1 draws other bits
 
 VENV := .venv
@@ -12,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 
 SEED ?= 0
 
-.PHONY: install demo test faults lint clean
+.PHONY: install demo test gpu faults lint types clean
 
 install: $(INSTALLED)
 
@@ -26,17 +27,24 @@ demo: install
 test: install lint
 	$(BIN)/pytest
 
+# On the day there is a GPU: the Triton kernels' bits and speed, and steps of ZeRO-3 in bf16 with isolation off and on.
+gpu: install
+	DS_ACCELERATOR=cuda $(BIN)/pytest -m gpu tests/kernels tests/end_to_end/test_bf16_steps.py
+	DS_ACCELERATOR=cuda $(BIN)/epi-ds bench kernels --device cuda
+
 faults: install
 	$(BIN)/python -m tests.faults --seed $(SEED)
 
 # mypy knows no package-dir mapping: show it the package as it is installed, kernels, launch and ds_configs inside.
 TYPED := $(VENV)/typed/epi_ds
 
-lint: install
-	rm -rf $(TYPED) && mkdir -p $(TYPED)
-	ln -s $(CURDIR)/epi_ds/* $(CURDIR)/kernels $(CURDIR)/launch $(CURDIR)/ds_configs $(TYPED)
+lint: install types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: install
+	rm -rf $(TYPED) && mkdir -p $(TYPED)
+	ln -s $(CURDIR)/epi_ds/* $(CURDIR)/kernels $(CURDIR)/launch $(CURDIR)/ds_configs $(TYPED)
 	cd $(VENV)/typed && ../bin/mypy --config-file ../../pyproject.toml --package epi_ds
 
 clean:
