@@ -13,6 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with
 from epi_ds.data.skills import Message, Split, load_tokenizer, rows
 
 _IGNORED = -100
+_SEED = 0
+_ROWS_PER_SKILL = 4000
+_LEARNING_RATE = 1e-3
 
 
 def small_llama(vocab_size: int, **changes: Any) -> LlamaForCausalLM:
@@ -38,17 +41,14 @@ def pretrain_small_model(
     *,
     skills: Sequence[str],
     steps: int,
-    batch_size: int = 32,
-    rows_per_skill: int = 4000,
-    learning_rate: float = 1e-3,
-    seed: int = 0,
+    batch_size: int,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
     """Train a small Llama on a mixture of skills, in this process alone, and save it with its tokenizer.
 
     report  called with (finished steps, loss) after every step
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(_SEED)
     tokenizer = load_tokenizer()
     model = small_llama(
         len(tokenizer),
@@ -58,12 +58,12 @@ def pretrain_small_model(
     )
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     mixture = [
-        row.messages for skill in skills for row in rows(skill, split=Split.TRAIN, size=rows_per_skill, seed=seed)
+        row.messages for skill in skills for row in rows(skill, split=Split.TRAIN, size=_ROWS_PER_SKILL, seed=_SEED)
     ]
     encoded = encode(tokenizer, mixture)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(_SEED)
     model.train()
     for step in range(steps):
         chosen = torch.randint(len(encoded), (batch_size,), generator=generator).tolist()

@@ -36,17 +36,17 @@ class Score(NamedTuple):
     higher_is_better: bool
 
 
-class Batch(NamedTuple):
+class TaskBatch(NamedTuple):
     """Rows of one task that are generated together."""
 
     task: int
     rows: tuple[int, ...]
 
 
-def cut_batches(tasks: Sequence[Task], *, batch_size: int) -> list[Batch]:
+def cut_batches(tasks: Sequence[Task], *, batch_size: int) -> list[TaskBatch]:
     """Cut every task's rows into batches, in order."""
     return [
-        Batch(index, tuple(range(first, min(first + batch_size, len(task.conversations)))))
+        TaskBatch(index, tuple(range(first, min(first + batch_size, len(task.conversations)))))
         for index, task in enumerate(tasks)
         for first in range(0, len(task.conversations), batch_size)
     ]
@@ -122,7 +122,7 @@ class Evaluator:
                 gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs
             )
 
-    def _own_batches(self, gathered: bool) -> Iterator[tuple[Batch, bool]]:
+    def _own_batches(self, gathered: bool) -> Iterator[tuple[TaskBatch, bool]]:
         """Yield this rank's batches and whether they count.
 
         With partitioned weights every forward is collective, so ranks with fewer batches repeat one that does not
@@ -138,7 +138,7 @@ class Evaluator:
                 elif not gathered:
                     yield batches[-1], False
 
-    def _score(self, model: Any, batch: Batch, *, synced: bool) -> list[tuple[int, int, float, float]]:
+    def _score(self, model: Any, batch: TaskBatch, *, synced: bool) -> list[tuple[int, int, float, float]]:
         """Score a batch: (task, row, points, weight) per row."""
         task = self._tasks[batch.task]
         if task.check is None:
@@ -180,7 +180,7 @@ class Evaluator:
         decoded: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
         return decoded
 
-    def _teacher_forced(self, model: Any, batch: Batch, task: Task) -> list[tuple[int, int, float, float]]:
+    def _teacher_forced(self, model: Any, batch: TaskBatch, task: Task) -> list[tuple[int, int, float, float]]:
         """Return the summed negative log-likelihood and the number of tokens of every reference answer."""
         conversations = [task.conversations[row] for row in batch.rows]
         encoded = self._encode(conversations, side="right", generate=False)
