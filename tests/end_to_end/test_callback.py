@@ -28,6 +28,7 @@ pytestmark = pytest.mark.end_to_end
 SCRIPT = "tests.end_to_end.plain_sft"
 
 
+@pytest.mark.slow
 def test_a_plain_script_isolates_and_resumes_to_the_bit(demo: Demo, tmp_path: Path) -> None:
     model, whole, resumed = str(demo.folder / "base"), tmp_path / "whole", tmp_path / "resumed"
     resumed.mkdir()
@@ -53,6 +54,7 @@ def test_a_plain_script_isolates_and_resumes_to_the_bit(demo: Demo, tmp_path: Pa
     assert open_checkpoint(resumed / "checkpoint-8").problem is None
 
 
+@pytest.mark.slow
 def test_ranks_that_would_train_on_the_same_rows_are_refused(demo: Demo, tmp_path: Path) -> None:
     """What a plain script does on the CPU when accelerate is not told of the ranks."""
     finished = launch(SCRIPT, str(demo.folder / "base"), str(tmp_path / "run"), "--unprepared", num_ranks=2)

@@ -44,6 +44,7 @@ def test_ranks_of_mpirun_save_when_they_are_told_to_end(tmp_path: Path, monkeypa
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_processes_of_mpirun_are_ranks(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
         monkeypatch.setenv(name, "1")

@@ -82,6 +82,7 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_trains(trained: Train, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPI_DS_NVME", str(tmp_path / "disk"))

@@ -183,6 +183,7 @@ def recorded(uninterrupted: Path) -> list[list[dict[str, Any]]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(uninterrupted: Path, resumed: Path) -> None:
     left, right = uninterrupted / "run", resumed / "run"
     steps = lines_of(left, "step")
@@ -198,6 +199,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(uninterrupted: Pat
     assert digests(left / "export") == digests(right / "export")
 
 
+@pytest.mark.slow
 def test_ranks_train_on_different_rows_in_the_documented_order(
     uninterrupted: Path, base: Path, recorded: list[list[dict[str, Any]]]
 ) -> None:
@@ -222,12 +224,14 @@ def test_ranks_train_on_different_rows_in_the_documented_order(
     assert len(seen) == TOTAL_STEPS * global_batch
 
 
+@pytest.mark.slow
 def test_moments_are_reset_or_carried_as_each_stage_says(recorded: list[list[dict[str, Any]]]) -> None:
     momentum = {line["step"]: line["momentum"] for line in reversed(recorded[0])}
     # The first stage starts without any, the second carries, the third resets.
     assert [step for step in range(TOTAL_STEPS) if momentum[step] == 0.0] == [0, 10]
 
 
+@pytest.mark.slow
 def test_every_stage_has_the_learning_rate_it_asks_for(uninterrupted: Path) -> None:
     rates = [line["learning_rate"] for line in lines_of(uninterrupted / "run", "step")]
     # Linear with 2 steps of warm-up over 5, constant at its own peak, and half a cosine over 4.
@@ -238,6 +242,7 @@ def test_every_stage_has_the_learning_rate_it_asks_for(uninterrupted: Path) -> N
     assert rates[:-1] == pytest.approx(expected[1:])
 
 
+@pytest.mark.slow
 def test_metrics_say_which_stage_runs(uninterrupted: Path) -> None:
     stages = [line["stage"] for line in lines_of(uninterrupted / "run", "step")]
     assert stages == ["reset"] * 5 + ["carry"] * 5 + ["chat"] * 4
@@ -251,6 +256,7 @@ def test_metrics_say_which_stage_runs(uninterrupted: Path) -> None:
         assert all(0 < task["isolated"] <= line["isolated"] for task in line["tasks"])
 
 
+@pytest.mark.slow
 def test_gathered_and_partitioned_evaluation_agree(uninterrupted: Path, resumed: Path) -> None:
     partitioned, gathered = lines_of(uninterrupted / "run", "evaluation"), lines_of(resumed / "run", "evaluation")
     assert [line["step"] for line in partitioned] == [0, 5, 10, 14]
@@ -260,6 +266,7 @@ def test_gathered_and_partitioned_evaluation_agree(uninterrupted: Path, resumed:
     assert partitioned[0]["scores"]["carry"]["value"] > partitioned[2]["scores"]["carry"]["value"] > 0
 
 
+@pytest.mark.slow
 def test_one_rank_scores_and_probes_for_a_static_mask(uninterrupted: Path, base: Path, tmp_path: Path) -> None:
     """One rank under DeepSpeed's own command, another policy: the same scores, and one mask from first to last step."""
     epi = {"policy": "static", "ratio": 0.1, "probe_steps": 2}
@@ -281,6 +288,7 @@ def test_one_rank_scores_and_probes_for_a_static_mask(uninterrupted: Path, base:
     assert 0.099 < lines_of(tmp_path / "run", "step")[0]["isolated_share"] <= 0.1
 
 
+@pytest.mark.slow
 def test_offload_packing_and_loss_on_every_turn(base: Path, tmp_path: Path) -> None:
     """The settings of a large run, on one skill whose conversations have several turns; then the command again."""
     recipe = write_recipe(
@@ -322,6 +330,7 @@ def test_offload_packing_and_loss_on_every_turn(base: Path, tmp_path: Path) -> N
     assert_same_files(manifest_of(before), manifest_of(last), but=shards)
 
 
+@pytest.mark.slow
 def test_a_killed_command_leaves_no_rank_behind(base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, base)
     command = subprocess.Popen([str(Path(sys.prefix) / "bin" / "epi-ds"), "train", str(recipe)])
@@ -339,6 +348,7 @@ def test_a_killed_command_leaves_no_rank_behind(base: Path, tmp_path: Path) -> N
     assert not alive
 
 
+@pytest.mark.slow
 def test_a_resume_with_other_rows_is_refused_before_training(resumed: Path, tmp_path: Path) -> None:
     shutil.copytree(resumed, tmp_path / "copy")
     finished = run_epi_ds(
@@ -349,6 +359,7 @@ def test_a_resume_with_other_rows_is_refused_before_training(resumed: Path, tmp_
     assert "--restart" in finished.output
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_continues_the_run(uninterrupted: Path, tmp_path: Path) -> None:
     """From a checkpoint of two ranks in the second stage, one rank trains on, on the same rows."""
     shutil.copytree(uninterrupted, tmp_path / "copy")
@@ -373,6 +384,7 @@ def test_another_number_of_ranks_continues_the_run(uninterrupted: Path, tmp_path
         assert other["isolated"] == pytest.approx(one["isolated"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_bf16_without_a_gpu_is_refused_in_a_sentence(base: Path, tmp_path: Path) -> None:
     finished = run_epi_ds("train", str(write_recipe(tmp_path, base)), "train.bf16=true", "ranks=1")
     assert finished.exit_code != 0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from epi_ds.isolation.layout import Span, merge_spans
 from epi_ds.zero3.step_energy import SAMPLE_NUMEL, UpdateSample
+from tests.support.covering import covering
 from tests.support.engines import (
     PARTIAL_OFFLOAD,
     assert_same,
@@ -83,9 +84,9 @@ PLACEMENTS = {
 }
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("apply", ["reduction", "update"])
-@pytest.mark.parametrize("placement", ["device", "offload"])
+@pytest.mark.parametrize(
+    ("world_size", "apply", "placement"), covering([1, 2, 3, 4], ["reduction", "update"], ["device", "offload"])
+)
 def test_isolated_entries_do_not_move(world_size: int, apply: str, placement: str) -> None:
     assert run_ranks(check_hold, world_size, apply, PLACEMENTS[placement])[0] > 0
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor, nn
 
+from tests.support.covering import covering
 from tests.support.engines import (
     PARTIAL_OFFLOAD,
     assert_same,
@@ -88,9 +89,9 @@ def tied_batch(step: int, rank: int, micro_batch: int) -> tuple[Tensor, Tensor]:
     return tokens, tokens.flip(1)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
-@pytest.mark.parametrize("apply", ["reduction", "update"])
+@pytest.mark.parametrize(
+    ("world_size", "offload", "apply"), covering([1, 2, 3, 4], [False, True], ["reduction", "update"])
+)
 def test_importance_is_the_average_of_what_the_commit_shows(world_size: int, offload: bool, apply: str) -> None:
     run_ranks(check_recorded, world_size, OddNet, odd_batch, apply, {"offload": offload})
 

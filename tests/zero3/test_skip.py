@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests.support.covering import covering
 from tests.support.engines import (
     PARTIAL_OFFLOAD,
     assert_same,
@@ -129,9 +130,9 @@ def test_a_nan_leaves_no_trace(world_size: int, isolated_only: bool) -> None:
     run_ranks(check_skip, world_size, "reduction", float("nan"), isolated_only, {})
 
 
-@pytest.mark.parametrize("apply", ["reduction", "update"])
-@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("apply", "offload", "value"), covering(["reduction", "update"], [False, True], [float("nan"), float("inf")])
+)
 def test_a_non_finite_isolated_entry_leaves_no_trace(apply: str, offload: bool, value: float) -> None:
     run_ranks(check_skip, 2, apply, value, True, {"offload": offload})
 
