@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.end_to_end.conftest import Demo
-from tests.end_to_end.test_train import RANKS, write_recipe
+from tests.end_to_end.recipes import RANKS, write_recipe
 
 pytestmark = pytest.mark.end_to_end
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
-from tests.end_to_end.test_train import RANKS, TOTAL_STEPS, assert_same_files, lines_of, write_recipe
+from tests.end_to_end.recipes import RANKS, TOTAL_STEPS, assert_same_files, lines_of
 from tests.support.processes import checked, launch, run_epi_ds
 from tests.support.tags import manifest_of
 
@@ -133,26 +133,6 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("global_step*"))
 
 
-@pytest.fixture(scope="module")
-def recipe_of(small_base: Path) -> Callable[[Path], Path]:
-    """Writes a short recipe into a folder."""
-
-    def write(folder: Path) -> Path:
-        evaluation = {"rows": 6, "max_new_tokens": 4}
-        train = {"save_steps": 100, "report_to": "tensorboard"}
-        return write_recipe(folder, small_base, evaluation=evaluation, train=train)
-
-    return write
-
-
-@pytest.fixture(scope="module")
-def undisturbed(recipe_of: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the recipe that nobody stops."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    checked(run_epi_ds("train", str(recipe_of(folder))))
-    return folder / "run"
-
-
 def assert_same_run(one: Path, other: Path) -> None:
     """Compare losses, refreshes and scores by step, and every file of the last checkpoint: weights, masks, moments."""
     for event in ("step", "refresh", "evaluation"):
@@ -214,14 +194,12 @@ def test_a_stop_at_the_end_of_a_stage_leaves_its_evaluation_to_the_next_process(
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_a_trainer_s_script_stops_and_goes_on_by_itself(small_base: Path, tmp_path: Path) -> None:
-    model, whole, stopped = str(small_base), tmp_path / "whole", tmp_path / "stopped"
-    command = ("launch", "local", SCRIPT, "--ranks", str(RANKS), "--", model)
-    checked(run_epi_ds(*command, str(whole)))
-    first = run_epi_ds(*command, str(stopped), "--newest", "3")
+def test_a_trainer_s_script_stops_and_goes_on_by_itself(small_base: Path, plain_script: Path, tmp_path: Path) -> None:
+    command = ("launch", "local", SCRIPT, "--ranks", str(RANKS), "--", str(small_base), str(tmp_path))
+    first = run_epi_ds(*command, "--newest", "3")
     assert first.exit_code == REQUEUE, first.output
-    assert f"stopped after step 3 (SIGTERM): {stopped}/checkpoint-3 has everything" in first.output
-    assert not (stopped / "result.json").exists()
-    checked(run_epi_ds(*command, str(stopped), "--newest"))
-    results: list[Any] = [json.loads((folder / "result.json").read_text()) for folder in (whole, stopped)]
+    assert f"stopped after step 3 (SIGTERM): {tmp_path}/checkpoint-3 has everything" in first.output
+    assert not (tmp_path / "result.json").exists()
+    checked(run_epi_ds(*command, "--newest"))
+    results: list[Any] = [json.loads((folder / "result.json").read_text()) for folder in (plain_script, tmp_path)]
     assert results[0] == results[1]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.end_to_end.test_train import TOTAL_STEPS, assert_same_files, lines_of, write_recipe
+from tests.end_to_end.recipes import TOTAL_STEPS, assert_same_files, lines_of, write_recipe
 from tests.slurm.cluster import PATIENCE, Cluster, running_cluster
 from tests.support.processes import checked, run_epi_ds
 from tests.support.tags import manifest_of

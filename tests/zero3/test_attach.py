@@ -232,7 +232,7 @@ def test_variants_that_start_here_are_refused() -> None:
             for case, (_, expected) in STARTED.items():
                 assert expected in errors[case], case
     finally:
-        end_ranks()
+        end_ranks(2)
 
 
 def class_errors() -> list[str]:
@@ -550,6 +550,7 @@ def save_mask(folder: str) -> dict[str, Tensor]:
         return full_masks(engine)
 
 
+@pytest.mark.slow
 def test_a_mask_loads_at_any_world_size(tmp_path: Path) -> None:
     masks = run_ranks(save_mask, 3, str(tmp_path))[0]
     for world_size in (1, 2, 4):

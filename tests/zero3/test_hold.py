@@ -91,6 +91,7 @@ def test_isolated_entries_do_not_move(world_size: int, apply: str, placement: st
     assert run_ranks(check_hold, world_size, apply, PLACEMENTS[placement])[0] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apply", ["reduction", "update"])
 @pytest.mark.parametrize("placement", [name for name in PLACEMENTS if name not in {"device", "offload"}])
 def test_isolated_entries_do_not_move_in_other_placements(apply: str, placement: str) -> None:
@@ -134,7 +135,14 @@ def check_update_only_undoes(folder: str, placement: dict[str, Any]) -> None:
     assert counters.held_step_energy == pytest.approx(held / sum(float(s.sum()) for s in updates.values()), rel=1e-9)
 
 
-@pytest.mark.parametrize("placement", ["device", "offload", "partial-offload"])
+@pytest.mark.parametrize(
+    "placement",
+    [
+        "device",
+        pytest.param("offload", marks=pytest.mark.slow),
+        pytest.param("partial-offload", marks=pytest.mark.slow),
+    ],
+)
 def test_update_mode_changes_nothing_but_the_held_weights(tmp_path: Path, placement: str) -> None:
     run_ranks(check_update_only_undoes, 3, str(tmp_path), PLACEMENTS[placement])
 

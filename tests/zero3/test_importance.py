@@ -292,6 +292,7 @@ def check_stale_update_is_plain(apply: str, changes: dict[str, Any]) -> None:
     assert (before != after)[held].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", UNUSED)
 @pytest.mark.parametrize("apply", ["reduction", "update"])
 def test_a_mask_leaves_stale_gradients_whole(setting: str, apply: str) -> None:

@@ -142,6 +142,7 @@ def test_masks_of_16_bit_states_do_not_depend_on_the_world_size(state: str) -> N
     _assert_equal(run_ranks(select_masks, 3, "auto", {}, state), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"offload": True}, PARTIAL_OFFLOAD, {"zero_optimization": {"sub_group_size": 30}}],
@@ -196,7 +197,7 @@ def check_trained_masks(state: str) -> None:
             check_report(engine, refresh, selection, expected)
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("state", ["fp32", "bf16", "u16", "u8", "adam"])
 def test_masks_of_a_run_equal_the_oracle(world_size: int, state: str) -> None:
     run_ranks(check_trained_masks, world_size, state)

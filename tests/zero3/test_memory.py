@@ -36,6 +36,7 @@ def check(rows: list[MemoryRow], state: StateFormat) -> None:
     assert min(persistent) >= 0.125
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", list(StateFormat))
 def test_what_outlives_a_step_does_not_grow_with_the_ratio(state: StateFormat) -> None:
     for rows in run_ranks(measure, 2, state.value, "update", (0.01, 0.5)):

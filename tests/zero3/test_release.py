@@ -121,7 +121,7 @@ def measure(apply: str, beta2: float, clipping: Clipping, offload: bool = False)
 
 
 @pytest.mark.parametrize("apply", ["reduction", "update"])
-@pytest.mark.parametrize("beta2", [0.99, 0.999])
+@pytest.mark.parametrize("beta2", [0.99, pytest.param(0.999, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("clipping", Clipping, ids=lambda clipping: clipping.value)
 def test_released_entries_do_not_jump(
     apply: str, beta2: float, clipping: Clipping, record_property: Callable[[str, object], None]
@@ -137,6 +137,7 @@ def test_released_entries_do_not_jump(
     assert max(ratio.by_factor.values()) <= BOUND
 
 
+@pytest.mark.slow
 def test_released_entries_do_not_jump_across_ranks_with_offload(record_property: Callable[[str, object], None]) -> None:
     ratio = run_ranks(measure, 2, "reduction", 0.999, Clipping.JUMPING, True)[0]
     record_property("measured", _sentence(ratio, "apply reduction, beta2 0.999, clipping jumping, 2 ranks, offload"))
