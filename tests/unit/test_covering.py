@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.covering import covering
+from tests.support.tiers import slow_but, values_first
 
 PARAMETERS: list[list[list[Any]]] = [
     [[1, 2, 3], ["a", "b"]],
@@ -69,3 +70,15 @@ def test_every_process_makes_the_same_cases() -> None:
         for seed in (1, 2, 3)
     }
     assert len(printed) == 1
+
+
+def test_cases_that_are_not_kept_are_slow() -> None:
+    def names(params: list[Any]) -> list[tuple[Any, ...]]:
+        return [(*one.values, *(mark.name for mark in one.marks)) for one in params]
+
+    assert names(slow_but([1, 2, 3], 2)) == [(1, "slow"), (2,), (3, "slow")]
+    assert names(slow_but([(1, "a"), (2, "b")], (2, "b"))) == [(1, "a", "slow"), (2, "b")]
+    with pytest.raises(ValueError, match=r"\[4\] are none of the cases \[1, 2, 3\]"):
+        slow_but([1, 2, 3], 1, 4)
+    pairs = [(1, "a"), (1, "b"), (2, "a"), (2, "b"), (1, [])]
+    assert names(values_first(pairs)) == [(1, "a"), (1, "b"), (2, "a"), (2, "b", "slow"), (1, [])]

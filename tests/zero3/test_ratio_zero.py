@@ -21,6 +21,7 @@ from tests.support.engines import (
 )
 from tests.support.models import OddNet, odd_batch
 from tests.support.ranks import run_ranks
+from tests.support.tiers import values_first
 
 pytestmark = pytest.mark.zero3
 
@@ -54,7 +55,7 @@ def compare(apply: str, changes: dict[str, Any], model: Callable[[], nn.Module] 
 
 
 @pytest.mark.parametrize(
-    ("world_size", "offload", "apply"), covering([1, 2, 3, 4], [False, True], ["reduction", "update"])
+    ("world_size", "offload", "apply"), values_first(covering([1, 2, 3, 4], [False, True], ["reduction", "update"]))
 )
 def test_ratio_zero_is_plain_zero3(world_size: int, offload: bool, apply: str) -> None:
     run_ranks(compare, world_size, apply, {"offload": offload})
