@@ -1,7 +1,8 @@
-# make demo   installs what is missing and shows the whole of it, in under five minutes on two cores
-# make test   runs all tests and lints, as CI does
-# make gpu    what an NVIDIA GPU can show: the bits and the speed of the kernels, steps in bf16 and their audit
-# make faults kills, damages and fills disks, and says what came of it; SEED=1 draws other bits
+# make demo     installs what is missing and shows the whole of it, in under five minutes on two cores
+# make test     lints, and runs the first tier of the tests: CONTRIBUTING.md says what is in it
+# make test-all lints, and runs all tests, as CI does
+# make gpu      what an NVIDIA GPU can show: the bits and the speed of the kernels, steps in bf16 and their audit
+# make faults   kills, damages and fills disks, and says what came of it; SEED=1 draws other bits
 
 VENV := .venv
 PYTHON ?= python3
@@ -13,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 
 SEED ?= 0
 
-.PHONY: install demo test gpu faults lint types clean
+.PHONY: install demo test test-all gpu faults lint types clean
 
 install: $(INSTALLED)
 
@@ -24,8 +25,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/epi-ds demo
 
-test: install lint
-	$(BIN)/pytest
+# Unit and kernel tests share the machine, two processes of them; ranks, clusters and browsers have it to themselves.
+test: TIER := not slow
+test test-all: install lint
+	$(BIN)/pytest -m "$(TIER)" --numprocesses 2 --dist loadfile tests/unit tests/kernels
+	$(BIN)/pytest -m "$(TIER)" --ignore tests/unit --ignore tests/kernels
 
 # On the day there is a GPU: the Triton kernels' bits and speed, and steps of ZeRO-3 in bf16 with isolation off and on.
 gpu: install

@@ -47,6 +47,7 @@ def test_engine_resumes_a_saved_tag(copied: Path) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("copied", SETS, indirect=True)
 def test_trainer_resumes_a_saved_folder(copied: Path) -> None:
@@ -64,6 +65,7 @@ def test_trainer_resumes_a_saved_folder(copied: Path) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("copied", SETS, indirect=True)
 def test_recipe_resumes_a_saved_run(copied: Path) -> None:

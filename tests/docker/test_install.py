@@ -132,6 +132,7 @@ def venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_environment_has_all_of_epi_ds(venv: Path, tmp_path: Path) -> None:
     program = "import epi_ds, epi_ds.ds_configs, epi_ds.launch.local; print(epi_ds.__file__)"
     elsewhere = ["env", "--unset=PYTHONPATH", f"--chdir={tmp_path}"]
@@ -150,6 +151,7 @@ def test_an_environment_has_all_of_epi_ds(venv: Path, tmp_path: Path) -> None:
         assert not missing, f"{folder}: {missing}"
 
 
+@pytest.mark.slow
 def test_dependencies_are_those_of_the_project_in_their_pinned_versions(venv: Path, tmp_path: Path) -> None:
     (tmp_path / "docker").mkdir()
     shutil.copy(ROOT / "docker" / "install_python.sh", tmp_path / "docker")

@@ -150,6 +150,7 @@ def test_an_urgent_job_requeues_one_of_main(cluster: Cluster) -> None:
     checked(cluster.ask("scancel", job))
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_told_to_end_ends_all_that_it_started(cluster: Cluster) -> None:
     processes = cluster.processes("n1")
     assert {"slurmd", "munged"} <= {process.name() for process in processes}
@@ -160,6 +161,7 @@ def test_a_machine_that_is_told_to_end_ends_all_that_it_started(cluster: Cluster
     cluster.wait_for("both nodes run tasks", cluster.runs_tasks)
 
 
+@pytest.mark.slow
 def test_a_machine_that_was_killed_comes_back(cluster: Cluster) -> None:
     # Otherwise the controller waits for the end of a job that this machine knows nothing of any more.
     cluster.wait_for("both nodes are idle", cluster.is_idle)
@@ -173,6 +175,7 @@ def test_a_machine_that_was_killed_comes_back(cluster: Cluster) -> None:
     cluster.wait_for("both nodes run tasks", cluster.runs_tasks)
 
 
+@pytest.mark.slow
 def test_a_machine_whose_daemon_ends_ends(cluster: Cluster) -> None:
     cluster.wait_for("both nodes are idle", cluster.is_idle)
     processes = cluster.processes("n2")

@@ -1,13 +1,15 @@
-"""One demo per session: its model, its run and its output are what several tests look at."""
+"""Runs that several tests only look at, once per session: the demo, a short recipe, a plain script."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from tests.support.processes import checked, run_epi_ds
+from tests.end_to_end.recipes import write_recipe
+from tests.support.processes import checked, launch, run_epi_ds
 
 
 class Demo(NamedTuple):
@@ -22,3 +24,31 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """Run the demo as the Makefile does, into a folder of its own."""
     folder = tmp_path_factory.mktemp("demo") / "run"
     return Demo(folder, checked(run_epi_ds("demo", "--output", str(folder), timeout=900)))
+
+
+@pytest.fixture(scope="session")
+def recipe_of(small_base: Path) -> Callable[[Path], Path]:
+    """Writes a short recipe into a folder."""
+
+    def write(folder: Path) -> Path:
+        evaluation = {"rows": 6, "max_new_tokens": 4}
+        train = {"save_steps": 100, "report_to": "tensorboard"}
+        return write_recipe(folder, small_base, evaluation=evaluation, train=train)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def undisturbed(recipe_of: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the short recipe that nobody stops, by ``epi-ds train``. To be read only."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    checked(run_epi_ds("train", str(recipe_of(folder))))
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def plain_script(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of plain_sft.py, which nobody stops. To be read only."""
+    folder = tmp_path_factory.mktemp("plain_script")
+    checked(launch("tests.end_to_end.plain_sft", str(small_base), str(folder), num_ranks=2))
+    return folder

@@ -26,6 +26,7 @@ def bench(*arguments: str) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_memory_rows_keep_the_bounds() -> None:
     rows = bench("memory", "--world-sizes", "2", "--ratios", "0.2")
     cases = {(row["state"], row["apply"]) for row in rows}
@@ -38,6 +39,7 @@ def test_memory_rows_keep_the_bounds() -> None:
         assert row["refresh_peak_bytes"] <= row["refresh_peak_bytes_bound"]
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there_is_refused() -> None:
     for device, said in (("cuda", "there is no GPU that torch can use"), ("tpu", "is neither cpu nor cuda")):
         command = ["epi-ds", "bench", "kernels", "--device", device]
@@ -48,6 +50,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         assert said in done.stderr
 
 
+@pytest.mark.slow
 def test_sketch_rows_are_exact() -> None:
     rows = bench("sketch", "--steps", "3")
     assert len(rows) == 4 * 5 * 5
@@ -65,6 +68,7 @@ def test_sketch_rows_are_exact() -> None:
             assert row["ratio"] - row["achieved_ratio"] <= 2e-5
 
 
+@pytest.mark.slow
 def test_kernel_rows_hold_every_operation_and_backend() -> None:
     rows = bench("kernels", "--threads", "2", "--numel", "1000003", "--repeats", "3")
     keys = {"op", "state", "backend", "threads", "numel", "ns_per_element", "gb_per_s", "fraction_of_stream"}
@@ -80,6 +84,7 @@ def test_kernel_rows_hold_every_operation_and_backend() -> None:
         assert speed[op, state, "cpu"] < speed[op, state, "torch.compile"]
 
 
+@pytest.mark.slow
 def test_step_rows_say_what_isolation_adds() -> None:
     rows = bench("step", "--states", "u16", "--layers", "1", "--pairs", "4")
     assert [(row["apply"], row["offload"]) for row in rows] == [
@@ -99,6 +104,7 @@ def test_step_rows_say_what_isolation_adds() -> None:
         assert not confirmed or row["ci_low"] <= row["ratio_median"] <= row["ci_high"]
 
 
+@pytest.mark.slow
 def test_save_rows_say_what_a_whole_checkpoint_adds(tmp_path: Path) -> None:
     rows = bench("save", "--states", "u8,fp32", "--layers", "1", "--pairs", "2", "--folder", str(tmp_path))
     assert [row["state"] for row in rows] == ["u8", "fp32"]

@@ -13,6 +13,7 @@ import torch
 from tests.support.processes import checked, launch, run_epi_ds
 
 
+@pytest.mark.slow
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("accelerator", "num_ranks"), [("cpu", 2), pytest.param("cuda", 1, marks=pytest.mark.gpu, id="cuda-1")]

@@ -18,7 +18,6 @@ import epi_ds
 from epi_ds import ds_configs
 from epi_ds.checkpoint.catalog import open_checkpoint
 from epi_ds.train.accelerate_setup import prepare_accelerate
-from tests.end_to_end.conftest import Demo
 from tests.support.engines import ds_config
 from tests.support.processes import checked, launch
 from tests.support.ranks import end_ranks, run_ranks
@@ -28,10 +27,10 @@ pytestmark = pytest.mark.end_to_end
 SCRIPT = "tests.end_to_end.plain_sft"
 
 
-def test_a_plain_script_isolates_and_resumes_to_the_bit(demo: Demo, tmp_path: Path) -> None:
-    model, whole, resumed = str(demo.folder / "base"), tmp_path / "whole", tmp_path / "resumed"
+@pytest.mark.slow
+def test_a_plain_script_isolates_and_resumes_to_the_bit(small_base: Path, plain_script: Path, tmp_path: Path) -> None:
+    model, whole, resumed = str(small_base), plain_script, tmp_path / "resumed"
     resumed.mkdir()
-    checked(launch(SCRIPT, model, str(whole), num_ranks=2))
     checked(launch(SCRIPT, model, str(resumed), str(whole / "checkpoint-4"), num_ranks=2))
     first, second = (json.loads((folder / "result.json").read_text()) for folder in (whole, resumed))
     assert first["world_size"] == 2
@@ -53,9 +52,10 @@ def test_a_plain_script_isolates_and_resumes_to_the_bit(demo: Demo, tmp_path: Pa
     assert open_checkpoint(resumed / "checkpoint-8").problem is None
 
 
-def test_ranks_that_would_train_on_the_same_rows_are_refused(demo: Demo, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_ranks_that_would_train_on_the_same_rows_are_refused(small_base: Path, tmp_path: Path) -> None:
     """What a plain script does on the CPU when accelerate is not told of the ranks."""
-    finished = launch(SCRIPT, str(demo.folder / "base"), str(tmp_path / "run"), "--unprepared", num_ranks=2)
+    finished = launch(SCRIPT, str(small_base), str(tmp_path / "run"), "--unprepared", num_ranks=2)
     assert finished.exit_code != 0
     assert "every rank would train on the same rows" in finished.output
     assert "prepare_accelerate()" in finished.output
@@ -159,7 +159,7 @@ def test_a_trainer_without_its_engine_says_why(tmp_path: Path) -> None:
         (found,) = run_ranks(refusals, 1, str(tmp_path))
     finally:
         # Accelerate's state is of the process.
-        end_ranks()
+        end_ranks(1)
     assert "attached to the trainer's first engine, and this is not it" in found["second engine"]
     # The defaults are taken: what is wrong with them in a run of two steps is another matter.
     assert "refresh_interval 500" in found["empty section"]

@@ -24,6 +24,7 @@ def run(demo: Demo, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_list_verify_and_prune(run: Path) -> None:
     folder = run / "checkpoints"
     found = checkpoints_in(folder)
@@ -73,6 +74,7 @@ def test_export_is_the_model(demo: Demo, run: Path, tmp_path: Path) -> None:
     checked(run_epi_ds("export", str(newest), str(half)), 2)
 
 
+@pytest.mark.slow
 def test_a_stranger_s_checkpoint_is_read_with_consent_only(run: Path, tmp_path: Path) -> None:
     newest = checkpoints_in(run / "checkpoints")[-1].path
     shutil.copytree(newest, tmp_path / "copied" / newest.name)
@@ -83,6 +85,7 @@ def test_a_stranger_s_checkpoint_is_read_with_consent_only(run: Path, tmp_path: 
     checked(run_epi_ds("export", str(tmp_path / "copied" / newest.name), str(tmp_path / "out"), "--trust"))
 
 
+@pytest.mark.slow
 def test_convert_says_what_it_loses_and_keeps_the_weights(run: Path, tmp_path: Path) -> None:
     newest = checkpoints_in(run / "checkpoints")[-1].path
     said = checked(run_epi_ds("checkpoints", "convert", str(newest), str(tmp_path / "universal")))

@@ -61,6 +61,7 @@ def findings_of(report: Mapping[str, Any], subject: str) -> list[dict[str, Any]]
     return [finding for finding in report["findings"] if finding["subject"] == subject]
 
 
+@pytest.mark.slow
 def test_this_machine_trains(tmp_path: Path) -> None:
     [report] = reports_in(checked(run_epi_ds("doctor", str(tmp_path), "--json")))
     assert report["level"] in ("ok", "warn")
@@ -72,6 +73,7 @@ def test_this_machine_trains(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_red_lines_hide_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a killed build's lock, which every start waits for, and of a DeepSpeed that cannot be imported."""
     lock = tmp_path / "extensions" / "cpu_adam" / "lock"
@@ -108,6 +110,7 @@ def test_processes_of_mpirun_print_one_report(tmp_path: Path, monkeypatch: pytes
     assert [finding["level"] for finding in findings_of(report, "software")] == ["ok"]
 
 
+@pytest.mark.slow
 def test_nodes_that_differ_are_named(tmp_path: Path) -> None:
     """The second one has no compiler, a lock that was left behind, and another folder under the same name."""
     lock = tmp_path / "extensions" / "cpu_adam" / "lock"
@@ -136,6 +139,7 @@ def test_nodes_that_differ_are_named(tmp_path: Path) -> None:
     assert [finding["level"] for finding in findings_of(report, "clock")] == ["ok"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("listens", [False, True])
 def test_a_rank_that_does_not_reach_the_first_one_says_so(listens: bool) -> None:
     """Nobody listens there, or a program that never answers, for which torch would wait forever."""
@@ -151,6 +155,7 @@ def test_a_rank_that_does_not_reach_the_first_one_says_so(listens: bool) -> None
     assert time.monotonic() - started < TIMEOUT + 60
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_come_are_counted() -> None:
     output = checked(rank(0, free_port(), [EPI_DS, "doctor", "--json", "--timeout", "3"]), exit_code=1)
     [report] = reports_in(output)
@@ -160,6 +165,7 @@ def test_ranks_that_do_not_come_are_counted() -> None:
     assert [finding["level"] for finding in findings_of(report, "software")] == ["ok"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_hides_nothing_of_the_others() -> None:
     port = free_port()
     with ThreadPoolExecutor() as pool:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.end_to_end.conftest import Demo
-from tests.end_to_end.test_train import RANKS, write_recipe
+from tests.end_to_end.recipes import RANKS, write_recipe
 
 pytestmark = pytest.mark.end_to_end
 
@@ -66,7 +66,7 @@ def training(base: Path, folder: Path) -> Iterator[Run]:
     ("number", "seconds", "said"),
     [
         (signal.SIGKILL, 20, "another rank died|a rank or the launcher was ended by SIGKILL"),
-        (signal.SIGSTOP, TIMEOUT + GRACE + 20, "another rank was stopped or hangs"),
+        pytest.param(signal.SIGSTOP, TIMEOUT + GRACE + 20, "another rank was stopped or hangs", marks=pytest.mark.slow),
     ],
     ids=["killed", "stopped"],
 )
@@ -87,6 +87,7 @@ def test_a_lost_rank_ends_the_run(
         assert not alive
 
 
+@pytest.mark.slow
 def test_ranks_do_not_outlive_their_launcher(demo: Demo, tmp_path: Path) -> None:
     """Also those that are stopped: a launcher that is killed tells nobody."""
     with training(demo.folder / "base", tmp_path) as run:

@@ -6,13 +6,13 @@ import json
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import Demo
+from tests.end_to_end.recipes import RANKS, TOTAL_STEPS, lines_of
 from tests.end_to_end.test_preemption import LOOP, started
-from tests.end_to_end.test_train import RANKS, TOTAL_STEPS, lines_of, write_recipe
 from tests.support.processes import checked, run_command, run_epi_ds
 
 pytestmark = [
@@ -21,8 +21,6 @@ pytestmark = [
         shutil.which("mpirun") is None, reason="no mpirun (Debian, Ubuntu: apt-get install openmpi-bin)"
     ),
 ]
-
-SHORT = {"evaluation": {"rows": 2, "max_new_tokens": 4}, "train": {"save_steps": 100}}
 
 
 def steps_in(file: Path) -> int:
@@ -44,15 +42,15 @@ def test_ranks_of_mpirun_save_when_they_are_told_to_end(tmp_path: Path, monkeypa
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 41))
 
 
-def test_processes_of_mpirun_are_ranks(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_processes_of_mpirun_are_ranks(
+    recipe_of: Callable[[Path], Path], undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
         monkeypatch.setenv(name, "1")
-    base = demo.folder / "base"
-    by_mpirun, by_launcher = (write_recipe(tmp_path / name, base, **SHORT) for name in ("mpirun", "launcher"))
-    command = [str(Path(sys.prefix) / "bin" / "epi-ds"), "train", str(by_mpirun), f"ranks={RANKS + 1}"]
+    command = [str(Path(sys.prefix) / "bin" / "epi-ds"), "train", str(recipe_of(tmp_path)), f"ranks={RANKS + 1}"]
     output = checked(run_command(["mpirun", "-np", str(RANKS), "--oversubscribe", *command]))
     assert f"ranks: {RANKS + 1} is ignored, because {RANKS} were started" in output
-    checked(run_epi_ds("train", str(by_launcher)))
-    steps = lines_of(tmp_path / "mpirun" / "run", "step")
+    steps = lines_of(tmp_path / "run", "step")
     assert len(steps) == TOTAL_STEPS
-    assert steps == lines_of(tmp_path / "launcher" / "run", "step")
+    assert steps == lines_of(undisturbed, "step")

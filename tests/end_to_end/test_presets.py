@@ -14,7 +14,7 @@ import yaml
 from epi_ds import ds_configs
 from epi_ds.data.skills import load_tokenizer
 from epi_ds.demo.base_model import small_llama
-from tests.end_to_end.test_train import lines_of
+from tests.end_to_end.recipes import lines_of
 from tests.support.nvme import needs_libaio
 from tests.support.processes import checked, run_epi_ds
 
@@ -82,6 +82,7 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_trains(trained: Train, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPI_DS_NVME", str(tmp_path / "disk"))

@@ -10,118 +10,38 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-import yaml
 from epi_ds.launch.local import free_port, remove_buffers
 from transformers import AutoTokenizer
 
-from epi_ds.checkpoint.manifest import Manifest
 from epi_ds.evaluation.tasks import load_conversations
 from epi_ds.recipe.loading import load_recipe
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.stages import StageRows, plan_stages, row_order
 from tests.end_to_end.conftest import Demo
+from tests.end_to_end.recipes import (
+    ACCUMULATION,
+    MICRO_BATCH,
+    RANKS,
+    TOTAL_STEPS,
+    assert_same_files,
+    lines_of,
+    write_recipe,
+)
 from tests.support.processes import checked, launch, run_command, run_epi_ds
 from tests.support.tags import manifest_of
 
 pytestmark = pytest.mark.end_to_end
 
 RECORDER = "tests.end_to_end.recorder"
-RANKS = 2
-MICRO_BATCH = 2
-ACCUMULATION = 2
-# Global batches of 8 rows: 5 (two epochs of 20 rows), 5 and 4 steps.
-STAGE_ROWS = {"reset": 40, "carry": 43, "chat": 32}
-TOTAL_STEPS = 14
 # In the middle of the second stage, two steps after the newest checkpoint.
 DIES_AT = 8
 NEWEST_CHECKPOINT = 6
-
-
-def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
-    """Write a recipe of three stages over three forms of data into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    table, chat = folder / "table.jsonl", folder / "chat.json"
-    table.write_text(
-        "".join(
-            json.dumps({"question": f"What is {i}?", "answer": f"A {i}."}) + "\n" for i in range(STAGE_ROWS["carry"])
-        )
-    )
-    turns = [
-        [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": f"{i}"}]
-        for i in range(STAGE_ROWS["chat"])
-    ]
-    chat.write_text(json.dumps([{"talk": turn} for turn in turns]))
-    columns = {"prompt": "question", "completion": "answer"}
-    recipe: dict[str, Any] = {
-        "model": {"path": str(base), "dtype": "float32"},
-        "stages": [
-            {
-                "name": "reset",
-                "data": {"skill": "arithmetic", "rows": STAGE_ROWS["reset"] // 2},
-                "epochs": 2,
-                "warmup_steps": 2,
-            },
-            {
-                "name": "carry",
-                "data": {"path": str(table), **columns},
-                "evaluation": {"path": str(table), **columns, "metric": "loss", "rows": 20},
-                "moments": "carry",
-                "learning_rate": 1e-3,
-                "lr_scheduler_type": "constant",
-            },
-            {
-                "name": "chat",
-                "data": {"path": str(chat), "messages": "talk"},
-                "moments": "reset",
-                "lr_scheduler_type": "cosine",
-            },
-        ],
-        "method": {"epi": {"ratio": 0.1, "refresh_interval": 3, "ema_decay": 0.9, "memory": "per_task"}},
-        "train": {
-            "per_device_train_batch_size": MICRO_BATCH,
-            "gradient_accumulation_steps": ACCUMULATION,
-            "learning_rate": 3e-4,
-            "save_steps": 3,
-            "max_length": 128,
-            "seed": 3,
-        },
-        # Three batches of each of two skills, and three of a loss: every rank but one has one less.
-        "evaluation": {"skills": ["code"], "rows": 24, "batch_size": 8, "max_new_tokens": 24, "weights": "gathered"},
-        "output": str(folder / "run"),
-        "ranks": RANKS,
-    }
-    recipe = {
-        key: {**value, **changes.pop(key, {})} if isinstance(value, dict) else value for key, value in recipe.items()
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**recipe, **changes}, sort_keys=False))
-    return path
-
-
-def lines_of(run: Path, *events: str) -> list[dict[str, Any]]:
-    """Return a run's metrics of these events, without what is measured in seconds."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if "seconds" not in key and "per_second" not in key}
-        for line in lines
-        if line["event"] in events
-    ]
-
-
-def assert_same_files(one: Manifest, other: Manifest, *, but: Sequence[str] = ()) -> None:
-    """Compare all files of two checkpoints of a trainer, but some, and those that say which run it was."""
-    of_the_run = {f"global_step{one.step}/epi/manifest.json", "trainer_state.json", "recipe.json"}
-    assert one.files.keys() == other.files.keys()
-    assert len(one.files) > 15
-    for name in one.files.keys() - of_the_run - set(but):
-        assert one.files[name] == other.files[name], name
 
 
 def assert_same_content(one: Any, other: Any) -> None:
@@ -184,6 +104,7 @@ def recorded(uninterrupted: Path) -> list[list[dict[str, Any]]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(uninterrupted: Path, resumed: Path) -> None:
     left, right = uninterrupted / "run", resumed / "run"
     steps = lines_of(left, "step")
@@ -199,6 +120,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(uninterrupted: Pat
     assert digests(left / "export") == digests(right / "export")
 
 
+@pytest.mark.slow
 def test_ranks_train_on_different_rows_in_the_documented_order(
     uninterrupted: Path, base: Path, recorded: list[list[dict[str, Any]]]
 ) -> None:
@@ -223,12 +145,14 @@ def test_ranks_train_on_different_rows_in_the_documented_order(
     assert len(seen) == TOTAL_STEPS * global_batch
 
 
+@pytest.mark.slow
 def test_moments_are_reset_or_carried_as_each_stage_says(recorded: list[list[dict[str, Any]]]) -> None:
     momentum = {line["step"]: line["momentum"] for line in reversed(recorded[0])}
     # The first stage starts without any, the second carries, the third resets.
     assert [step for step in range(TOTAL_STEPS) if momentum[step] == 0.0] == [0, 10]
 
 
+@pytest.mark.slow
 def test_every_stage_has_the_learning_rate_it_asks_for(uninterrupted: Path) -> None:
     rates = [line["learning_rate"] for line in lines_of(uninterrupted / "run", "step")]
     # Linear with 2 steps of warm-up over 5, constant at its own peak, and half a cosine over 4.
@@ -239,6 +163,7 @@ def test_every_stage_has_the_learning_rate_it_asks_for(uninterrupted: Path) -> N
     assert rates[:-1] == pytest.approx(expected[1:])
 
 
+@pytest.mark.slow
 def test_metrics_say_which_stage_runs(uninterrupted: Path) -> None:
     stages = [line["stage"] for line in lines_of(uninterrupted / "run", "step")]
     assert stages == ["reset"] * 5 + ["carry"] * 5 + ["chat"] * 4
@@ -252,6 +177,7 @@ def test_metrics_say_which_stage_runs(uninterrupted: Path) -> None:
         assert all(0 < task["isolated"] <= line["isolated"] for task in line["tasks"])
 
 
+@pytest.mark.slow
 def test_gathered_and_partitioned_evaluation_agree(uninterrupted: Path, resumed: Path) -> None:
     partitioned, gathered = lines_of(uninterrupted / "run", "evaluation"), lines_of(resumed / "run", "evaluation")
     assert [line["step"] for line in partitioned] == [0, 5, 10, 14]
@@ -261,6 +187,7 @@ def test_gathered_and_partitioned_evaluation_agree(uninterrupted: Path, resumed:
     assert partitioned[0]["scores"]["carry"]["value"] > partitioned[2]["scores"]["carry"]["value"] > 0
 
 
+@pytest.mark.slow
 def test_one_rank_scores_and_probes_for_a_static_mask(uninterrupted: Path, base: Path, tmp_path: Path) -> None:
     """One rank under DeepSpeed's own command, another policy: the same scores, and one mask from first to last step."""
     epi = {"policy": "static", "ratio": 0.1, "probe_steps": 2}
@@ -282,6 +209,7 @@ def test_one_rank_scores_and_probes_for_a_static_mask(uninterrupted: Path, base:
     assert 0.099 < lines_of(tmp_path / "run", "step")[0]["isolated_share"] <= 0.1
 
 
+@pytest.mark.slow
 def test_offload_packing_and_loss_on_every_turn(base: Path, tmp_path: Path) -> None:
     """The settings of a large run, on one skill whose conversations have several turns; then the command again."""
     recipe = write_recipe(
@@ -325,6 +253,7 @@ def test_offload_packing_and_loss_on_every_turn(base: Path, tmp_path: Path) -> N
     assert_same_files(manifest_of(before), manifest_of(last), but=shards)
 
 
+@pytest.mark.slow
 def test_a_killed_command_leaves_no_rank_behind(base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, base)
     command = subprocess.Popen([str(Path(sys.prefix) / "bin" / "epi-ds"), "train", str(recipe)])
@@ -342,6 +271,7 @@ def test_a_killed_command_leaves_no_rank_behind(base: Path, tmp_path: Path) -> N
     assert not alive
 
 
+@pytest.mark.slow
 def test_a_resume_with_other_rows_is_refused_before_training(resumed: Path, tmp_path: Path) -> None:
     shutil.copytree(resumed, tmp_path / "copy")
     finished = run_epi_ds(
@@ -352,6 +282,7 @@ def test_a_resume_with_other_rows_is_refused_before_training(resumed: Path, tmp_
     assert "--restart" in finished.output
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_continues_the_run(uninterrupted: Path, tmp_path: Path) -> None:
     """From a checkpoint of two ranks in the second stage, one rank trains on, on the same rows."""
     shutil.copytree(uninterrupted, tmp_path / "copy")
@@ -376,6 +307,7 @@ def test_another_number_of_ranks_continues_the_run(uninterrupted: Path, tmp_path
         assert other["isolated"] == pytest.approx(one["isolated"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_bf16_without_a_gpu_is_refused_in_a_sentence(base: Path, tmp_path: Path) -> None:
     finished = run_epi_ds("train", str(write_recipe(tmp_path, base)), "train.bf16=true", "ranks=1")
     assert finished.exit_code != 0

@@ -12,6 +12,7 @@ import pytest
 pytestmark = pytest.mark.zero3
 
 
+@pytest.mark.slow
 def test_no_fault_goes_by_in_silence(record_property: Callable[[str, str], None]) -> None:
     """In a process of its own, from which ranks are forked."""
     command = [sys.executable, "-m", "tests.faults", "--quick"]

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.support.covering import covering
 from tests.support.operations import observe_run
 
 FORMATS = [torch.float32, torch.bfloat16, torch.uint16, torch.uint8]
@@ -125,12 +126,13 @@ def test_codes_do_not_depend_on_where_a_parameter_is_cut(dtype: torch.dtype) -> 
     assert torch.equal(torch.cat(parts), decode(whole))
 
 
-@pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize(("first_index", "numel"), RUNS)
-@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "run", "gradient_dtype"), covering(FORMATS, RUNS, [torch.float32, torch.bfloat16]), ids=str
+)
 def test_observe_is_the_exponential_average_of_squares(
-    dtype: torch.dtype, first_index: int, numel: int, gradient_dtype: torch.dtype
+    dtype: torch.dtype, run: tuple[int, int], gradient_dtype: torch.dtype
 ) -> None:
+    first_index, numel = run
     stored = encoded(dtype, torch.rand(numel), first_index=first_index)
     before = decode(stored).clone()
     gradient = torch.randn(numel).to(gradient_dtype)

@@ -8,6 +8,7 @@ from epi_ds.kernels import Stored, num_blocks
 from epi_ds.kernels.cpu.encode import encode_ as compiled
 from epi_ds.kernels.reference.encode import encode_ as reference
 
+from tests.support.covering import covering
 from tests.support.operations import (
     SIZES,
     STATES,
@@ -24,10 +25,10 @@ def blank(dtype: torch.dtype, numel: int, first_index: int) -> Stored:
     return Stored(torch.full((numel + 1,), 1, dtype=dtype)[1:], torch.ones(blocks), first_index)
 
 
-@pytest.mark.parametrize("variant", runnable_variants())
-@pytest.mark.parametrize("dtype", STATES)
-@pytest.mark.parametrize("numel", SIZES)
-@pytest.mark.parametrize("num_threads", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("variant", "dtype", "numel", "num_threads"),
+    covering(runnable_variants(), STATES, SIZES, [1, 2, 3, 4], strength=3),
+)
 def test_bits_are_those_of_the_reference(variant: str, dtype: torch.dtype, numel: int, num_threads: int) -> None:
     for first_index in (0, 77, 2**34 - 100)[: 3 if numel < 2**20 else 1]:
         expected, found = blank(dtype, numel, first_index), blank(dtype, numel, first_index)

@@ -33,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 
+@pytest.mark.slow
 def test_every_kernel_fits_its_processor() -> None:
     """Nothing is spilled, and two programs of 512 threads share a processor with 65536 registers."""
     rows = aot.table()
@@ -64,6 +65,7 @@ def test_a_gpu_that_runs_no_kernel_is_noticed_before_a_step_needs_one(
     backend_on.cache_clear()
 
 
+@pytest.mark.slow
 def test_every_rounding_is_that_of_the_reference() -> None:
     """No product and sum in one rounding, no denormal flushed, no division that is only nearly right."""
     exact, seen = {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "div.rn.f32"}, set()

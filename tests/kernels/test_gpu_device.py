@@ -56,7 +56,14 @@ TOP = 0x7F800000
 @pytest.mark.parametrize("dtype", STATES)
 @pytest.mark.parametrize(
     ("gradient_dtype", "rescale"),
-    [(torch.float32, 1.0), (torch.float32, 0.3), (torch.bfloat16, 1.0), (torch.float16, 1.0), (None, 1.0)],
+    [
+        # The longest when interpreted.
+        pytest.param(torch.float32, 1.0, marks=pytest.mark.slow),
+        (torch.float32, 0.3),
+        pytest.param(torch.bfloat16, 1.0, marks=pytest.mark.slow),
+        pytest.param(torch.float16, 1.0, marks=pytest.mark.slow),
+        (None, 1.0),
+    ],
 )
 def test_observe(dtype: torch.dtype, gradient_dtype: torch.dtype | None, rescale: float) -> None:
     expected = partition_of(dtype)

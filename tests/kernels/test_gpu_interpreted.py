@@ -14,10 +14,11 @@ pytest.importorskip("triton", reason="Triton, which the GPU kernels are written 
 TESTS = Path(__file__).with_name("test_gpu_device.py")
 
 
-def test_the_kernels_give_the_bits_of_the_reference_when_interpreted() -> None:
+@pytest.mark.parametrize("tier", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_kernels_give_the_bits_of_the_reference_when_interpreted(tier: str) -> None:
     """In a process of its own: Triton decides when it is imported, and something may have imported it here."""
     finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", tier, str(TESTS)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=TESTS.parents[2],
         capture_output=True,

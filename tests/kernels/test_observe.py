@@ -17,6 +17,7 @@ from epi_ds.kernels.cpu.observe import observe_ as compiled
 from epi_ds.kernels.reference.observe import observe_ as reference
 from torch import Tensor
 
+from tests.support.covering import covering
 from tests.support.operations import SIZES, STATES, runnable_variants, same_bits, state_of, table_for
 
 
@@ -32,10 +33,11 @@ def same(one: Stored, other: Stored) -> bool:
     return same_bits(one.codes, other.codes) and same_bits(one.scales, other.scales)
 
 
-@pytest.mark.parametrize("variant", runnable_variants())
-@pytest.mark.parametrize("dtype", STATES)
-@pytest.mark.parametrize("numel", SIZES)
-@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16, torch.float16, None])
+# Every instruction set has code of its own for every state and gradient; a fault may show at one size only.
+@pytest.mark.parametrize(
+    ("variant", "dtype", "numel", "gradient_dtype"),
+    covering(runnable_variants(), STATES, SIZES, [torch.float32, torch.bfloat16, torch.float16, None], strength=3),
+)
 def test_bits_are_those_of_the_reference(
     variant: str, dtype: torch.dtype, numel: int, gradient_dtype: torch.dtype | None
 ) -> None:
@@ -78,10 +80,11 @@ def partition_of(dtype: torch.dtype, sizes: Sequence[int]) -> Partition:
     return Partition(codes, scales, gradient_of(start), table_of(runs, device=codes.device))
 
 
-@pytest.mark.parametrize("variant", runnable_variants())
-@pytest.mark.parametrize("dtype", STATES)
-@pytest.mark.parametrize("sizes", [(0,), (1, 0, 2), (300, 5000, 1, 0, 70_001)], ids=str)
-@pytest.mark.parametrize("num_threads", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("variant", "dtype", "sizes", "num_threads"),
+    covering(runnable_variants(), STATES, [(0,), (1, 0, 2), (300, 5000, 1, 0, 70_001)], [1, 2, 3, 4], strength=3),
+    ids=str,
+)
 def test_a_whole_partition_is_observed_and_unscaled_in_one_pass(
     variant: str, dtype: torch.dtype, sizes: tuple[int, ...], num_threads: int
 ) -> None:
@@ -155,6 +158,7 @@ PRINT_BACKEND = (
 )
 
 
+@pytest.mark.slow
 def test_ranks_that_start_at_once_on_a_cold_cache_all_compile(tmp_path: Path) -> None:
     """And one that is killed while it compiles leaves nothing that the next would wait for."""
     command = [sys.executable, "-c", PRINT_BACKEND]

@@ -7,12 +7,13 @@ import torch
 from epi_ds.kernels.cpu.select import select_ as compiled
 from epi_ds.kernels.reference.select import select_ as reference
 
+from tests.support.covering import covering
 from tests.support.operations import SIZES, bits_of, mask_of, runnable_variants, same_bits, values_of
 
 
-@pytest.mark.parametrize("variant", runnable_variants())
-@pytest.mark.parametrize("numel", [*SIZES, 4095, 4096, 4097])
-@pytest.mark.parametrize("num_threads", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("variant", "numel", "num_threads"), covering(runnable_variants(), [*SIZES, 4095, 4096, 4097], [1, 2, 3, 4])
+)
 def test_bits_are_those_of_the_reference(variant: str, numel: int, num_threads: int) -> None:
     codes = values_of(numel + 1).view(torch.int32)[1:]
     for first_entry in (0, 1, 13, 64, 4090):

@@ -8,6 +8,7 @@ from epi_ds.kernels.cpu.sketch_counts import sketch_counts as compiled
 from epi_ds.kernels.reference.sketch_counts import sketch_counts as reference
 from torch import Tensor
 
+from tests.support.covering import covering
 from tests.support.operations import SIZES, runnable_variants, values_of
 
 TOP = 0x7F800000
@@ -25,9 +26,7 @@ def grids() -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("variant", runnable_variants())
-@pytest.mark.parametrize("numel", SIZES)
-@pytest.mark.parametrize("grid", range(5))
+@pytest.mark.parametrize(("variant", "numel", "grid"), covering(runnable_variants(), SIZES, range(5)))
 def test_counts_are_those_of_the_reference(variant: str, numel: int, grid: int) -> None:
     codes, edges = values_of(numel + 1)[1:].view(torch.int32), grids()[grid]
     expected = reference(codes, edges)

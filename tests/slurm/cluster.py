@@ -99,6 +99,13 @@ class Cluster:
             and "epi_ds.launch.rank" in process.cmdline()
         }
 
+    def wait_for_processes(self, job: str) -> None:
+        """Wait until nothing of a job runs any more, its batch script included."""
+        deadline = time.monotonic() + PATIENCE
+        while left := [one.pid for one, variables in self._processes() if variables.get("SLURM_JOB_ID") == job]:
+            assert time.monotonic() < deadline, f"processes {left} of job {job} do not end\n{self.logs()}"
+            time.sleep(0.2)
+
     def lose(self, node: str) -> None:
         """Have a node break down: its daemons and everything that runs there die at once."""
         own = str(self._folder / node / "slurm.conf")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.end_to_end.test_train import TOTAL_STEPS, assert_same_files, lines_of, write_recipe
+from tests.end_to_end.recipes import TOTAL_STEPS, assert_same_files, lines_of, write_recipe
 from tests.slurm.cluster import PATIENCE, Cluster, running_cluster
 from tests.support.processes import checked, run_epi_ds
 from tests.support.tags import manifest_of
@@ -157,6 +157,7 @@ def preempt(job: Job) -> None:
     job.cluster.run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disturb", [requeue, signal_tasks, preempt])
 def test_a_job_that_is_told_to_end_loses_nothing(disturb: Callable[[Job], None], job: Job, undisturbed: Job) -> None:
     job.submit()
@@ -172,6 +173,7 @@ def test_a_job_that_is_told_to_end_loses_nothing(disturb: Callable[[Job], None],
     assert f"stopped after step {stop} (SIG{'USR1' if disturb is signal_tasks else 'TERM'})" in job.log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_signal", [True, False], ids=["signal", "clock"])
 def test_a_job_saves_before_its_time_is_up(
     by_signal: bool, job: Job, undisturbed: Job, monkeypatch: pytest.MonkeyPatch
@@ -189,6 +191,7 @@ def test_a_job_saves_before_its_time_is_up(
     assert ("SIGUSR1" if by_signal else "the job's time limit") in {cause for _, cause in stops}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["rank", "node"])
 def test_a_job_that_loses_a_rank_or_a_node_goes_on_from_its_last_checkpoint(
     what: str, job: Job, undisturbed: Job
@@ -217,13 +220,14 @@ def test_a_job_that_is_cancelled_saves_and_does_not_come_back(job: Job) -> None:
     job.wait_for_step(DISTURBED_AT)
     job.cluster.run("scancel", job.id)
     job.cluster.wait_for("cancelled", job.id, "CANCELLED")
-    # A requeue would have come from its last lines, and they take no time.
-    time.sleep(5)
+    # A requeue would come from its last lines.
+    job.cluster.wait_for_processes(job.id)
     assert job.cluster.state(job.id) == "CANCELLED"
     assert f"stopped after step {job.steps[-1]} (SIGTERM)" in job.log
     assert (job.run / f"checkpoints/checkpoint-{job.steps[-1]}/epi/manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_an_array_trains_a_seed_in_each_task(cluster: Cluster, job: Job, undisturbed: Job) -> None:
     seeds = (3, 4, 5)
     (array,) = submitted(
@@ -237,6 +241,7 @@ def test_an_array_trains_a_seed_in_each_task(cluster: Cluster, job: Job, undistu
     assert losses[0] != losses[1] != losses[2]
 
 
+@pytest.mark.slow
 def test_stages_are_jobs_that_wait_for_each_other(cluster: Cluster, job: Job, undisturbed: Job) -> None:
     numbers = submitted(str(job.recipe), "--nodes", "2", "--by-stage")
     assert [cluster.state(number) for number in numbers[1:]] == ["PENDING", "PENDING"]

@@ -122,6 +122,7 @@ def test_skills_end_with_the_assistant() -> None:
     [
         ("so 3 and 4\n#### 1,234", 1234),
         ("#### -2.5 dollars", -2.5),
+        ("so 3 and 4\n#### 5 of 7", 5),
         ("first 3, then 12.", 12),
         ("none", None),
         ("####", None),

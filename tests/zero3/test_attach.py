@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from epi_ds.errors import UserError
 from tests.support.engines import assert_same, ds_config, engine_of, full_masks, full_weights, train_step
 from tests.support.models import OddNet, TwoHeads, odd_batch
 from tests.support.ranks import end_ranks, run_ranks
+from tests.support.tiers import values_first
 
 pytestmark = pytest.mark.zero3
 
@@ -232,7 +234,7 @@ def test_variants_that_start_here_are_refused() -> None:
             for case, (_, expected) in STARTED.items():
                 assert expected in errors[case], case
     finally:
-        end_ranks()
+        end_ranks(2)
 
 
 def class_errors() -> list[str]:
@@ -516,8 +518,7 @@ def test_a_probe_measures_the_mean_squared_gradient(offload: bool) -> None:
     run_ranks(check_probe_importance, 2, offload)
 
 
-@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
-@pytest.mark.parametrize("head", [0, 1])
+@pytest.mark.parametrize(("offload", "head"), values_first(product([False, True], [0, 1])))
 def test_a_static_mask_from_a_probe_or_a_file(tmp_path: Path, offload: bool, head: int) -> None:
     run_ranks(check_probe, 2, str(tmp_path), offload, head)
 
@@ -550,6 +551,7 @@ def save_mask(folder: str) -> dict[str, Tensor]:
         return full_masks(engine)
 
 
+@pytest.mark.slow
 def test_a_mask_loads_at_any_world_size(tmp_path: Path) -> None:
     masks = run_ranks(save_mask, 3, str(tmp_path))[0]
     for world_size in (1, 2, 4):

@@ -108,6 +108,7 @@ def alone(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run_ranks(score, 1, str(small_base), str(tmp_path_factory.mktemp("alone")))[0][0]
 
 
+@pytest.mark.slow
 def test_one_rank_scores_every_row_with_either_weights(alone: Any) -> None:
     for name, (answers, losses) in CASES.items():
         for step in (0, 2):
@@ -119,6 +120,7 @@ def test_one_rank_scores_every_row_with_either_weights(alone: Any) -> None:
             assert all(math.isfinite(own.value) for own in scores.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_fewer_batches_than_ranks_end_with_the_same_scores(
     world_size: int, small_base: Path, tmp_path: Path, alone: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from epi_ds.isolation.layout import Span, merge_spans
 from epi_ds.zero3.step_energy import SAMPLE_NUMEL, UpdateSample
+from tests.support.covering import covering
 from tests.support.engines import (
     PARTIAL_OFFLOAD,
     assert_same,
@@ -25,6 +27,7 @@ from tests.support.engines import (
 )
 from tests.support.models import OddNet, TwoHeads, decay_groups, head_batch, odd_batch
 from tests.support.ranks import run_ranks
+from tests.support.tiers import slow_but, values_first
 
 pytestmark = pytest.mark.zero3
 
@@ -83,13 +86,15 @@ PLACEMENTS = {
 }
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("apply", ["reduction", "update"])
-@pytest.mark.parametrize("placement", ["device", "offload"])
+@pytest.mark.parametrize(
+    ("world_size", "apply", "placement"),
+    values_first(covering([1, 2, 3, 4], ["reduction", "update"], ["device", "offload"])),
+)
 def test_isolated_entries_do_not_move(world_size: int, apply: str, placement: str) -> None:
     assert run_ranks(check_hold, world_size, apply, PLACEMENTS[placement])[0] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apply", ["reduction", "update"])
 @pytest.mark.parametrize("placement", [name for name in PLACEMENTS if name not in {"device", "offload"}])
 def test_isolated_entries_do_not_move_in_other_placements(apply: str, placement: str) -> None:
@@ -133,7 +138,7 @@ def check_update_only_undoes(folder: str, placement: dict[str, Any]) -> None:
     assert counters.held_step_energy == pytest.approx(held / sum(float(s.sum()) for s in updates.values()), rel=1e-9)
 
 
-@pytest.mark.parametrize("placement", ["device", "offload", "partial-offload"])
+@pytest.mark.parametrize("placement", slow_but(["device", "offload", "partial-offload"], "device"))
 def test_update_mode_changes_nothing_but_the_held_weights(tmp_path: Path, placement: str) -> None:
     run_ranks(check_update_only_undoes, 3, str(tmp_path), PLACEMENTS[placement])
 
@@ -195,8 +200,9 @@ def check_masked_norm(apply: str, changes: dict[str, Any]) -> None:
         assert engine.epi.stats().counters.held_steps == 0
 
 
-@pytest.mark.parametrize("placement", ["device", "offload", "partial-offload"])
-@pytest.mark.parametrize("apply", ["reduction", "update"])
+@pytest.mark.parametrize(
+    ("placement", "apply"), values_first(product(["device", "offload", "partial-offload"], ["reduction", "update"]))
+)
 def test_norm_is_over_the_entries_that_will_move(placement: str, apply: str) -> None:
     run_ranks(check_masked_norm, 3, apply, PLACEMENTS[placement])
 
@@ -238,11 +244,14 @@ def check_hold_unused(apply: str, changes: dict[str, Any]) -> int:
     return isolated_heads
 
 
-@pytest.mark.parametrize("apply", ["reduction", "update"])
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"offload": True}, PARTIAL_OFFLOAD, {"zero_optimization": {"sub_group_size": 1}}],
-    ids=["device", "offload", "partial-offload", "one-parameter-sub-groups"],
-)
-def test_isolated_entries_of_an_unused_parameter_do_not_move(apply: str, changes: dict[str, Any]) -> None:
-    assert run_ranks(check_hold_unused, 2, apply, changes)[0] > 0
+UNUSED = {
+    "device": {},
+    "offload": {"offload": True},
+    "partial-offload": PARTIAL_OFFLOAD,
+    "one-parameter-sub-groups": {"zero_optimization": {"sub_group_size": 1}},
+}
+
+
+@pytest.mark.parametrize(("setting", "apply"), values_first(product(UNUSED, ["reduction", "update"])))
+def test_isolated_entries_of_an_unused_parameter_do_not_move(setting: str, apply: str) -> None:
+    assert run_ranks(check_hold_unused, 2, apply, UNUSED[setting])[0] > 0

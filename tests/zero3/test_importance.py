@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import deepspeed
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor, nn
 
+from tests.support.covering import covering
 from tests.support.engines import (
     PARTIAL_OFFLOAD,
     assert_same,
@@ -25,6 +27,7 @@ from tests.support.engines import (
 )
 from tests.support.models import OddNet, TiedLM, TwoHeads, head_batch, late_batch, odd_batch
 from tests.support.ranks import run_ranks
+from tests.support.tiers import values_first
 
 pytestmark = pytest.mark.zero3
 
@@ -88,9 +91,9 @@ def tied_batch(step: int, rank: int, micro_batch: int) -> tuple[Tensor, Tensor]:
     return tokens, tokens.flip(1)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
-@pytest.mark.parametrize("apply", ["reduction", "update"])
+@pytest.mark.parametrize(
+    ("world_size", "offload", "apply"), values_first(covering([1, 2, 3, 4], [False, True], ["reduction", "update"]))
+)
 def test_importance_is_the_average_of_what_the_commit_shows(world_size: int, offload: bool, apply: str) -> None:
     run_ranks(check_recorded, world_size, OddNet, odd_batch, apply, {"offload": offload})
 
@@ -211,8 +214,7 @@ UNUSED = {
 }
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("setting", UNUSED)
+@pytest.mark.parametrize(("world_size", "setting"), values_first(product([1, 2, 3], UNUSED)))
 def test_stale_gradients_never_enter_importance(world_size: int, setting: str) -> None:
     run_ranks(check_alternating_heads, world_size, "reduction", UNUSED[setting])
 
@@ -243,8 +245,7 @@ def check_one_micro_batch_each(accumulation: int, changes: dict[str, Any]) -> No
             assert error < 1e-4, f"{name}: relative L2 error {error:.1e}"
 
 
-@pytest.mark.parametrize("accumulation", [2, 3])
-@pytest.mark.parametrize("setting", UNUSED)
+@pytest.mark.parametrize(("accumulation", "setting"), values_first(product([2, 3], UNUSED)))
 def test_a_parameter_of_some_micro_batches_is_measured_by_its_own_gradient(accumulation: int, setting: str) -> None:
     run_ranks(check_one_micro_batch_each, 2, accumulation, UNUSED[setting])
 
@@ -291,6 +292,7 @@ def check_stale_update_is_plain(apply: str, changes: dict[str, Any]) -> None:
     assert (before != after)[held].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", UNUSED)
 @pytest.mark.parametrize("apply", ["reduction", "update"])
 def test_a_mask_leaves_stale_gradients_whole(setting: str, apply: str) -> None:

@@ -96,6 +96,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]
     return folder, epi
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 3, 4])
 def test_another_world_size_copies_no_share(
     saved: tuple[str, dict[str, Any]], world_size: int, record_property: Callable[[str, object], None]
@@ -112,6 +113,7 @@ def test_another_world_size_copies_no_share(
         assert most < MODEL_BYTES / max(world_size, 2)
 
 
+@pytest.mark.slow
 def test_the_same_world_size_takes_what_deepspeed_takes(
     saved: tuple[str, dict[str, Any]], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

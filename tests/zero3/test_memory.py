@@ -7,6 +7,7 @@ import pytest
 from epi_ds.bench.memory import Case, MemoryRow, measure_case
 from epi_ds.choices import Apply, StateFormat
 from tests.support.ranks import run_ranks
+from tests.support.tiers import slow_but
 
 pytestmark = pytest.mark.zero3
 
@@ -36,13 +37,14 @@ def check(rows: list[MemoryRow], state: StateFormat) -> None:
     assert min(persistent) >= 0.125
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", list(StateFormat))
 def test_what_outlives_a_step_does_not_grow_with_the_ratio(state: StateFormat) -> None:
     for rows in run_ranks(measure, 2, state.value, "update", (0.01, 0.5)):
         check(rows, state)
 
 
-@pytest.mark.parametrize("world_size", [1, 3, 4])
+@pytest.mark.parametrize("world_size", slow_but([1, 3, 4], 3))
 def test_memory_shrinks_with_the_world(world_size: int) -> None:
     for rows in run_ranks(measure, world_size, "u8", "reduction", (0.2,)):
         check(rows, StateFormat.U8)

@@ -114,6 +114,7 @@ def check_nvme_ratio_zero(folder: str) -> None:
     _assert_same_run(*runs)
 
 
+@pytest.mark.slow
 @needs_libaio
 @pytest.mark.parametrize(
     ("apply", "options", "changes"),
@@ -175,6 +176,7 @@ def resume_nvme(folder: str, options: dict[str, Any]) -> None:
     assert expected["counters"] == resumed["counters"]
 
 
+@pytest.mark.slow
 @needs_libaio
 def test_resume_with_nvme_is_bit_exact(tmp_path: Path) -> None:
     """Plain DeepSpeed's is not: it restores no moments, and gives small sub-groups the weights of the fresh model."""
@@ -224,6 +226,7 @@ def check_probe_with_nvme(folder: str) -> None:
     assert_same(*(probe_and_train(change) for change in changes))
 
 
+@pytest.mark.slow
 @needs_libaio
 def test_probes_and_new_moments_are_the_same_with_nvme(tmp_path: Path) -> None:
     run_ranks(check_probe_with_nvme, 2, str(tmp_path))
@@ -303,6 +306,7 @@ def check_quantized_gradients() -> None:
         compare("reduction", quantized, EvenNet)
 
 
+@pytest.mark.slow
 def test_isolation_works_on_quantized_gradients() -> None:
     run_ranks(check_quantized_gradients, 4)
 
@@ -337,6 +341,7 @@ def check_secondary_partitions(folder: str) -> None:
     check_resume(folder, "reduction", False, STOP, grouped)
 
 
+@pytest.mark.slow
 def test_a_run_with_secondary_partitions_is_the_run_without(tmp_path: Path) -> None:
     try:
         run_ranks(check_secondary_partitions, 4, str(tmp_path))

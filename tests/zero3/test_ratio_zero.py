@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.covering import covering
 from tests.support.engines import (
     PARTIAL_OFFLOAD,
     assert_same,
@@ -20,6 +21,7 @@ from tests.support.engines import (
 )
 from tests.support.models import OddNet, odd_batch
 from tests.support.ranks import run_ranks
+from tests.support.tiers import values_first
 
 pytestmark = pytest.mark.zero3
 
@@ -52,9 +54,9 @@ def compare(apply: str, changes: dict[str, Any], model: Callable[[], nn.Module] 
     assert plain["counters"] == isolated["counters"]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
-@pytest.mark.parametrize("apply", ["reduction", "update"])
+@pytest.mark.parametrize(
+    ("world_size", "offload", "apply"), values_first(covering([1, 2, 3, 4], [False, True], ["reduction", "update"]))
+)
 def test_ratio_zero_is_plain_zero3(world_size: int, offload: bool, apply: str) -> None:
     run_ranks(compare, world_size, apply, {"offload": offload})
 

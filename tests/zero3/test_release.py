@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from itertools import product
 from typing import NamedTuple
 
 import pytest
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from tests.support.engines import ds_config, engine_of, full_weights
 from tests.support.ranks import run_ranks
+from tests.support.tiers import values_first
 
 pytestmark = pytest.mark.zero3
 
@@ -120,9 +122,9 @@ def measure(apply: str, beta2: float, clipping: Clipping, offload: bool = False)
         return ReleaseRatio(pooled, dict(zip(FACTORS, by_factor, strict=True)))
 
 
-@pytest.mark.parametrize("apply", ["reduction", "update"])
-@pytest.mark.parametrize("beta2", [0.99, 0.999])
-@pytest.mark.parametrize("clipping", Clipping, ids=lambda clipping: clipping.value)
+@pytest.mark.parametrize(
+    ("apply", "beta2", "clipping"), values_first(product(["reduction", "update"], [0.99, 0.999], Clipping))
+)
 def test_released_entries_do_not_jump(
     apply: str, beta2: float, clipping: Clipping, record_property: Callable[[str, object], None]
 ) -> None:
@@ -137,6 +139,7 @@ def test_released_entries_do_not_jump(
     assert max(ratio.by_factor.values()) <= BOUND
 
 
+@pytest.mark.slow
 def test_released_entries_do_not_jump_across_ranks_with_offload(record_property: Callable[[str, object], None]) -> None:
     ratio = run_ranks(measure, 2, "reduction", 0.999, Clipping.JUMPING, True)[0]
     record_property("measured", _sentence(ratio, "apply reduction, beta2 0.999, clipping jumping, 2 ranks, offload"))

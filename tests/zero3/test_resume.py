@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from tests.support.models import (
 )
 from tests.support.ranks import run_ranks
 from tests.support.tags import change_manifest, flip_bit, vouch
+from tests.support.tiers import slow_but, values_first
 
 pytestmark = pytest.mark.zero3
 
@@ -119,8 +121,7 @@ def check_resume(
     assert expected["numbers"] == final["numbers"]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("apply", ["reduction", "update"])
+@pytest.mark.parametrize(("world_size", "apply"), values_first(product([1, 2, 3], ["reduction", "update"])))
 def test_resume_is_bit_exact(tmp_path: Path, world_size: int, apply: str) -> None:
     run_ranks(check_resume, world_size, str(tmp_path / "a"), apply, False, STOP)
 
@@ -131,7 +132,9 @@ def test_resume_right_after_a_refresh(tmp_path: Path, stop: int) -> None:
     run_ranks(check_resume, 2, str(tmp_path), "reduction", True, stop)
 
 
-@pytest.mark.parametrize("groups", [None, decay_groups, decay_groups_with_own_betas])
+@pytest.mark.parametrize(
+    "groups", slow_but([None, decay_groups, decay_groups_with_own_betas], decay_groups_with_own_betas)
+)
 def test_resume_with_offload_and_several_sub_groups(tmp_path: Path, groups: Callable[[nn.Module], Any] | None) -> None:
     # One DeepSpeedCPUAdam object steps them all, and keeps its bias correction in no checkpoint.
     run_ranks(check_resume, 2, str(tmp_path), "reduction", True, STOP, {"sub_group_size": 50}, groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests.support.covering import covering
 from tests.support.engines import (
     PARTIAL_OFFLOAD,
     assert_same,
@@ -25,6 +27,7 @@ from tests.support.engines import (
 from tests.support.models import OddNet, odd_batch
 from tests.support.nvme import WideNet, needs_libaio, nvme
 from tests.support.ranks import run_ranks
+from tests.support.tiers import values_first
 
 pytestmark = pytest.mark.zero3
 
@@ -123,15 +126,15 @@ def test_a_storm_of_nan_ends_the_run_with_a_diagnosis(tmp_path: Path, offload: b
     assert f"The newest checkpoint is {tmp_path / 'global_step1'}" in said[0]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("isolated_only", [False, True], ids=["plastic-entry", "isolated-entry"])
+@pytest.mark.parametrize(("world_size", "isolated_only"), values_first(product([1, 2, 3, 4], [True, False])))
 def test_a_nan_leaves_no_trace(world_size: int, isolated_only: bool) -> None:
     run_ranks(check_skip, world_size, "reduction", float("nan"), isolated_only, {})
 
 
-@pytest.mark.parametrize("apply", ["reduction", "update"])
-@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("apply", "offload", "value"),
+    values_first(covering(["reduction", "update"], [False, True], [float("nan"), float("inf")])),
+)
 def test_a_non_finite_isolated_entry_leaves_no_trace(apply: str, offload: bool, value: float) -> None:
     run_ranks(check_skip, 2, apply, value, True, {"offload": offload})
 

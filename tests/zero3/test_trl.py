@@ -61,6 +61,7 @@ def train(folder: str) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
+@pytest.mark.slow
 def test_answers_of_unequal_lengths_do_not_leave_a_rank_behind(tmp_path: Path) -> None:
     losses = run_ranks(train, 2, str(tmp_path), timeout=120)
     assert losses[0] == losses[1]
