@@ -1,5 +1,6 @@
 # make demo   installs what is missing and shows the whole of it, in under five minutes on two cores
 # make test   runs all tests and lints, as CI does
+# make docs   builds the site of docs/ into build/site, and fails where a link or an anchor leads nowhere
 # make faults kills, damages and fills disks, and says what came of it; SEED=1 draws other bits
 
 VENV := .venv
@@ -12,18 +13,18 @@ INSTALLED := $(VENV)/.installed
 
 SEED ?= 0
 
-.PHONY: install demo test faults lint clean
+.PHONY: install demo test faults lint docs clean
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
-	PYTHON="$(PYTHON)" docker/install_python.sh $(VENV) dev
+	PYTHON="$(PYTHON)" docker/install_python.sh $(VENV) dev,docs
 	touch $@
 
 demo: install
 	$(BIN)/epi-ds demo
 
-test: install lint
+test: install lint docs
 	$(BIN)/pytest
 
 faults: install
@@ -39,5 +40,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	cd $(VENV)/typed && ../bin/mypy --config-file ../../pyproject.toml --package epi_ds
 
+# Strict: a warning is an error.
+docs: install
+	$(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) runs build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

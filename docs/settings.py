@@ -2,8 +2,8 @@
 
     python docs/settings.py
 
-A setting's docstring is its text, so that page and program cannot say different things; tests/unit/test_documentation.py
-fails where a committed page is not what this writes.
+A setting's docstring is its text, so that page and program cannot say different things.
+tests/unit/test_documentation.py fails where a committed page is not what this writes.
 """
 
 from __future__ import annotations
@@ -42,16 +42,20 @@ PAGES = (
         "configuration.md",
         "Configuration",
         EPIConfig,
-        "Settings of isolation: the top-level `epi` section of a DeepSpeed configuration, `method.epi` of a recipe, or the\n"
-        "mapping that `epi_ds.EPICallback` and `epi_ds.attach` take. Unknown keys and impossible combinations are errors\n"
-        "before anything is loaded, all of them at once.",
+        """
+Settings of isolation: the top-level `epi` section of a DeepSpeed configuration, `method.epi` of a recipe, or the
+mapping that `epi_ds.EPICallback` and `epi_ds.attach` take. Unknown keys and impossible combinations are errors
+before anything is loaded, all of them at once.
+""",
     ),
     Page(
         "recipe-settings.md",
         "Recipe settings",
         Recipe,
-        "Every key of a recipe, which `epi-ds train` runs. [Recipes and data](recipes.md) says how to use them. A key can be\n"
-        "given on the command line too, with dots: `train.learning_rate=2e-5`, `stages.0.epochs=2`.",
+        """
+Every key of a recipe, which `epi-ds train` runs. [Recipes and data](recipes.md) says how to use them. A key can be
+given on the command line too, with dots: `train.learning_rate=2e-5`, `stages.0.epochs=2`.
+""",
     ),
 )
 # Models with a page of their own.
@@ -167,7 +171,7 @@ def markdown_of(page: Page) -> str:
     parts = [
         f"# {page.title}",
         f"<!-- Written by `{COMMAND}`: change the docstrings of the models instead. -->",
-        page.text,
+        page.text.strip(),
     ]
     for model in nested_models(page.model):
         if model is not page.model:
