@@ -1,6 +1,7 @@
 # make demo   installs what is missing and shows the whole of it, in under five minutes on two cores
 # make test   runs all tests and lints, as CI does
 # make docs   builds the site of docs/ into build/site, and fails where a link or an anchor leads nowhere
+# make gpu    what an NVIDIA GPU can show: the bits and the speed of the kernels, steps in bf16 and their audit
 # make faults kills, damages and fills disks, and says what came of it; SEED=1 draws other bits
 
 VENV := .venv
@@ -13,12 +14,12 @@ INSTALLED := $(VENV)/.installed
 
 SEED ?= 0
 
-.PHONY: install demo test faults lint docs clean
+.PHONY: install demo test test-all gpu faults lint types docs clean
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
-	PYTHON="$(PYTHON)" docker/install_python.sh $(VENV) dev,docs
+	PYTHON="$(PYTHON)" docker/install_python.sh $(VENV) dev,docs,train
 	touch $@
 
 demo: install
@@ -27,17 +28,26 @@ demo: install
 test: install lint docs
 	$(BIN)/pytest
 
+test-all: test
+
+# On the day there is a GPU: the Triton kernels' bits and speed, and steps of ZeRO-3 in bf16 with isolation off and on.
+gpu: install
+	DS_ACCELERATOR=cuda $(BIN)/pytest -m gpu tests/kernels tests/end_to_end/test_bf16_steps.py
+	DS_ACCELERATOR=cuda $(BIN)/epi-ds bench kernels --device cuda
+
 faults: install
 	$(BIN)/python -m tests.faults --seed $(SEED)
 
 # mypy knows no package-dir mapping: show it the package as it is installed, kernels, launch and ds_configs inside.
 TYPED := $(VENV)/typed/epi_ds
 
-lint: install
-	rm -rf $(TYPED) && mkdir -p $(TYPED)
-	ln -s $(CURDIR)/epi_ds/* $(CURDIR)/kernels $(CURDIR)/launch $(CURDIR)/ds_configs $(TYPED)
+lint: install types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: install
+	rm -rf $(TYPED) && mkdir -p $(TYPED)
+	ln -s $(CURDIR)/epi_ds/* $(CURDIR)/kernels $(CURDIR)/launch $(CURDIR)/ds_configs $(TYPED)
 	cd $(VENV)/typed && ../bin/mypy --config-file ../../pyproject.toml --package epi_ds
 
 # Strict: a warning is an error.

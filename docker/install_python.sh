@@ -31,7 +31,7 @@ torch() {
 }
 
 requirements() {
-    # What pip would read from the sources, which are not there yet. Python 3.11 and newer, as the images have it.
+    # What pip would read from the sources, which are not there yet.
     "$venv/bin/python" - "$extras" <<'PYTHON'
 import sys
 import tomllib
@@ -58,16 +58,28 @@ project() {
     no) ;;
     *) fail "EDITABLE is '$EDITABLE', and must be yes or no" ;;
     esac
-    "$venv/bin/pip" install --quiet --constraint constraints.txt "${as[@]}" ".${extras:+[$extras]}"
+    # setuptools warns of every editable install that its folder may hide an installed package.
+    PYTHONWARNINGS=ignore "$venv/bin/pip" install --quiet --constraint constraints.txt "${as[@]}" ".${extras:+[$extras]}"
 }
 
 operators() {
     "$venv/bin/epi-ds" build-operators
 }
 
+# How long each took on two cores.
+declare -A about=(
+    [environment]="a virtual environment, half a minute"
+    [torch]="torch, minutes where it has to be downloaded"
+    [dependencies]="what epi-ds depends on, one to two minutes"
+    [project]="epi-ds and what it depends on, one to two minutes"
+    [operators]="DeepSpeed's operators are compiled, one to three minutes"
+)
 for step in ${STEPS:-environment torch project operators}; do
     case $step in
-    environment | torch | dependencies | project | operators) "$step" ;;
+    environment | torch | dependencies | project | operators)
+        echo "install: $step (${about[$step]})"
+        "$step"
+        ;;
     *) fail "no step is called '$step'; there are environment, torch, dependencies, project and operators" ;;
     esac
 done

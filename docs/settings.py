@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from epi_ds.config import EPIConfig
-from epi_ds.train.recipe import Recipe
+from epi_ds.recipe.models import Recipe
 
 FOLDER = Path(__file__).resolve().parent
 COMMAND = "python docs/settings.py"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from epi_ds.checkpoint.loading import newest_checkpoint
     from epi_ds.ds_configs import load as ds_config
     from epi_ds.hf import EPICallback
-    from epi_ds.isolation.quantile_sketch import QuantileSketch
+    from epi_ds.isolation.search.quantile_sketch import QuantileSketch
     from epi_ds.preemption import Preemption
 
 __version__ = "0.1.0"
@@ -36,7 +36,7 @@ __all__ = [
 _HOMES = {
     "EPICallback": "epi_ds.hf.EPICallback",
     "Preemption": "epi_ds.preemption.Preemption",
-    "QuantileSketch": "epi_ds.isolation.quantile_sketch.QuantileSketch",
+    "QuantileSketch": "epi_ds.isolation.search.quantile_sketch.QuantileSketch",
     "attach": "epi_ds.api.attach",
     "ds_config": "epi_ds.ds_configs.load",
     "initialize": "epi_ds.api.initialize",
@@ -49,3 +49,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, attribute = _HOMES[name].rpartition(".")
     return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    # What is imported when asked for is there for whoever looks, too.
+    return sorted({*globals(), *_HOMES})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 # Value of settings that the run decides by itself.
 ADAPTIVE = "adaptive"
 
 
-class PolicyName(str, Enum):
+class PolicyName(StrEnum):
     """Who decides which entries are isolated, and when."""
 
     EVOLVING = "evolving"
@@ -16,7 +16,7 @@ class PolicyName(str, Enum):
     NONE = "none"
 
 
-class Selection(str, Enum):
+class Selection(StrEnum):
     """Over which entries a threshold is one quantile."""
 
     NORMALIZED_GLOBAL = "normalized_global"
@@ -24,21 +24,21 @@ class Selection(str, Enum):
     RAW_GLOBAL = "raw_global"
 
 
-class Normalizer(str, Enum):
+class Normalizer(StrEnum):
     """How the importance of one layer is made comparable with that of another."""
 
     MINMAX = "minmax"
     MEAN = "mean"
 
 
-class Apply(str, Enum):
+class Apply(StrEnum):
     """Where in a step the mask acts."""
 
     REDUCTION = "reduction"
     UPDATE = "update"
 
 
-class StateFormat(str, Enum):
+class StateFormat(StrEnum):
     """How importance is stored."""
 
     FP32 = "fp32"
@@ -48,7 +48,7 @@ class StateFormat(str, Enum):
     ADAM = "adam"
 
 
-class Transport(str, Enum):
+class Transport(StrEnum):
     """How the integer vectors of a refresh are summed over the ranks. All give the same bits."""
 
     AUTO = "auto"
@@ -57,7 +57,7 @@ class Transport(str, Enum):
     REDUCE_SCATTER = "reduce_scatter"
 
 
-class Memory(str, Enum):
+class Memory(StrEnum):
     """What of a finished stage's importance is kept."""
 
     NONE = "none"
@@ -65,28 +65,28 @@ class Memory(str, Enum):
     PER_TASK = "per_task"
 
 
-class Protects(str, Enum):
+class Protects(StrEnum):
     """Whose importance selection compares where finished stages are remembered."""
 
     PAST = "past"
     PAST_AND_PRESENT = "past_and_present"
 
 
-class MissingState(str, Enum):
+class MissingState(StrEnum):
     """What to do when a checkpoint has no isolation state."""
 
     ERROR = "error"
     FRESH = "fresh"
 
 
-class OnFailure(str, Enum):
+class OnFailure(StrEnum):
     """What to do when a checkpoint cannot be saved."""
 
     CONTINUE = "continue"
     STOP = "stop"
 
 
-class Curve(str, Enum):
+class Curve(StrEnum):
     """How a scheduled ratio goes from its start to its end."""
 
     LINEAR = "linear"

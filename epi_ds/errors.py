@@ -55,18 +55,18 @@ def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
         if isinstance(part, int):
             continue
         field = model.model_fields.get(part)
-        nested = None if field is None else _nested_model(field.annotation)
+        nested = None if field is None else nested_model(field.annotation)
         if nested is None:
             return []
         model = nested
     return list(model.model_fields)
 
 
-def _nested_model(annotation: object) -> type[BaseModel] | None:
+def nested_model(annotation: object) -> type[BaseModel] | None:
     """Return the model inside an annotation such as ``M``, ``M | None`` or ``tuple[M, ...]``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in getattr(annotation, "__args__", ()):
-        if (found := _nested_model(argument)) is not None:
+        if (found := nested_model(argument)) is not None:
             return found
     return None

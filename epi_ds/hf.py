@@ -17,7 +17,7 @@ from epi_ds.api import attach
 from epi_ds.checkpoint.catalog import INCOMPLETE, remove
 from epi_ds.checkpoint.manifest import Manifest
 from epi_ds.checkpoint.retention import Keep, prune
-from epi_ds.checkpoint.run_id import run_id_of
+from epi_ds.checkpoint.run import run_id_of
 from epi_ds.checkpoint.trainer_folder import commit_trainer_folder, set_aside_incomplete
 from epi_ds.checkpoint.verdict import AgreedError, on_first_rank
 from epi_ds.choices import Memory

@@ -21,7 +21,7 @@ from epi_ds.errors import CheckpointError, UserError
 from epi_ds.launch import stop_signals
 from epi_ds.launch.teardown import skip_teardown
 from epi_ds.launch.time_limit import end_of_job
-from epi_ds.zero3.engine import IsolationEngineMixin
+from epi_ds.zero3.persistence.engine import IsolationEngineMixin
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import logging
 import os
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 VARIABLE = "EPI_DS_KERNELS"
 
 
-class Backend(str, Enum):
+class Backend(StrEnum):
     """An implementation of the operations."""
 
     REFERENCE = "reference"
@@ -56,6 +56,18 @@ def backend_on(device_type: str) -> Backend:
         )
         return Backend.REFERENCE
     return own
+
+
+def reason_against(device_type: str) -> str | None:
+    """Return why a type of device has no backend of its own, or None where it has one, whatever is asked for."""
+    own = _OF_DEVICE.get(device_type)
+    if own is None:
+        return f"there are none for {device_type}"
+    try:
+        _prepare(own)
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def _prepare(backend: Backend) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import signal
 import socket
@@ -22,6 +23,8 @@ from epi_ds.launch.lost_ranks import die_with_parent, signal_of
 from epi_ds.launch.stop_signals import REQUEUE_EXIT_CODE
 
 from epi_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -139,8 +142,17 @@ def run_ranks(module: str, arguments: Sequence[str], *, num_ranks: int) -> int:
     """
     prepare_environment()
     environment, port = os.environ.copy(), free_port()
+    # Of this process, which may be confined to some of the machine's.
+    cores = len(os.sched_getaffinity(0))
     # Without this every rank starts as many threads as the machine has cores.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_ranks)))
+    if environment.get("DS_ACCELERATOR") == "cpu" and num_ranks > cores:
+        logger.warning(
+            "%d ranks share %d cores, and take turns: a step takes as long as with ranks=%d, and more memory",
+            num_ranks,
+            cores,
+            cores,
+        )
     # Slurm sends SIGUSR1 to all processes of a task, and would end DeepSpeed's launcher, which does not know it. Those
     # that start while it is ignored go on ignoring it, until they listen as ranks do.
     previous = signal.signal(signal.SIGUSR1, signal.SIG_IGN)

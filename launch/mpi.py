@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from enum import Enum
+from enum import StrEnum
 
 from epi_ds.launch.local import Stop, start_child
 
@@ -20,7 +20,7 @@ PASSED = re.compile(
 )
 
 
-class Starter(str, Enum):
+class Starter(StrEnum):
     """Who starts the ranks."""
 
     MPIRUN = "mpirun"

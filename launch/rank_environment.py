@@ -13,7 +13,7 @@ import re
 import socket
 import zlib
 from collections.abc import Callable, Mapping
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple
 
 from epi_ds.errors import UserError
@@ -36,7 +36,7 @@ _LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 _ONE_NODE = "127.0.0.1"
 
 
-class Source(str, Enum):
+class Source(StrEnum):
     """Whose variables say it."""
 
     TORCH = "torch"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 
 from epi_ds.launch.stop_signals import REQUEUE_EXIT_CODE
@@ -19,7 +19,7 @@ from epi_ds.errors import UserError
 _TEMPLATE = Path(__file__).parent / "templates" / "job.sbatch"
 
 
-class Container(str, Enum):
+class Container(StrEnum):
     """What the ranks run in."""
 
     NONE = "none"

@@ -51,7 +51,7 @@ def _end_ranks() -> Iterator[None]:
 def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama with its tokenizer that has learnt next to nothing, for runs whose scores do not matter."""
     from epi_ds.data.skills import SKILLS
-    from epi_ds.train.base_model import pretrain_small_model
+    from epi_ds.demo.base_model import pretrain_small_model
 
     folder = tmp_path_factory.mktemp("small_base")
     pretrain_small_model(folder, skills=tuple(SKILLS), steps=10, batch_size=8)

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from epi_ds.bench.one_rank import OneRank
 from epi_ds.choices import Normalizer, Selection, StateFormat
-from epi_ds.isolation.importance import TOP_CODE
+from epi_ds.isolation.importance.codes import TOP_CODE
+from epi_ds.isolation.importance.stored import CODE_SHIFTS, StoredImportance
 from epi_ds.isolation.layout import Layout, Segment
-from epi_ds.isolation.selector import sketch_of
-from epi_ds.isolation.state import CODE_SHIFTS, StoredImportance
-from epi_ds.isolation.threshold import find_thresholds
+from epi_ds.isolation.search.selector import sketch_of
+from epi_ds.isolation.search.threshold import find_thresholds
 from epi_ds.kernels import Run, Stored, chunks, encode_, num_blocks, pack_bits, table_of
 from epi_ds.kernels.reference.code_histogram import NUM_CODES
 from epi_ds.kernels.reference.codecs import BLOCK_NUMEL

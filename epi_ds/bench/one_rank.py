@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from epi_ds.isolation.bracket import Answers, choose
+from epi_ds.isolation.search.bracket import Answers, choose
 
 
 class OneRank:

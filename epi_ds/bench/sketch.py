@@ -13,10 +13,10 @@ from torch import Tensor
 from epi_ds.bench.one_rank import OneRank
 from epi_ds.bench.training import Trained
 from epi_ds.choices import Normalizer, Selection, StateFormat
-from epi_ds.isolation.selector import sketch_of
-from epi_ds.isolation.state import CODE_SHIFTS, Importance, code_chunks
-from epi_ds.isolation.threshold import Thresholds, find_thresholds
-from epi_ds.isolation.traffic import compare, pick, refresh_messages
+from epi_ds.isolation.importance.stored import CODE_SHIFTS, Importance, code_chunks
+from epi_ds.isolation.search.selector import sketch_of
+from epi_ds.isolation.search.threshold import Thresholds, find_thresholds
+from epi_ds.isolation.search.traffic import compare, pick, refresh_messages
 
 RATIOS = (0.001, 0.01, 0.05, 0.2, 0.5)
 SELECTIONS = (

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from epi_ds.choices import StateFormat
 from epi_ds.data.skills import Split, load_tokenizer, rows
+from epi_ds.demo.base_model import collate, encode, small_llama
+from epi_ds.isolation.importance.stored import Importance, StoredImportance
 from epi_ds.isolation.layout import Layout, Parameter, Segment, build_layout
-from epi_ds.isolation.state import Importance, StoredImportance
-from epi_ds.train.base_model import collate, encode, small_llama
 
 # What a million parameters take; powers of two mislead benchmarks.
 _WIDTHS = {"hidden_size": 152, "intermediate_size": 408}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ FORMAT_VERSION = 4
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """What a manifest vouches for."""
 
     TAG = "tag"

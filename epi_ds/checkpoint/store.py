@@ -21,6 +21,7 @@ from epi_ds.checkpoint.shard import shard_name, write_shard
 from epi_ds.checkpoint.shards import TagShards
 from epi_ds.checkpoint.verdict import agree, on_first_rank
 from epi_ds.config import EPIConfig
+from epi_ds.defaults import with_defaults
 from epi_ds.errors import CheckpointError, UserError
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.counters import Counters
@@ -107,6 +108,7 @@ def check_fits(
 
 
 def _changed_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
+    saved = with_defaults(EPIConfig, saved)
     for name in FIXED_SETTINGS:
         if saved.get(name) != current[name]:
             yield f"epi.{name} was {saved.get(name)!r}, is {current[name]!r}"

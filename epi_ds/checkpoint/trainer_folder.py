@@ -15,7 +15,7 @@ from epi_ds.checkpoint.catalog import INCOMPLETE, checkpoints_in, leftovers_in, 
 from epi_ds.checkpoint.digest import records_of
 from epi_ds.checkpoint.durable import sync_file, sync_folder
 from epi_ds.checkpoint.manifest import FOLDER, PATH, Kind, Manifest, read_manifest, write_manifest
-from epi_ds.checkpoint.run_id import FILE as RUN_FILE
+from epi_ds.checkpoint.run import FILE as RUN_FILE
 from epi_ds.checkpoint.saving import now
 from epi_ds.errors import CheckpointError
 

@@ -19,7 +19,7 @@ def audit(
 
     Compares neighbouring checkpoints of every refresh window. Exits 1 if an isolated entry moved.
     """
-    from epi_ds.checkpoint.audit import audit as compare
+    from epi_ds.inspect.audit import audit as compare
     from epi_ds.launch.environment import prepare_environment
 
     prepare_environment()

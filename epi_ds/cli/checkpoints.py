@@ -21,7 +21,7 @@ Trust = Annotated[bool, typer.Option("--trust", help="Read a checkpoint that lie
 @app.command("list")
 def list_(path: Run) -> None:
     """List checkpoints and what interrupted saves left. Reads nothing but manifests."""
-    from epi_ds.checkpoint.overview import rows_of
+    from epi_ds.inspect.overview import rows_of
 
     table = Table("name", "step", "saved", "ranks", "GB", "")
     for row in rows_of(path):
@@ -37,7 +37,7 @@ def verify(
     path: Annotated[Path, typer.Argument(help="One checkpoint, or the folder of a run or of its checkpoints.")],
 ) -> None:
     """Read every file and compare it with the manifest. Exits 1 where one is damaged or missing."""
-    from epi_ds.checkpoint.overview import verify as read
+    from epi_ds.inspect.overview import verify as read
 
     console = Console(soft_wrap=True, highlight=False)
 
@@ -57,9 +57,9 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed.")] = False,
 ) -> None:
     """Remove older checkpoints. The newest ones are not read: verify them first."""
-    from epi_ds.checkpoint.overview import folder_of
     from epi_ds.checkpoint.retention import Keep, doomed_in
     from epi_ds.checkpoint.retention import prune as remove
+    from epi_ds.inspect.overview import folder_of
 
     found = (doomed_in if dry_run else remove)(folder_of(path), Keep(keep_last, keep_every))
     console = Console(soft_wrap=True, highlight=False)
@@ -80,10 +80,10 @@ def convert(
     from epi_ds.launch.environment import prepare_environment
 
     prepare_environment()
-    from epi_ds.checkpoint.convert import convert as run
-    from epi_ds.checkpoint.convert import losses
-    from epi_ds.checkpoint.overview import readable_tag
-    from epi_ds.checkpoint.partitions import SavedPartitions
+    from epi_ds.checkpoint.deepspeed_files import SavedPartitions
+    from epi_ds.inspect.convert import convert as run
+    from epi_ds.inspect.convert import losses
+    from epi_ds.inspect.overview import readable_tag
 
     tag = readable_tag(path, trust=trust)
     console = Console(soft_wrap=True, highlight=False)

@@ -16,8 +16,8 @@ def demo(
     keeps isolated weights to the bit.
     """
     from epi_ds.cli.audit import audit
+    from epi_ds.demo.run import run_demo
     from epi_ds.launch.environment import prepare_environment
-    from epi_ds.train.demo import run_demo
 
     prepare_environment()
     try:

@@ -24,7 +24,7 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Estimate what one refresh sends by every transport, and say which one `exchange: auto` picks."""
-    from epi_ds.isolation.traffic import estimate as estimated
+    from epi_ds.isolation.search.traffic import estimate as estimated
 
     report = estimated(
         world_size=world_size,

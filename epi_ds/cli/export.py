@@ -24,8 +24,8 @@ def export(
     from epi_ds.launch.environment import prepare_environment
 
     prepare_environment()
-    from epi_ds.checkpoint.overview import readable_tag
-    from epi_ds.train.export_tag import DTYPES, export_tag, verify_export
+    from epi_ds.inspect.export import DTYPES, export_tag, verify_export
+    from epi_ds.inspect.overview import readable_tag
 
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")

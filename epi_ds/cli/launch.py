@@ -37,9 +37,9 @@ def local(
     from epi_ds.launch.environment import default_ranks, prepare_environment
 
     prepare_environment()
-    from epi_ds.cli.train import start_ranks
     from epi_ds.launch.local import run_ranks
-    from epi_ds.train.launch_target import find_target
+    from epi_ds.recipe.launch_target import find_target
+    from epi_ds.train.ranks import start_ranks
 
     found = find_target(target, arguments or [])
     if found.recipe is not None:
@@ -64,7 +64,7 @@ def mpi(
     mpi4py (epi-ds[mpi]) finds out, or set MASTER_ADDR and MASTER_PORT.
     """
     from epi_ds.launch.mpi import mpi_command, run
-    from epi_ds.train.launch_target import find_target
+    from epi_ds.recipe.launch_target import find_target
 
     found = find_target(target, arguments or [])
     command = mpi_command(
@@ -119,8 +119,8 @@ def slurm(
     It lies beside the run, to be read and changed. A job that is preempted, requeued or out of time saves, is queued
     again and goes on.
     """
-    from epi_ds.train.launch_target import find_target
-    from epi_ds.train.slurm_jobs import folder_of, jobs_of
+    from epi_ds.recipe.launch_target import find_target
+    from epi_ds.recipe.slurm_jobs import folder_of, jobs_of
 
     found = find_target(target, arguments or [])
     given = {"time": time, "partition": partition, "account": account, "qos": qos, "mem": memory}

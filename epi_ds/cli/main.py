@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+import epi_ds
 from epi_ds.cli import (
     audit,
     bench,
@@ -27,6 +28,9 @@ from epi_ds.cli import (
 )
 from epi_ds.errors import CheckpointError, LostRankError, UserError
 
+# Packages that only training by a recipe and its report need: the extra `train`.
+_OF_THE_EXTRA = ("accelerate", "datasets", "matplotlib", "trl")
+
 app = typer.Typer(
     name="epi-ds",
     help="Fine-tune large language models without making them forget.",
@@ -36,8 +40,17 @@ app = typer.Typer(
 )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"epi-ds {epi_ds.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by the deepspeed launcher.")] = 0,
 ) -> None:
     """Fine-tune large language models without making them forget."""
@@ -87,6 +100,12 @@ def main() -> None:
         # A full disk, say, or a folder that is a file.
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name not in _OF_THE_EXTRA:
+            raise
+        needs = f"epi-ds {' '.join(sys.argv[1:2])} needs {error.name}, which is not installed here"
+        print(f"error: {needs}: pip install 'epi-ds[train]'", file=sys.stderr)
+        sys.exit(2)
     except LostRankError as error:
         # Whichever ranks are left.
         print(f"error: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ import typer
 
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this recipe.")] = None) -> None:
     """List the shipped recipes, or print one."""
-    from epi_ds.train.recipe import find_recipe, shipped_names
+    from epi_ds.recipe.loading import find_recipe, shipped_names
 
     if name is not None:
         typer.echo(find_recipe(name).read_text(), nl=False)

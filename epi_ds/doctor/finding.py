@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple
 
 
-class Level(str, Enum):
+class Level(StrEnum):
     """How bad it is."""
 
     OK = "ok"
@@ -18,7 +18,7 @@ class Level(str, Enum):
     """Training does not work, or hangs."""
 
 
-class Subject(str, Enum):
+class Subject(StrEnum):
     """What was looked at, in the order in which it is told."""
 
     SOFTWARE = "software"

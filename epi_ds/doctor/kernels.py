@@ -18,7 +18,7 @@ def kernels() -> list[Finding]:
 
 def _backend(kind: str) -> Finding:
     from epi_ds.kernels.cpu.build import library
-    from epi_ds.kernels.dispatch import VARIABLE, Backend, backend_on
+    from epi_ds.kernels.dispatch import VARIABLE, Backend, backend_on, reason_against
 
     if os.environ.get(VARIABLE, "auto") != "auto":
         # Raises where it cannot be had, as training would.
@@ -27,31 +27,11 @@ def _backend(kind: str) -> Finding:
         if chosen is Backend.REFERENCE:
             return Finding(Level.WARN, Subject.KERNELS, f"{said}: {_SPEED}", f"unset {VARIABLE}")
         return Finding(Level.OK, Subject.KERNELS, said)
-    if (reason := _reason_against(kind)) is not None:
-        said = f"{kind}: plain torch, {_SPEED}: {reason}"
+    if (reason := reason_against(kind)) is not None:
+        first_line = reason.partition("\n")[0]
+        said = f"{kind}: plain torch, {_SPEED}: {first_line}"
         return Finding(Level.WARN, Subject.KERNELS, said, "install what is missing; nothing else depends on it")
     if kind == "cuda":
         return Finding(Level.OK, Subject.KERNELS, "cuda: Triton")
     # Nodes with other processors get the same bits.
     return Finding(Level.OK, Subject.KERNELS, "cpu: C++", measured=library().epi_isa().decode())
-
-
-def _reason_against(kind: str) -> str | None:
-    """Return why a type of device has no backend of its own, or None where it has one."""
-    from epi_ds.kernels.dispatch import VARIABLE, Backend, backend_on
-
-    own = {"cpu": Backend.CPU, "cuda": Backend.GPU}.get(kind)
-    if own is None:
-        return f"there are none for {kind}"
-    before = os.environ.get(VARIABLE)
-    # Asked for by its name it says why; the automatic choice logs that and takes another.
-    os.environ[VARIABLE] = own.value
-    try:
-        backend_on(kind)
-    except RuntimeError as error:
-        return str(error.__cause__).partition("\n")[0]
-    finally:
-        os.environ.pop(VARIABLE)
-        if before is not None:
-            os.environ[VARIABLE] = before
-    return None

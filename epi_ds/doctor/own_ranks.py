@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from epi_ds.doctor.accelerator import device_type
-from epi_ds.doctor.finding import CheckFailedError, Finding, Level, Subject, from_json, to_json
-from epi_ds.doctor.report import Report
+from epi_ds.doctor.finding import CheckFailedError, Finding, Level, Subject, from_json
 from epi_ds.launch.local import device_ids, free_port, launch_command, remove_buffers, start_child
-from epi_ds.launch.rank_environment import discover
 
 # Each rank, and the launcher, imports torch and DeepSpeed first.
 _START_SECONDS = 120.0
+# By its name: it makes the checks, one of which starts it.
+_RANK = "epi_ds.doctor.own_rank"
 _REMEDY = "epi-ds train starts its ranks in the same way: see to this error first"
 
 
@@ -45,7 +44,7 @@ def own_ranks(folder: Path, *, seconds: float) -> list[Finding]:
     with tempfile.TemporaryDirectory(prefix="epi_ds_doctor_") as own:
         written = Path(own) / "findings.json"
         arguments = [str(written), str(folder.absolute()), str(seconds)]
-        command = launch_command(__name__, arguments, devices=devices, port=port)
+        command = launch_command(_RANK, arguments, devices=devices, port=port)
         try:
             said = _run(command, environment, seconds=_START_SECONDS + 3 * seconds)
         finally:
@@ -72,26 +71,3 @@ def _run(command: list[str], environment: dict[str, str], *, seconds: float) -> 
 
 def _failed(said: str) -> CheckFailedError:
     return CheckFailedError(Finding(Level.FAIL, Subject.RANKS, said, _REMEDY))
-
-
-def _main(written: str, folder: str, seconds: str) -> None:
-    from epi_ds.doctor.examine import Checks, examine_as_rank
-    from epi_ds.launch.lost_ranks import die_with_launcher
-
-    die_with_launcher()
-
-    def tell(findings: list[Finding]) -> None:
-        # Rank 0 says of the others that they are missing.
-        if os.environ["RANK"] == "0":
-            Path(written).write_text(to_json(findings))
-
-    # The launcher ends all ranks when one ends with an error, also the one that is about to say what it is.
-    report = Report(tell, exit_code=0)
-    place = discover(os.environ)
-    if place is None:
-        raise RuntimeError("this module is run by the launcher that own_ranks starts, which sets RANK and WORLD_SIZE")
-    examine_as_rank(report, place, Checks(), folder=Path(folder), seconds=float(seconds))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

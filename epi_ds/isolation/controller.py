@@ -14,16 +14,16 @@ from torch import Tensor
 
 from epi_ds.choices import Memory, PolicyName, StateFormat
 from epi_ds.config import EPIConfig
-from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.counters import Counters
+from epi_ds.isolation.importance.remembered import Remembered
+from epi_ds.isolation.importance.stored import Importance, StoredImportance
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.mask import Masks
 from epi_ds.isolation.policy import Policy
-from epi_ds.isolation.refresh import Refresh
-from epi_ds.isolation.refresher import MaskListener, Refresher
-from epi_ds.isolation.remembered import Remembered
+from epi_ds.isolation.refresh import MaskListener, Refresher
+from epi_ds.isolation.refresh_report import Refresh
 from epi_ds.isolation.schedule import largest_ratio
-from epi_ds.isolation.state import Importance, StoredImportance
+from epi_ds.isolation.search.collectives import GroupExchange
 from epi_ds.kernels import Stored
 
 

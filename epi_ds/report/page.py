@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ def write_report(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) -
         f"<h1>{escape(title)}</h1>",
         _summary(metrics, runs),
         *_sections(metrics, runs[-1]["stages"]),
+        *_changes(runs),
     ]
     path.write_text(
         "<!doctype html>\n"
@@ -50,8 +51,8 @@ def _summary(metrics: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) 
         "ranks": str(run["world_size"]),
         "resumes": str(sum(line["resumed"] for line in runs)),
         "policy": config["policy"],
-        "requested ratio": _ratio(config["ratio"]),
-        "refresh interval": _interval(config),
+        "requested ratio": _over_time(runs, lambda config: _ratio(config["ratio"])),
+        "refresh interval": _over_time(runs, _interval),
         "covered parameters": f"{run['covered']:,}",
         "mask active in": f"{active / max(1, len(steps)):.0%} of steps",
     }
@@ -59,6 +60,18 @@ def _summary(metrics: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) 
     if forgetting is not None:
         facts["mean forgetting"] = f"{forgetting:.1%}"
     return "<dl>" + "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items()) + "</dl>"
+
+
+def _over_time(runs: Sequence[dict[str, Any]], said: Callable[[dict[str, Any]], str]) -> str:
+    """Say a setting, and from which step on where a resume changed it."""
+    parts: list[str] = []
+    last = None
+    for run in runs:
+        now = said(run["config"])
+        if now != last:
+            parts.append(now if last is None else f"{now} from step {run['step'] + 1}")
+        last = now
+    return ", ".join(parts)
 
 
 def _interval(config: dict[str, Any]) -> str:
@@ -109,6 +122,23 @@ def _sections(metrics: Sequence[dict[str, Any]], stages: figures.Stages) -> list
             )
         )
     return sections
+
+
+def _changes(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """The settings that resumes changed, in their order."""
+    cells = [
+        (f"{run['step'] + 1}", change["key"], str(change["before"]), str(change["now"]))
+        for run in runs
+        for change in run.get("changed", ())
+    ]
+    if not cells:
+        return []
+    header = "".join(f"<th>{name}</th>" for name in ("from step", "setting", "was", "is"))
+    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
+    table = f"<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>"
+    return [
+        _section("Changed settings", "What a resume of this run was told otherwise than the start before it.", table)
+    ]
 
 
 def _section(title: str, explanation: str, content: str) -> str:

@@ -1,4 +1,4 @@
-"""Make Hugging Face's trainer train ZeRO-3 on all ranks, on the CPU too, and prove that it does."""
+"""Make Hugging Face's trainer train ZeRO-3 on all ranks, on the CPU too. `EPICallback` proves that it does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from datetime import timedelta
 from typing import Any
 
 import accelerate
-import torch.distributed as dist
 
 from epi_ds.launch.environment import accelerator_name, is_rank
 
@@ -35,16 +34,3 @@ def prepare_accelerate(*, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> d
         return {"accelerator_config": {"use_configured_state": True}, "dataloader_pin_memory": False}
     accelerate.PartialState(timeout=timeout)
     return {}
-
-
-def check_trainer(trainer: Any) -> None:
-    """Raise RuntimeError where the trainer would not train one ZeRO-3 engine over all ranks."""
-    engine = type(trainer.model_wrapped)
-    if not any(base.__name__ == "DeepSpeedEngine" for base in engine.__mro__):
-        raise RuntimeError(f"the trainer wrapped the model in {engine.__name__}, not in a DeepSpeed engine")
-    processes, ranks = trainer.accelerator.num_processes, dist.get_world_size()
-    if processes != ranks:
-        raise RuntimeError(
-            f"accelerate sees {processes} processes and there are {ranks} ranks: every rank would train on the same "
-            "rows. Start the run with epi-ds train or the deepspeed launcher"
-        )

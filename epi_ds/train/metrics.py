@@ -1,7 +1,8 @@
 """``metrics.jsonl``: one JSON object per line, appended as things happen, cut back on resume.
 
-Every line has ``event``, ``step`` (optimizer steps finished) and ``stage``. Events: ``run`` (a start or a resume),
-``step``, ``drift`` (a look at the mask under ``refresh_interval: adaptive``), ``refresh``, ``evaluation``, ``summary``.
+Every line has ``event``, ``step`` (optimizer steps finished) and ``stage``. Events: ``run`` (a start or a resume, with
+the settings that it changed), ``step``, ``drift`` (a look at the mask under ``refresh_interval: adaptive``),
+``refresh``, ``evaluation``, ``summary``, ``end`` (everything is on the disk, the exported model included).
 """
 
 from __future__ import annotations

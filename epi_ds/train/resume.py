@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from epi_ds.checkpoint.catalog import Checkpoint
 from epi_ds.checkpoint.loading import choose
 from epi_ds.checkpoint.verdict import on_first_rank
+from epi_ds.defaults import with_defaults
 from epi_ds.errors import UserError
-from epi_ds.train.recipe import Recipe
+from epi_ds.recipe.models import DataSource, ModelSection, Recipe, Stage
 from epi_ds.train.run_folder import RunFolder
 
 MARKER = "recipe.json"
@@ -24,6 +27,21 @@ _HARMLESS_ARGUMENTS = re.compile(
 )
 
 
+# Where the recipe does not say otherwise.
+DEFAULT_ARGUMENTS: Mapping[str, Any] = {
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+    # TRL's default is bf16 wherever the machine can; a recipe that says nothing gives the same weights everywhere.
+    "bf16": False,
+}
+
+
+def is_harmless(argument: str) -> bool:
+    """Whether an argument of ``train`` may change between two starts of a run: it changes no row and no weight."""
+    return _HARMLESS_ARGUMENTS.match(argument) is not None
+
+
 def marker_of(recipe: Recipe) -> dict[str, Any]:
     """Return what decides which row is trained when and how, as it is written into every checkpoint.
 
@@ -33,7 +51,7 @@ def marker_of(recipe: Recipe) -> dict[str, Any]:
         "model": recipe.model.model_dump(mode="json"),
         "method": recipe.method.model_dump(mode="json", include={"probe"}),
         "stages": [stage.model_dump(mode="json", exclude={"evaluation"}) for stage in recipe.stages],
-        "train": {name: value for name, value in recipe.train.items() if not _HARMLESS_ARGUMENTS.match(name)},
+        "train": {name: value for name, value in recipe.train.items() if not is_harmless(name)},
     }
 
 
@@ -57,12 +75,51 @@ def _check_marker(recipe: Recipe, found: Checkpoint) -> None:
     # As it comes back from a file: lists for tuples.
     current = json.loads(json.dumps(marker_of(recipe)))
     saved = json.loads((found.path / MARKER).read_text())
-    differences = [
-        f"{name} was {saved.get(name)!r}, is {value!r}" for name, value in current.items() if saved.get(name) != value
-    ]
+    differences = list(_differences(saved, current))
     if differences:
         raise UserError(
             f"{found.path} belongs to another recipe, and a resume would train other rows:\n  - "
             + "\n  - ".join(differences)
             + "\nRestore the recipe, choose another output, or start over with --restart"
         )
+
+
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what two markers say differently; a key that one of them lacks means its default."""
+    yield from _of_values("model", with_defaults(ModelSection, saved["model"]), current["model"])
+    probes = [with_defaults(DataSource, marker["method"]["probe"] or {}) for marker in (saved, current)]
+    yield from _of_values("method.probe", *probes)
+    before, now = saved["stages"], current["stages"]
+    if [stage["name"] for stage in before] != [stage["name"] for stage in now]:
+        yield f"the stages were {_names(before)}, are {_names(now)}"
+    else:
+        for one, other in zip(before, now, strict=True):
+            yield from _of_values(f"stages.{one['name']}", _without(with_defaults(Stage, one), "evaluation"), other)
+    yield from _of_values("train", with_default_arguments(saved["train"]), with_default_arguments(current["train"]))
+
+
+def _of_values(place: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for name in dict.fromkeys((*before, *now)):
+        if before.get(name) != now.get(name):
+            yield f"{place}.{name} was {before.get(name)!r}, is {now.get(name)!r}"
+
+
+def with_default_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's ``train`` with the arguments that it leaves to TRL, but for those of `is_harmless`."""
+    # Imported here: TRL takes seconds, and every command reads recipes.
+    from trl import SFTConfig
+
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(SFTConfig)
+        if field.default is not dataclasses.MISSING and not is_harmless(field.name)
+    }
+    return {**json.loads(json.dumps(defaults, default=str)), **DEFAULT_ARGUMENTS, **given}
+
+
+def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != name}
+
+
+def _names(stages: list[dict[str, Any]]) -> str:
+    return ", ".join(stage["name"] for stage in stages)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from datasets import Dataset
@@ -17,87 +17,101 @@ from trl import SFTConfig
 from epi_ds.checkpoint.catalog import Checkpoint
 from epi_ds.checkpoint.durable import write_json
 from epi_ds.checkpoint.loading import AUTO
-from epi_ds.checkpoint.run_id import run_id_of
+from epi_ds.checkpoint.run import run_id_of
 from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.config import SECTION
-from epi_ds.errors import UserError, nearest
+from epi_ds.errors import UserError
+from epi_ds.evaluation.evaluator import Evaluator
+from epi_ds.evaluation.tasks import Task, build_tasks, load_conversations
 from epi_ds.hf import EPICallback
 from epi_ds.launch.environment import accelerator_name
+from epi_ds.recipe.arguments import deepspeed_config
+from epi_ds.recipe.models import DataSource, Recipe
 from epi_ds.trackers import continue_runs
 from epi_ds.train.accelerate_setup import DEFAULT_TIMEOUT_SECONDS, prepare_accelerate
-from epi_ds.train.arguments import deepspeed_config
-from epi_ds.train.callbacks import RunCallback
-from epi_ds.train.evaluation import Evaluator
 from epi_ds.train.export import export_model
 from epi_ds.train.metrics import MetricsWriter
+from epi_ds.train.metrics_callback import MetricsCallback
 from epi_ds.train.progress import ProgressDisplay
-from epi_ds.train.recipe import DataSource, Recipe
-from epi_ds.train.resume import find_resume, marker_of
+from epi_ds.train.resume import DEFAULT_ARGUMENTS, find_resume, marker_of
 from epi_ds.train.run_folder import RunFolder
-from epi_ds.train.tasks import Task, build_tasks, load_conversations
+from epi_ds.train.settings import END, Change, changes_since, end_of
+from epi_ds.train.stage_callback import StageCallback
+from epi_ds.train.start import Start
 from epi_ds.train.trainer import StageTrainer, to_dataset
 
-# Where the recipe does not say otherwise.
-_DEFAULT_ARGUMENTS: dict[str, Any] = {
-    "logging_steps": 1,
-    "report_to": "none",
-    "disable_tqdm": True,
-    # TRL's default is bf16 wherever the machine can; a recipe that says nothing gives the same weights everywhere.
-    "bf16": False,
-}
+
+class _Run(NamedTuple):
+    """One start of a run, as its parts see it."""
+
+    recipe: Recipe
+    folder: RunFolder
+    start: Start
+    resume: Checkpoint | None
+    """What it continues from."""
+    changed: list[Change]
+    """Settings that this start changes; on rank 0."""
+    metrics: MetricsWriter | None
+    """On rank 0, None on the others; so is the console."""
+    console: Console | None
 
 
-def run_recipe(
-    recipe: Recipe, *, restart: bool = False, resume_from: str = AUTO, until: str | None = None
-) -> RunFolder:
+def run_recipe(recipe: Recipe, start: Start | None = None) -> RunFolder | None:
     """Train, evaluate and export as the recipe says; continue where its folder has a whole checkpoint.
 
-    Collective: every rank of a launcher calls it.
-
-    restart      throw away what the folder holds
-    resume_from  see `find_resume`
-    until        the stage after which to save and stop; None for the last one, after which the model is exported
-
-    Raises SystemExit where the job was about to end, see preemption.py, and UserError for a stage that is not there.
+    Collective: every rank of a launcher calls it. A run that has ended says so, changes nothing and returns None.
+    Raises SystemExit where the job was about to end, see preemption.py, and UserError for a stage that is not there,
+    and for a run that has ended and was trained with other settings.
     """
-    if until is not None and until not in (names := [stage.name for stage in recipe.stages]):
-        raise UserError(f"--until {until}: the recipe has no such stage{nearest(until, names)}; {', '.join(names)}")
-    if until == recipe.stages[-1].name:
-        until = None
+    start = (start or Start()).of(recipe)
     timeout = recipe.train.get("ddp_timeout", DEFAULT_TIMEOUT_SECONDS)
     extra_arguments = prepare_accelerate(timeout_seconds=timeout)
     # One display, ours: the libraries' bars of all ranks would be drawn over each other.
     disable_dataset_bars()
     disable_transformers_bars()
     folder = RunFolder(Path(recipe.output))
-    is_writer = dist.get_rank() == 0
-    if restart:
+    console = Console() if dist.get_rank() == 0 else None
+    if start.restart:
         on_first_rank(folder.clear)
-    resume = find_resume(recipe, folder, tag=resume_from)
-    console = Console() if is_writer else None
+    resume = find_resume(recipe, folder, tag=start.resume_from)
+    # Who names a checkpoint wants to go on from it.
+    if start.resume_from == AUTO and (end := on_first_rank(lambda: end_of(folder, recipe, resume=resume))) is not None:
+        if console is not None:
+            console.print(end, highlight=False, soft_wrap=True)
+        return None
+    changed: list[Change] = []
     metrics = None
-    if is_writer:
+    if console is not None:
+        changed = changes_since(folder, recipe) if resume else []
         folder.root.mkdir(parents=True, exist_ok=True)
         write_json(folder.recipe, recipe.model_dump(mode="json"))
         metrics = MetricsWriter(folder.metrics, resume_step=resume.step if resume else None)
     try:
-        if trackers := _trackers_of(recipe):
-            continue_runs(trackers, folder.root, run_id=on_first_rank(lambda: run_id_of(folder.checkpoints)))
-        tasks = build_tasks(recipe)
-        isolation = EPICallback()
-        isolation.verified = resume.path if resume else None
-        trainer = _make_trainer(recipe, folder, isolation, extra_arguments)
-        stop_step = next((span.stop_step for span in trainer.spans if span.name == until), None)
-        if resume is None or stop_step is None or resume.step < stop_step:
-            _train(recipe, trainer, isolation, tasks, metrics=metrics, console=console, resume=resume, until=until)
-        elif console is not None:
-            console.print(f"stage {until} has ended already: {resume.path}", highlight=False)
-        if until is None:
-            export_model(trainer.model_wrapped, trainer.processing_class, folder.export)
+        _continue(_Run(recipe, folder, start, resume, changed, metrics, console), extra_arguments)
     finally:
         if metrics is not None:
             metrics.close()
     return folder
+
+
+def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
+    """Train from where the run stands to where this start ends. Collective."""
+    folder, until = run.folder, run.start.until
+    if trackers := _trackers_of(run.recipe):
+        continue_runs(trackers, folder.root, run_id=on_first_rank(lambda: run_id_of(folder.checkpoints)))
+    tasks = build_tasks(run.recipe)
+    isolation = EPICallback()
+    isolation.verified = run.resume.path if run.resume else None
+    trainer = _make_trainer(run, isolation, extra_arguments)
+    stop_step = next((span.stop_step for span in trainer.spans if span.name == until), None)
+    if run.resume is None or stop_step is None or run.resume.step < stop_step:
+        _train(run, trainer, isolation, tasks)
+    elif run.console is not None:
+        run.console.print(f"stage {until} has ended already: {run.resume.path}", highlight=False)
+    if until is None:
+        export_model(trainer.model_wrapped, trainer.processing_class, folder.export)
+        if run.metrics is not None:
+            run.metrics.write(END, step=trainer.spans[-1].stop_step, stage=trainer.spans[-1].name)
 
 
 def _trackers_of(recipe: Recipe) -> list[str]:
@@ -105,9 +119,8 @@ def _trackers_of(recipe: Recipe) -> list[str]:
     return [name for name in ([given] if isinstance(given, str) else given) if name != "none"]
 
 
-def _make_trainer(
-    recipe: Recipe, folder: RunFolder, isolation: EPICallback, extra_arguments: dict[str, Any]
-) -> StageTrainer:
+def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, Any]) -> StageTrainer:
+    recipe, folder = run.recipe, run.folder
     if recipe.train.get("bf16") and accelerator_name() == "cpu":
         raise UserError("train.bf16: transformers trains in bf16 on GPUs only, and there is none; remove it")
     # Defaults of the section are left out: accelerate takes any "auto" inside a DeepSpeed configuration for one of its
@@ -115,7 +128,7 @@ def _make_trainer(
     section = recipe.method.epi.model_dump(mode="json", exclude_defaults=True)
     args = SFTConfig(
         **{
-            **_DEFAULT_ARGUMENTS,
+            **DEFAULT_ARGUMENTS,
             **recipe.train,
             **extra_arguments,
             "output_dir": str(folder.checkpoints),
@@ -160,35 +173,25 @@ def _make_trainer(
     return trainer
 
 
-def _train(
-    recipe: Recipe,
-    trainer: StageTrainer,
-    isolation: EPICallback,
-    tasks: Sequence[Task],
-    *,
-    metrics: MetricsWriter | None,
-    console: Console | None,
-    resume: Checkpoint | None,
-    until: str | None,
-) -> None:
+def _train(run: _Run, trainer: StageTrainer, isolation: EPICallback, tasks: Sequence[Task]) -> None:
+    evaluation, resume = run.recipe.evaluation, run.resume
     evaluator = Evaluator(
         trainer,
         tasks,
-        batch_size=recipe.evaluation.batch_size,
-        max_new_tokens=recipe.evaluation.max_new_tokens,
-        weights=recipe.evaluation.weights,
+        batch_size=evaluation.batch_size,
+        max_new_tokens=evaluation.max_new_tokens,
+        weights=evaluation.weights,
     )
-    if console is not None:
-        console.print(f"resuming {resume.path}" if resume else f"starting {recipe.output}", highlight=False)
+    if run.console is not None:
+        message = f"resuming {resume.path}" if resume else f"starting {run.recipe.output}"
+        run.console.print(message, highlight=False)
     first_step = resume.step if resume else 0
-    with ProgressDisplay(console, total_steps=trainer.spans[-1].stop_step, first_step=first_step) as progress:
-        callback = RunCallback(
-            trainer,
-            isolation=isolation,
-            evaluator=evaluator,
-            metrics=metrics,
-            progress=progress,
-            until=until,
+    with ProgressDisplay(run.console, total_steps=trainer.spans[-1].stop_step, first_step=first_step) as progress:
+        metrics = MetricsCallback(
+            trainer, isolation=isolation, metrics=run.metrics, progress=progress, changed=run.changed
         )
-        trainer.add_callback(callback)
+        trainer.add_callback(metrics)
+        trainer.add_callback(
+            StageCallback(trainer, isolation=isolation, evaluator=evaluator, metrics=metrics, until=run.start.until)
+        )
         trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)

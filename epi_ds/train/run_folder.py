@@ -32,6 +32,11 @@ class RunFolder:
         return self.root / "export"
 
     @property
+    def has_export(self) -> bool:
+        """Whether the final model was written to its end: its tokenizer is what is written last."""
+        return (self.export / "config.json").is_file() and (self.export / "tokenizer_config.json").is_file()
+
+    @property
     def report(self) -> Path:
         """The report page."""
         return self.root / "report.html"

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from epi_ds.checkpoint.durable import write_json
 from epi_ds.data.skills import Message
 from epi_ds.errors import UserError
-from epi_ds.train.recipe import Stage
+from epi_ds.recipe.models import Stage
 from epi_ds.train.resume import MARKER
 from epi_ds.train.stages import StageRows, StageSpan, laid_end_to_end, plan_stages, row_order
 

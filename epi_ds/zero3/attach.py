@@ -12,19 +12,19 @@ from deepspeed.accelerator import get_accelerator
 from epi_ds.choices import Apply, Memory, PolicyName, Protects, Selection, StateFormat, Transport
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
-from epi_ds.isolation.collectives import GroupExchange
 from epi_ds.isolation.controller import IsolationController
+from epi_ds.isolation.importance.stored import CODE_SHIFTS
 from epi_ds.isolation.layout import Layout, Parameter, build_layout
 from epi_ds.isolation.policy import make_policy
 from epi_ds.isolation.schedule import largest_ratio
-from epi_ds.isolation.state import CODE_SHIFTS
-from epi_ds.isolation.threshold import budget_of
-from epi_ds.isolation.traffic import compare, pick, refresh_messages
+from epi_ds.isolation.search.collectives import GroupExchange
+from epi_ds.isolation.search.threshold import budget_of
+from epi_ds.isolation.search.traffic import compare, pick, refresh_messages
 from epi_ds.zero3.context import IsolationContext
-from epi_ds.zero3.engine import IsolationEngineMixin
 from epi_ds.zero3.guard import check_engine
 from epi_ds.zero3.handle import EPI
 from epi_ds.zero3.mixin import IsolationMixin
+from epi_ds.zero3.persistence.engine import IsolationEngineMixin
 from epi_ds.zero3.second_moments import SecondMoments
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from torch import Tensor
 from epi_ds.choices import Apply
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.layout import Parameter, Span, build_layout
-from epi_ds.zero3.engine_run import EngineRun
 from epi_ds.zero3.moments import ClippingAverage
+from epi_ds.zero3.persistence.run import EngineRun
 from epi_ds.zero3.skipped import SkippedSteps
 from epi_ds.zero3.step_energy import StepEnergy
 from epi_ds.zero3.window import AccumulationWindow

@@ -91,7 +91,7 @@ def test_who_is_not_root_is_told_what_to_do(tmp_path: Path) -> None:
 
 def test_make_install_and_ci_use_the_scripts() -> None:
     makes = checked(run_command(["make", "--dry-run", "--always-make", "install", "PYTHON=python3.99"], cwd=ROOT))
-    assert 'PYTHON="python3.99" docker/install_python.sh .venv dev,docs' in makes.splitlines()
+    assert 'PYTHON="python3.99" docker/install_python.sh .venv dev,docs,train' in makes.splitlines()
     assert "pip install" not in makes
     ci = (ROOT / ".ci" / "run").read_text()
     assert "docker/install_system.sh browser nvme mpi slurm" in ci
@@ -150,7 +150,6 @@ def test_an_environment_has_all_of_epi_ds(venv: Path, tmp_path: Path) -> None:
         assert not missing, f"{folder}: {missing}"
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="the step is for images, and reads TOML as Python 3.11 does")
 def test_dependencies_are_those_of_the_project_in_their_pinned_versions(venv: Path, tmp_path: Path) -> None:
     (tmp_path / "docker").mkdir()
     shutil.copy(ROOT / "docker" / "install_python.sh", tmp_path / "docker")

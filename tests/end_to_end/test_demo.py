@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from epi_ds.data.skills import Split, get_skill, rows
-from epi_ds.train.recipe import load_recipe
-from epi_ds.train.tasks import TEST_SEED
+from epi_ds.evaluation.tasks import TEST_SEED
+from epi_ds.recipe.loading import load_recipe
 from tests.end_to_end.conftest import Demo
 from tests.support.processes import checked, run_command
 

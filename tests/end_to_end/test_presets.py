@@ -13,7 +13,7 @@ import yaml
 
 from epi_ds import ds_configs
 from epi_ds.data.skills import load_tokenizer
-from epi_ds.train.base_model import small_llama
+from epi_ds.demo.base_model import small_llama
 from tests.end_to_end.test_train import lines_of
 from tests.support.nvme import needs_libaio
 from tests.support.processes import checked, run_epi_ds

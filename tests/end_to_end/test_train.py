@@ -22,10 +22,10 @@ from epi_ds.launch.local import free_port, remove_buffers
 from transformers import AutoTokenizer
 
 from epi_ds.checkpoint.manifest import Manifest
-from epi_ds.train.recipe import load_recipe
+from epi_ds.evaluation.tasks import load_conversations
+from epi_ds.recipe.loading import load_recipe
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.stages import StageRows, plan_stages, row_order
-from epi_ds.train.tasks import load_conversations
 from tests.end_to_end.conftest import Demo
 from tests.support.processes import checked, launch, run_command, run_epi_ds
 from tests.support.tags import manifest_of
@@ -142,8 +142,9 @@ def assert_same_content(one: Any, other: Any) -> None:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return a digest of every file in a folder."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    """Return a digest of every file below a folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -305,9 +306,11 @@ def test_offload_packing_and_loss_on_every_turn(base: Path, tmp_path: Path) -> N
     assert len(steps) < 20
     committed = [found.step for found in RunFolder(tmp_path / "run").complete_checkpoints()]
     assert committed == [len(steps) - 1, len(steps)]
-    # A finished run trains nothing more, and says the same again.
-    checked(run_epi_ds("train", str(recipe)))
-    assert lines_of(tmp_path / "run", "step") == steps
+    # A finished run says so, and none of its files changes; least of all to say what it was not trained with.
+    untouched = digests(tmp_path / "run")
+    assert "has ended" in checked(run_epi_ds("train", str(recipe)))
+    assert "method.epi.ratio was 0.1, is 0.3" in checked(run_epi_ds("train", str(recipe), "method.epi.ratio=0.3"), 2)
+    assert digests(tmp_path / "run") == untouched
     # Continued from the checkpoint before, it takes the last step again, on the same packed rows.
     last, before = tmp_path / "run" / "checkpoints" / f"checkpoint-{len(steps)}", tmp_path / "before"
     shutil.move(last, before)

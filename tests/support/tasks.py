@@ -10,12 +10,12 @@ from epi_ds.kernels import Stored
 from torch import Tensor
 
 from epi_ds.config import EPIConfig
-from epi_ds.isolation.importance import codes_of
+from epi_ds.isolation.importance.codes import codes_of
+from epi_ds.isolation.importance.remembered import Remembered
+from epi_ds.isolation.importance.stored import StoredImportance
+from epi_ds.isolation.importance.tasks import TaskShare, task_shares
 from epi_ds.isolation.layout import Layout, Parameter, build_layout
-from epi_ds.isolation.remembered import Remembered
-from epi_ds.isolation.selector import Candidates, Decision, Selector
-from epi_ds.isolation.state import StoredImportance
-from epi_ds.isolation.tasks import TaskShare, task_shares
+from epi_ds.isolation.search.selector import Candidates, Decision, Selector
 from tests.support.worlds import CountingExchange
 
 CPU = torch.device("cpu")

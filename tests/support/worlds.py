@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from epi_ds.isolation.bracket import Answers, choose
-from epi_ds.isolation.importance import codes_of
-from epi_ds.isolation.sketch import PartitionSketch, Piece
-from epi_ds.isolation.traffic import owned_rows
+from epi_ds.isolation.importance.codes import codes_of
+from epi_ds.isolation.search.bracket import Answers, choose
+from epi_ds.isolation.search.sketch import PartitionSketch, Piece
+from epi_ds.isolation.search.traffic import owned_rows
 
 
 class World:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from epi_ds.choices import Normalizer, Selection
-from epi_ds.isolation.adaptive import covering_budgets, drift_of
-from epi_ds.isolation.importance import TOP_CODE
-from epi_ds.isolation.threshold import ThresholdSearch, find_thresholds, global_edges, layer_edges
+from epi_ds.isolation.importance.codes import TOP_CODE
+from epi_ds.isolation.search.adaptive import covering_budgets, drift_of
+from epi_ds.isolation.search.threshold import ThresholdSearch, find_thresholds, global_edges, layer_edges
 from tests.support.worlds import CountingExchange, World, cut
 
 CASES = [

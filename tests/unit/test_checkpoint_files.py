@@ -32,7 +32,7 @@ from epi_ds.checkpoint.loading import share_of
 from epi_ds.checkpoint.manifest import FOLDER, PATH, read_manifest
 from epi_ds.checkpoint.random_states import random_states, restore_random_states
 from epi_ds.checkpoint.retention import Keep, prune, surplus
-from epi_ds.checkpoint.run_id import FILE, check_trusted, is_own, read_run, take_over, why_not_held
+from epi_ds.checkpoint.run import FILE, check_trusted, is_own, read_run, take_over, why_not_held
 from epi_ds.checkpoint.slices import pieces_of, slice_numel
 from epi_ds.checkpoint.trainer_folder import commit_trainer_folder, set_aside_incomplete
 from epi_ds.errors import UserError

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from epi_ds.choices import Normalizer, Selection, Transport
-from epi_ds.isolation.collectives import GroupExchange
-from epi_ds.isolation.threshold import find_thresholds
-from epi_ds.isolation.traffic import TYPICAL_KINDS, cost_of, refresh_messages
+from epi_ds.isolation.search.collectives import GroupExchange
+from epi_ds.isolation.search.threshold import find_thresholds
+from epi_ds.isolation.search.traffic import TYPICAL_KINDS, cost_of, refresh_messages
 from tests.support.ranks import run_ranks
 from tests.support.worlds import CountingExchange, cut
 

@@ -11,7 +11,7 @@ from epi_ds.api import read_section
 from epi_ds.combinations import combination_problems
 from epi_ds.config import parse_config
 from epi_ds.errors import UserError
-from epi_ds.train.recipe import load_recipe
+from epi_ds.recipe.loading import load_recipe
 
 ZERO3: dict[str, Any] = {"zero_optimization": {"stage": 3}}
 ADAM = {"state": "adam", "apply": "update"}

@@ -29,7 +29,8 @@ from epi_ds import ds_configs
 from epi_ds.cli.main import app
 from epi_ds.config import EPIConfig
 from epi_ds.data.skills import SKILLS
-from epi_ds.train.recipe import Recipe, parse_recipe
+from epi_ds.recipe.loading import parse_recipe
+from epi_ds.recipe.models import Recipe
 from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 SOURCES = [
     path for folder in ("epi_ds", "kernels", "launch", "ds_configs") for path in sorted((ROOT / folder).rglob("*.py"))
 ]
+# Folders of the repository; others are of whoever works in it.
+TOP = {"epi_ds", "kernels", "launch", "ds_configs", "tests", "docs", "docker"}
 # Of sbatch, srun, accelerate and the deepspeed command, which pages name without the command.
 FOREIGN_OPTIONS = {"--signal", "--mpi", "--use_deepspeed", "--no_ssh_check", "--module"}
 README_LINES = 180
@@ -172,6 +175,31 @@ def test_commands_exist(page: Path) -> None:
             # test_x.py is of an operation to be written.
             if re.match(r"(tests|docker|docs|launch|ds_configs)/[\w./-]+$", word) and not word.endswith("_x.py"):
                 assert (ROOT / word).exists(), f"there is no {word}"
+
+
+@cache
+def all_paths() -> str:
+    """Every file and folder of the repository, a line each that ends in a semicolon; folders with a slash before it."""
+    places = [path for path in ROOT.iterdir() if path.name in TOP or path.is_file()]
+    found = [*places, *(inside for place in places if place.is_dir() for inside in place.rglob("*"))]
+    return "".join(f"/{path.relative_to(ROOT)}{'/' * path.is_dir()};" for path in found)
+
+
+# Folders of a run, and files that users have.
+NOT_OURS = {"checkpoints/checkpoint-N/", "export/", "slurm/", "finetune.py", "zero_to_fp32.py", ".py"}
+
+
+@each_page
+def test_files_and_folders_exist(page: Path) -> None:
+    for code in codes_in(prose_of(page)):
+        # `search/sketch.py` is any file whose path ends so; x is an operation to be written.
+        is_path = re.match(r"[\w./{},-]+(\.py|\.cpp|\.md|\.toml|/)$", code) and not re.search(r"\bx\.|_x\.", code)
+        if is_path and code not in NOT_OURS and not code.startswith(("~", "/")):
+            braces = re.match(r"(.*)\{(.*)\}(.*)", code)
+            names = [braces[1] + part + braces[3] for part in braces[2].split(",")] if braces else [code]
+            for name in names:
+                is_there = f"/{name};" in all_paths()
+                assert is_there, f"there is no {name}"
 
 
 def all_options() -> set[str]:

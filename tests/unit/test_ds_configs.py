@@ -28,9 +28,10 @@ from epi_ds.cli.main import app
 from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, parse_config
 from epi_ds.errors import UserError
+from epi_ds.recipe.arguments import deepspeed_config
+from epi_ds.recipe.loading import load_recipe
+from epi_ds.recipe.models import Recipe
 from epi_ds.train.accelerate_setup import prepare_accelerate
-from epi_ds.train.arguments import deepspeed_config
-from epi_ds.train.recipe import Recipe, load_recipe
 from tests.end_to_end.test_callback import tiny_model
 from tests.support.engines import train_step
 from tests.support.models import OddNet, odd_batch

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from epi_ds.isolation.importance import TOP_CODE, ceil_code, codes_of, decode
+from epi_ds.isolation.importance.codes import TOP_CODE, ceil_code, codes_of, decode
 
 CODES = st.integers(min_value=0, max_value=TOP_CODE - 1)
 

@@ -11,6 +11,7 @@ from epi_ds.launch.lost_ranks import lost_rank, signal_of
 from epi_ds.launch.operators import nvme_builders, stale_locks
 from typer.testing import CliRunner
 
+import epi_ds
 from epi_ds.cli.main import app
 from epi_ds.errors import UserError
 
@@ -96,3 +97,16 @@ def test_a_run_is_not_thrown_away_and_continued() -> None:
     found = CliRunner().invoke(app, ["train", "no_such_recipe.yaml", "--restart", "--resume", "step:3"])
     assert isinstance(found.exception, UserError)
     assert "--restart throws away what --resume step:3 would continue from" in str(found.exception)
+
+
+def test_the_command_says_its_version_and_what_a_misspelt_verb_might_be() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output == f"epi-ds {epi_ds.__version__}\n"
+    for words, meant in ((["trian", "demo"], "train"), (["launch", "slrum", "demo"], "slurm")):
+        found = CliRunner().invoke(app, words)
+        assert found.exit_code == 2
+        assert f"Did you mean '{meant}'?" in found.output
+
+
+def test_every_public_name_is_seen_by_who_looks() -> None:
+    assert set(epi_ds.__all__) <= set(dir(epi_ds))
+    assert all(getattr(epi_ds, name) is not None for name in epi_ds.__all__)

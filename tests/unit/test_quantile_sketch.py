@@ -18,10 +18,10 @@ from torch import Tensor
 from epi_ds import QuantileSketch
 from epi_ds.choices import Normalizer, Selection
 from epi_ds.errors import UserError
-from epi_ds.isolation.importance import TOP_CODE, codes_of
+from epi_ds.isolation.importance.codes import TOP_CODE, codes_of
 from epi_ds.isolation.layout import Parameter, build_layout
-from epi_ds.isolation.sketch import PartitionSketch, Piece
-from epi_ds.isolation.threshold import find_thresholds
+from epi_ds.isolation.search.sketch import PartitionSketch, Piece
+from epi_ds.isolation.search.threshold import find_thresholds
 from tests.support.worlds import CountingExchange
 
 # The quantiles of isolating 0.1, 0.5, 1, 5, 10, 20 and 50 %.

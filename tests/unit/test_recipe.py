@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from epi_ds import ds_configs
-from epi_ds.train.recipe import find_recipe, load_recipe, shipped_names
+from epi_ds.recipe.loading import find_recipe, load_recipe, shipped_names
 
 MINIMAL: dict[str, Any] = {
     "model": {"path": "somewhere"},

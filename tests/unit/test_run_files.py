@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 
+from epi_ds.checkpoint.catalog import open_checkpoint
+from epi_ds.config import EPIConfig
+from epi_ds.errors import UserError
+from epi_ds.recipe.loading import parse_recipe
+from epi_ds.recipe.models import Recipe
 from epi_ds.report.page import write_report
 from epi_ds.report.scores import score_table
 from epi_ds.train.metrics import MetricsWriter, read_metrics
-from epi_ds.train.recipe import Recipe, parse_recipe
 from epi_ds.train.resume import MARKER, find_resume, marker_of
 from epi_ds.train.run_folder import RunFolder
+from epi_ds.train.settings import END, changes_since, end_of
 from tests.support.ranks import run_ranks
 from tests.support.tags import flip_bit, make_checkpoint
 
@@ -90,7 +95,7 @@ def test_a_resume_that_would_train_other_rows_is_refused(tmp_path: Path) -> None
     (said, also) = run_ranks(resume_step, 2, other, str(tmp_path), "auto")
     assert said == also
     assert "train other rows" in str(said)
-    assert "'seed': 5" in str(said)
+    assert "train.seed was 42, is 5" in str(said)
     # What does not change the rows may change, and so may how they are dealt to ranks.
     for harmless in (
         {"save_steps": 5, "logging_steps": 2, "report_to": "tensorboard"},
@@ -98,6 +103,58 @@ def test_a_resume_that_would_train_other_rows_is_refused(tmp_path: Path) -> None
     ):
         changed = RECIPE.model_copy(update={"train": harmless})
         assert run_ranks(resume_step, 1, changed, str(tmp_path), "auto") == [3]
+
+
+def test_a_key_that_a_marker_lacks_means_its_default(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    marker = marker_of(RECIPE)
+    del marker["model"]["attn_implementation"], marker["stages"][0]["epochs"], marker["stages"][0]["data"]["subset"]
+    make_checkpoint(folder.checkpoints / "checkpoint-3", step=3, files={MARKER: json.dumps(marker)})
+    assert run_ranks(resume_step, 1, RECIPE, str(tmp_path), "auto") == [3]
+    # So does an argument that is given as what it is anyway.
+    same = RECIPE.model_copy(update={"train": {"seed": 42, "packing": False, "bf16": False}})
+    assert run_ranks(resume_step, 1, same, str(tmp_path), "auto") == [3]
+    stages = (RECIPE.stages[0].model_copy(update={"epochs": 2}),)
+    (said,) = run_ranks(resume_step, 1, RECIPE.model_copy(update={"stages": stages}), str(tmp_path), "auto")
+    assert "stages.a.epochs was 1, is 2" in str(said)
+
+
+def with_ratio(ratio: float) -> Recipe:
+    method = RECIPE.method.model_copy(update={"epi": EPIConfig(ratio=ratio)})
+    return RECIPE.model_copy(update={"method": method})
+
+
+def test_a_run_that_has_ended_says_so_and_refuses_other_settings(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    last = open_checkpoint(checkpoint(folder, 4))
+    writer = MetricsWriter(folder.metrics, resume_step=None)
+    folder.recipe.write_text(RECIPE.model_dump_json())
+    writer.write("summary", step=4, stage="a")
+    folder.export.mkdir()
+    for name in ("config.json", "tokenizer_config.json"):
+        (folder.export / name).touch()
+    assert end_of(folder, with_ratio(0.2), resume=last) is None
+    assert changes_since(folder, with_ratio(0.2)) == [("method.epi.ratio", 0.01, 0.2)]
+    writer.write(END, step=4, stage="a")
+    writer.close()
+    assert "4 steps" in str(end_of(folder, RECIPE, resume=last))
+    # How it is watched, and on how many ranks, is no setting of what was trained.
+    watched = RECIPE.model_copy(update={"train": {"logging_steps": 7}, "ranks": 3})
+    assert end_of(folder, watched, resume=last) is not None
+    with pytest.raises(UserError, match=r"method\.epi\.ratio was 0\.01, is 0\.2"):
+        end_of(folder, with_ratio(0.2), resume=last)
+    # What was taken away is made again.
+    assert end_of(folder, RECIPE, resume=open_checkpoint(checkpoint(folder, 2))) is None
+    (folder.export / "config.json").unlink()
+    assert end_of(folder, RECIPE, resume=last) is None
+
+
+def test_a_recipe_of_an_earlier_release_differs_in_no_setting_that_came_later(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    saved = json.loads(RECIPE.model_dump_json())
+    del saved["evaluation"]["weights"], saved["method"]["epi"]["hysteresis"], saved["stages"][0]["moments"]
+    folder.recipe.write_text(json.dumps(saved))
+    assert changes_since(folder, RECIPE) == []
 
 
 def evaluation(step: int, stage: str, **values: float) -> dict[str, Any]:
@@ -144,5 +201,21 @@ def test_the_report_is_the_same_page_every_time_and_escapes_names(tmp_path: Path
     assert "http" not in pages[0].replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     ).replace("https://matplotlib.org", "")
+    assert "Changed settings" not in pages[0]
     with pytest.raises(ValueError, match="nothing to report"):
         write_report([], tmp_path / "no.html", title="x")
+
+
+def test_the_report_tells_the_history_of_settings(tmp_path: Path) -> None:
+    resume = {
+        **LINES[0],
+        "step": 2,
+        "resumed": True,
+        "config": {"policy": "evolving", "ratio": 0.2, "refresh_interval": 2},
+        "changed": [{"key": "method.epi.ratio", "before": 0.1, "now": 0.2}],
+    }
+    write_report([*LINES[:5], resume, *LINES[5:]], tmp_path / "page.html", title="x")
+    page = (tmp_path / "page.html").read_text()
+    assert "10.00%, 20.00% from step 3" in page
+    assert "<dd>2 steps</dd>" in page
+    assert "<td>3</td><td>method.epi.ratio</td><td>0.1</td><td>0.2</td>" in page

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -108,7 +108,7 @@ def test_a_rank_ends_before_python_is_torn_down_and_after_everything_else() -> N
 
 
 def test_the_end_of_a_job_is_read() -> None:
-    expected = datetime(2026, 11, 25, 18, 0, 0, tzinfo=timezone.utc).timestamp()
+    expected = datetime(2026, 11, 25, 18, 0, 0, tzinfo=UTC).timestamp()
     assert parse_end("2026-11-25T18:00:00") == expected
     assert parse_end("N/A") is None
     for nothing in ("", "2026-11-25T18:00:00\n2026-11-25T18:00:00"):

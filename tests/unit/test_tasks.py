@@ -10,11 +10,11 @@ from torch import Tensor
 
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
-from epi_ds.isolation.importance import TOP_CODE, codes_of
+from epi_ds.isolation.importance.codes import TOP_CODE, codes_of
+from epi_ds.isolation.importance.remembered import Remembered
+from epi_ds.isolation.importance.stored import Nothing
+from epi_ds.isolation.importance.tasks import task_shares
 from epi_ds.isolation.layout import Parameter, build_layout
-from epi_ds.isolation.remembered import Remembered
-from epi_ds.isolation.state import Nothing
-from epi_ds.isolation.tasks import task_shares
 from tests.support.tasks import CPU, WholeSelection
 
 SHAPES = {"0.w": (301, 17), "1.w": (1009,), "1.b": (3,), "2.w": (97, 53)}

@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from epi_ds.choices import Normalizer, Selection
-from epi_ds.isolation.importance import TOP_CODE, codes_of
-from epi_ds.isolation.sketch import PartitionSketch, Piece, read_extremes
-from epi_ds.isolation.threshold import Thresholds, budget_of, find_thresholds
+from epi_ds.isolation.importance.codes import TOP_CODE, codes_of
+from epi_ds.isolation.search.sketch import PartitionSketch, Piece, read_extremes
+from epi_ds.isolation.search.threshold import Thresholds, budget_of, find_thresholds
 from tests.support.oracle import oracle, oracle_masks
 from tests.support.worlds import CountingExchange, ScatteringExchange, World, cut
 
@@ -169,7 +169,7 @@ def test_pieces_of_a_layer_count_together(monkeypatch: pytest.MonkeyPatch) -> No
     edges = torch.arange(1, 2040).mul(1 << 20).repeat(9, 1)
     largest = read_extremes(whole.extremes()).max_codes
     for chunk_numel in (1, 10, 25, 100, 1 << 20):
-        monkeypatch.setattr("epi_ds.isolation.sketch.CHUNK_NUMEL", chunk_numel)
+        monkeypatch.setattr("epi_ds.isolation.search.sketch.CHUNK_NUMEL", chunk_numel)
         joined = PartitionSketch(pieces, num_layers=9)
         assert torch.equal(joined.counts(edges), whole.counts(edges))
         found = read_extremes(joined.extremes())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from epi_ds import trackers
-from epi_ds.checkpoint.run_id import read_run, run_id_of, take_over
+from epi_ds.checkpoint.run import read_run, run_id_of, take_over
 
 NAMES = ("WANDB_RUN_ID", "WANDB_RESUME", "SWANLAB_RUN_ID", "SWANLAB_RESUME", "TENSORBOARD_LOGGING_DIR")
 

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from epi_ds.choices import Normalizer, Selection, StateFormat, Transport
 from epi_ds.cli.main import app
 from epi_ds.errors import UserError
-from epi_ds.isolation.bracket import count_dtype, round_widths
-from epi_ds.isolation.state import CODE_SHIFTS
-from epi_ds.isolation.traffic import (
+from epi_ds.isolation.importance.stored import CODE_SHIFTS
+from epi_ds.isolation.search.bracket import count_dtype, round_widths
+from epi_ds.isolation.search.traffic import (
     TYPICAL_KINDS,
     Collective,
     Cost,

@@ -41,8 +41,8 @@ BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
 def check_backbone(name: str, folder: str) -> dict[str, Any]:
     import transformers
 
-    from epi_ds.checkpoint.audit import audit
     from epi_ds.data.skills import load_tokenizer
+    from epi_ds.inspect.audit import audit
     from epi_ds.train.export import export_model
 
     config_class, model_class, changes = BACKBONES[name]

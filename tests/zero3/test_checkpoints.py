@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from epi_ds.checkpoint import digest, loading, saving, store
 from epi_ds.checkpoint.catalog import checkpoints_in, leftovers_in
-from epi_ds.checkpoint.run_id import take_over
+from epi_ds.checkpoint.run import take_over
 from epi_ds.errors import CheckpointError, UserError
 from tests.support.engines import (
     assert_same,

@@ -12,9 +12,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from packaging.version import Version
 
-from epi_ds.zero3.engine import IsolationEngineMixin
 from epi_ds.zero3.guard import SUPPORTED_DEEPSPEED
 from epi_ds.zero3.mixin import IsolationMixin
+from epi_ds.zero3.persistence.engine import IsolationEngineMixin
 
 OPTIMIZER_OVERRIDES = {
     "partition_grads": ["self", "params_to_release", "grad_partitions"],

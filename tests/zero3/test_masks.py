@@ -16,7 +16,7 @@ from epi_ds.choices import Normalizer, Selection
 from epi_ds.errors import UserError
 from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.layout import Segment, block_of, kind_of
-from epi_ds.isolation.refresh import Refresh
+from epi_ds.isolation.refresh_report import Refresh
 from tests.support.engines import (
     PARTIAL_OFFLOAD,
     collected_logs,

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import Init
 from torch import Tensor, nn
 
-from epi_ds.checkpoint.audit import audit
+from epi_ds.inspect.audit import audit
 from tests.support.engines import (
     PARTIAL_OFFLOAD,
     assert_same,

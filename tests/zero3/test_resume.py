@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from epi_ds.checkpoint.audit import audit
 from epi_ds.checkpoint.shard import Shard
 from epi_ds.cli.main import app
 from epi_ds.errors import UserError
+from epi_ds.inspect.audit import audit
 from tests.support.engines import (
     assert_same,
     collected_logs,

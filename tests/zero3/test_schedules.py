@@ -13,10 +13,10 @@ from torch import Tensor
 from epi_ds.choices import StateFormat
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
+from epi_ds.isolation.importance.remembered import Remembered
+from epi_ds.isolation.importance.stored import StoredImportance
 from epi_ds.isolation.layout import Parameter, build_layout
-from epi_ds.isolation.remembered import Remembered
-from epi_ds.isolation.selector import Selector
-from epi_ds.isolation.state import StoredImportance
+from epi_ds.isolation.search.selector import Selector
 from tests.support.engines import (
     assert_same,
     collected_logs,

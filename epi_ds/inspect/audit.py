@@ -1,0 +1,177 @@
+"""Prove, from checkpoints alone, that isolated master weights did not move in one bit.
+
+Two checkpoints saved in the same refresh window were written under the same mask, so every entry that it isolates
+must have the same fp32 master weight in both, whatever numbers of ranks saved them. A pair without an isolated entry,
+or in which no other entry moved, proves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from epi_ds.checkpoint.deepspeed_files import WEIGHTS, SavedPartitions
+from epi_ds.checkpoint.digest import problems_of_files
+from epi_ds.checkpoint.manifest import PATH, Kind, Manifest, read_manifest
+from epi_ds.checkpoint.run import check_trusted
+from epi_ds.checkpoint.shards import TagShards
+from epi_ds.errors import CheckpointError, UserError
+
+
+class Moved(NamedTuple):
+    """Isolated entries of one parameter that differ between two checkpoints."""
+
+    parameter: str
+    num_entries: int
+    first: Path
+    second: Path
+
+
+class AuditReport(NamedTuple):
+    """What an audit compared. Counts are summed over the pairs that prove something."""
+
+    pairs: tuple[tuple[Path, Path], ...]
+    """Pairs with isolated entries, between which plastic entries moved."""
+    idle_pairs: tuple[tuple[Path, Path], ...]
+    """Pairs that prove nothing: nothing is isolated in them, or nothing was trained between them."""
+    isolated: int
+    plastic: int
+    plastic_moved: int
+    """Plastic entries that differ."""
+    moved: tuple[Moved, ...]
+    """Isolated entries that differ, in pairs of both kinds."""
+
+    @property
+    def isolated_moved(self) -> int:
+        """Isolated entries that differ; 0 in a sound run."""
+        return sum(item.num_entries for item in self.moved)
+
+
+@dataclass(frozen=True)
+class Tag:
+    """One checkpoint tag with isolation state."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def window(self) -> int:
+        """Number of the refresh whose mask was in force; 0 before the first, where a mask may have been loaded."""
+        return int(self.manifest.isolation.counters["refreshes"])
+
+    @property
+    def step(self) -> int:
+        """Applied steps before the save."""
+        return int(self.manifest.isolation.counters["applied_steps"])
+
+
+def find_tags(paths: Sequence[Path]) -> list[Tag]:
+    """Find the checkpoint tags with isolation state at or below ``paths``, by step.
+
+    Raises UserError for a path below which there is none, and CheckpointError for a damaged manifest.
+    """
+    tags: dict[Path, Tag] = {}
+    for path in paths:
+        found = sorted(path.rglob(PATH))
+        if not found:
+            raise UserError(f"{path} holds no checkpoint with isolation state (no {PATH} below it)")
+        for file in found:
+            folder = file.parent.parent
+            manifest = read_manifest(folder)
+            if manifest is not None and manifest.kind is Kind.TAG:
+                tags[folder] = Tag(folder, manifest)
+    return sorted(tags.values(), key=lambda tag: (tag.step, tag.path))
+
+
+def audit(paths: Sequence[Path], *, trust: bool = False) -> AuditReport:
+    """Compare neighbouring checkpoints of every refresh window below ``paths``.
+
+    trust  read checkpoints that are not of the run whose folder they lie in: see [Note: trust] in run_id.py
+
+    Raises UserError when no window holds two checkpoints that prove something or one is not trusted, and
+    CheckpointError for damaged files.
+    """
+    tags = find_tags(paths)
+    for tag in tags:
+        check_trusted(tag.path, tag.manifest.run_id, trust=trust, remedy="pass --trust")
+    pairs = [
+        (first, second)
+        for first, second in pairwise(tags)
+        if first.window == second.window and first.step < second.step
+    ]
+    found = ", ".join(f"{tag.path.name} (step {tag.step}, window {tag.window})" for tag in tags)
+    if not pairs:
+        raise UserError(
+            f"no two checkpoints were saved within one refresh window; found: {found}. Save more often than "
+            "refresh_interval"
+        )
+    compared = [_audit_pair(first, second) for first, second in pairs]
+    proving = [pair for pair in compared if pair.isolated and pair.plastic_moved]
+    moved = tuple(item for pair in compared for item in pair.moved)
+    if not proving and not moved:
+        raise UserError(
+            "no two checkpoints of one refresh window have isolated entries and training between them; found: "
+            f"{found}. Save after the first mask is in force, and more often than refresh_interval"
+        )
+    return AuditReport(
+        pairs=tuple(pair.paths for pair in proving),
+        idle_pairs=tuple(pair.paths for pair in compared if pair not in proving),
+        isolated=sum(pair.isolated for pair in proving),
+        plastic=sum(pair.plastic for pair in proving),
+        plastic_moved=sum(pair.plastic_moved for pair in proving),
+        moved=moved,
+    )
+
+
+class _Pair(NamedTuple):
+    """What two checkpoints of one window say."""
+
+    paths: tuple[Path, Path]
+    isolated: int
+    plastic: int
+    plastic_moved: int
+    moved: tuple[Moved, ...]
+
+
+def _audit_pair(first: Tag, second: Tag) -> _Pair:
+    isolated = plastic = plastic_moved = 0
+    moved: list[Moved] = []
+    for name, mask, before, after in _compare(first, second):
+        # Bit patterns: -0.0 equals 0.0 and a NaN differs from itself as numbers.
+        differs = before.view(torch.int32) != after.view(torch.int32)
+        isolated += int(mask.sum())
+        plastic += int((~mask).sum())
+        plastic_moved += int((differs & ~mask).sum())
+        if count := int((differs & mask).sum()):
+            moved.append(Moved(name, count, first.path, second.path))
+    return _Pair((first.path, second.path), isolated, plastic, plastic_moved, tuple(moved))
+
+
+def _compare(first: Tag, second: Tag) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Yield (parameter, mask, weights before, weights after) for the slices of the ranks that saved the first."""
+    for tag in (first, second):
+        problems = problems_of_files(tag.path, tag.manifest.files)
+        if problems:
+            raise CheckpointError("; ".join(problems))
+    masks = [TagShards(tag.path, tag.manifest) for tag in (first, second)]
+    weights = [SavedPartitions(tag.path, tag.manifest) for tag in (first, second)]
+    if weights[0].places.keys() != weights[1].places.keys():
+        raise UserError(f"{first.path} and {second.path} are of different models")
+    for rank in range(first.manifest.world_size):
+        for segment in masks[0].shard(rank).header.segments:
+            mask, mask_after = (shards.mask(segment) for shards in masks)
+            if not torch.equal(mask, mask_after):
+                raise UserError(
+                    f"{segment.name}: {first.path} and {second.path} are of one refresh window, but their masks differ"
+                )
+            if segment.real_numel:
+                old, new = torch.empty(2, segment.real_numel)
+                for target, partitions in zip((old, new), weights, strict=True):
+                    partitions.read_into(target, segment.name, WEIGHTS, start=segment.global_start)
+                yield segment.name, mask, old, new

@@ -1,0 +1,96 @@
+"""What lies in a folder of checkpoints, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from epi_ds.checkpoint.catalog import Checkpoint, checkpoints_in, leftovers_in, open_checkpoint
+from epi_ds.checkpoint.digest import problems_of_files
+from epi_ds.checkpoint.manifest import FOLDER, Manifest
+from epi_ds.checkpoint.run import check_trusted, is_own
+from epi_ds.checkpoint.store import tag_inside
+from epi_ds.errors import CheckpointError, UserError
+
+
+class Row(NamedTuple):
+    """One checkpoint, or what is left of one."""
+
+    name: str
+    step: int | None
+    saved_at: str
+    ranks: int | None
+    num_bytes: int | None
+    state: str
+    """``complete``, or why it is not."""
+
+
+def folder_of(path: Path) -> Path:
+    """Return where the checkpoints are: of a run's folder the one inside. Raises UserError where there is no folder."""
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}")
+    inside = path / "checkpoints"
+    return inside if inside.is_dir() else path
+
+
+def found_at(path: Path) -> list[Checkpoint]:
+    """Return the checkpoint at a path, or those in it, the newest last. Raises UserError where there is none."""
+    folder = folder_of(path)
+    found = [open_checkpoint(folder)] if (folder / FOLDER).is_dir() else checkpoints_in(folder)
+    if not found:
+        raise UserError(f"{folder} holds no checkpoint")
+    return found
+
+
+def rows_of(path: Path) -> list[Row]:
+    """Describe the checkpoints of a folder, and what interrupted saves left. Reads no file but manifests."""
+    folder = folder_of(path)
+    rows = []
+    for found in checkpoints_in(folder):
+        manifest = found.manifest
+        if manifest is None:
+            rows.append(Row(found.path.name, None, "", None, None, str(found.problem)))
+        else:
+            state = "complete" if is_own(found.path, manifest.run_id) else f"complete, of run {manifest.run_id[:8]}"
+            rows.append(
+                Row(found.path.name, manifest.step, manifest.saved_at, manifest.world_size, manifest.num_bytes, state)
+            )
+    left = "left by an interrupted save or removal; put right when the run saves again"
+    return [*rows, *(Row(path.name, None, "", None, None, left) for path in leftovers_in(folder))]
+
+
+def verify(path: Path, report: Callable[[Checkpoint, list[str]], None]) -> bool:
+    """Read every file of the checkpoints at a path; report what is wrong with each. Returns whether all are whole."""
+    whole = True
+    for found in found_at(path):
+        manifest = found.manifest
+        problems = [str(found.problem)] if manifest is None else problems_of_files(found.path, manifest.files)
+        report(found, problems)
+        whole = whole and not problems
+    return whole
+
+
+class Tag(NamedTuple):
+    """A tag whose files may be read."""
+
+    path: Path
+    manifest: Manifest
+
+
+def readable_tag(path: Path, *, trust: bool) -> Tag:
+    """Return the tag at a path, or in the trainer's checkpoint there, once it is trusted and every file is as saved.
+
+    Raises UserError for what is no checkpoint or a stranger's, and CheckpointError for one that is damaged.
+    """
+    found = open_checkpoint(path)
+    if found.manifest is None:
+        raise UserError(f"{found.problem}; give the folder of one checkpoint")
+    check_trusted(path, found.manifest.run_id, trust=trust, remedy="pass --trust")
+    problems = problems_of_files(path, found.manifest.files)
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    tag = tag_inside(found)
+    if tag.manifest is None:
+        raise CheckpointError(str(tag.problem))
+    return Tag(tag.path, tag.manifest)

@@ -1,0 +1,1 @@
+"""How important every entry is: codes, storage, views, what finished stages left."""

@@ -1,0 +1,1 @@
+"""From importance to thresholds: sketches, their exchange, the search."""

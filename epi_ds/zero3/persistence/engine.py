@@ -1,0 +1,10 @@
+"""The engine's side: isolation state is saved and loaded with its own checkpoints, and vouched for together."""
+
+from __future__ import annotations
+
+from epi_ds.zero3.persistence.loading import LoadingMixin
+from epi_ds.zero3.persistence.saving import SavingMixin
+
+
+class IsolationEngineMixin(SavingMixin, LoadingMixin):
+    """Mixed over the class of a DeepSpeed engine; ``epi`` and ``run`` are set when the class is assigned."""

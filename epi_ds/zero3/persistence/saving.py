@@ -1,0 +1,144 @@
+"""The engine's saves: DeepSpeed's files and the isolation state become one tag, which appears when it is whole."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from epi_ds.checkpoint.retention import Keep, prune
+from epi_ds.checkpoint.saving import TagWriter, check_space
+from epi_ds.checkpoint.store import write_state
+from epi_ds.checkpoint.verdict import AgreedError
+from epi_ds.choices import OnFailure
+from epi_ds.errors import UserError
+from epi_ds.zero3.handle import EPI
+from epi_ds.zero3.persistence.guarded_files import guarded
+from epi_ds.zero3.persistence.nvme import copy_swapped_files
+from epi_ds.zero3.persistence.run import EngineRun, bytes_to_save, manifest_of
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+else:
+    # A mixin: the class it is mixed over is the engine's own.
+    DeepSpeedEngine = object
+
+logger = logging.getLogger(__name__)
+
+
+class SavingMixin(DeepSpeedEngine):
+    """Saves with the engine's own checkpoints."""
+
+    epi: EPI
+    run: EngineRun
+    # Within `save_checkpoint` DeepSpeed does not copy swapped files: we do, so that all ranks hear of a failure.
+    _hides_nvme = False
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] = {},  # noqa: B006 - DeepSpeed's own signature
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Save DeepSpeed's checkpoint and the isolation state as one tag, which appears when all of it is whole.
+
+        Collective. Returns whether it was saved: what cannot be (a full disk, say) is an error in the log and training
+        goes on, or, with ``checkpoint.on_failure: stop``, a CheckpointError on all ranks. Raises UserError in the
+        middle of an accumulation window, whose gradients are in no checkpoint, and for a tag that is no name, and
+        CheckpointError where another process has taken the folder over.
+        """
+        tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
+        folder = Path(save_dir)
+        if not save_dir or tag == ".." or Path(tag).name != tag:
+            raise UserError(f"save_dir {save_dir!r}, tag {tag!r}: give a folder, and a tag that is one name in it")
+        self._check_window(tag)
+        self._warn_of_what_is_lost(tag)
+        self.optimizer.settle_step_energy()
+        config = self.epi.config.checkpoint
+        home = self.run.trainer_folder or folder
+        try:
+            record = self.run.hold(home)
+            check_space(folder, bytes_to_save(self))
+            writer = TagWriter(folder, tag)
+            try:
+                self._write(writer, client_state, exclude_frozen_parameters)
+            except Exception:
+                writer.discard()
+                raise
+            # Another job may have begun meanwhile, and write under the same name.
+            self.run.hold(home)
+            times = writer.commit(lambda files: manifest_of(self, files, record), save_latest=save_latest)
+        except AgreedError as error:
+            self.save_failed(folder / tag, error)
+            return False
+        self.run.last_save, self.run.last_checkpoint = times, folder / tag
+        if self.run.trainer_folder is not None:
+            # Its checkpoint is not yet whole.
+            return True
+        self.run.saved_step = self.global_steps
+        if dist.get_rank() == 0:
+            keep = Keep(config.keep_last, config.keep_every, run_id=record.run_id, paths=(folder / tag,))
+            prune(folder, keep)
+        return True
+
+    def save_failed(self, path: Path, error: AgreedError) -> None:
+        """Say that a checkpoint could not be saved, or raise where that is to end the run (checkpoint.on_failure)."""
+        self.run.failed = path
+        if self.epi.config.checkpoint.on_failure is OnFailure.STOP:
+            raise error
+        if dist.get_rank() == 0:
+            logger.error("%s was not saved, and training goes on (checkpoint.on_failure): %s", path, error)
+
+    def _check_window(self, tag: str) -> None:
+        if self.optimizer.isolation.window.is_open:
+            raise UserError(
+                f"{tag}: the accumulation window is open, and its gradients are in no checkpoint, so a resume would "
+                "train other weights; save after engine.step() at an accumulation boundary"
+            )
+
+    def _warn_of_what_is_lost(self, tag: str) -> None:
+        if dist.get_rank() != 0:
+            return
+        stale = self.optimizer.stale_parameters()
+        if stale:
+            logger.warning(
+                "%s: ZeRO-3 may apply old gradients of %s, which a window did not use, or not in its first or (with "
+                "offload) last micro-batch; they are in no checkpoint, so a resume from this one may not be bit-exact",
+                tag,
+                ", ".join(stale),
+            )
+        if self.optimizer.has_unsaved_moments:
+            logger.warning(
+                "%s: DeepSpeed saves no moments of the sub-groups that partial offload (offload_optimizer.ratio) keeps "
+                "on the accelerator, so a resume begins them anew and is not bit-exact",
+                tag,
+            )
+
+    def _write(self, writer: TagWriter, client_state: dict[str, Any], exclude_frozen_parameters: bool) -> None:
+        """Let DeepSpeed write its files, and write ours beside them."""
+        self._hides_nvme = True
+        try:
+            with guarded(self, writer):
+                super().save_checkpoint(
+                    str(writer.folder.parent), writer.temporary_tag, client_state, False, exclude_frozen_parameters
+                )
+        finally:
+            self._hides_nvme = False
+        if self.zero_nvme_offload_optimizer():
+            copy_swapped_files(self, writer)
+        write_state(writer, self.epi.controller)
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        """Keep a convenience from ending a save: where it cannot be copied, rank 0 alone would raise."""
+        try:
+            super()._copy_recovery_script(save_path)
+        except OSError as error:
+            logger.warning("DeepSpeed's zero_to_fp32.py could not be put into %s: %s", save_path, error)
+
+    def zero_nvme_offload_optimizer(self) -> bool:
+        """See `_hides_nvme`."""
+        return not self._hides_nvme and bool(super().zero_nvme_offload_optimizer())
