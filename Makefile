@@ -1,4 +1,4 @@
-# make demo   installs what is missing and shows the whole of it, in under five minutes on two cores
+# make demo   installs what is missing, then shows the whole of it: about 3 minutes more on two quiet cores
 # make test   runs all tests and lints, as CI does
 # make docs   builds the site of docs/ into build/site, and fails where a link or an anchor leads nowhere
 # make gpu    what an NVIDIA GPU can show: the bits and the speed of the kernels, steps in bf16 and their audit
