@@ -1,1 +1,1 @@
-"""What the README's figures are measured with. Imports everything below, is imported by the command line only."""
+"""What docs/measured is measured with. Imports everything below, is imported by the command line only."""

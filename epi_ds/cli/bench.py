@@ -1,8 +1,10 @@
-"""``epi-ds bench``: the figures of the README, measured on this machine."""
+"""``epi-ds bench``: the figures of docs/measured, measured on this machine."""
 
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +14,20 @@ from rich.table import Table
 
 from epi_ds.choices import StateFormat
 
-app = typer.Typer(help="Measure what README states, on this machine.", no_args_is_help=True)
+app = typer.Typer(help="Measure what docs/measured states, on this machine.", no_args_is_help=True)
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+def _one_form(context: typer.Context, asked: bool) -> bool:
+    """Refuse a second form of the output before minutes are spent: whichever option comes second sees the first."""
+    if asked and (context.params.get("json") or context.params.get("markdown")):
+        raise typer.BadParameter("--json and --markdown are two forms of one output; give one")
+    return asked
+
+
+Json = Annotated[bool, typer.Option("--json", callback=_one_form, help="Print one JSON object and nothing else.")]
+Markdown = Annotated[
+    bool, typer.Option("--markdown", callback=_one_form, help="Print a page with machine, versions and command.")
+]
 
 
 def _on_the_cpu() -> None:
@@ -30,6 +43,7 @@ def memory(
     world_sizes: Annotated[str, typer.Option(help="World sizes to start, separated by commas.")] = "1,2,3,4",
     ratios: Annotated[str, typer.Option(help="Isolation ratios, separated by commas.")] = "0.01,0.2,0.5",
     json: Json = False,
+    markdown: Markdown = False,
 ) -> None:
     """Measure the bytes that isolation keeps on each rank, from the live tensors of real ZeRO-3 engines on the CPU."""
     _on_the_cpu()
@@ -37,7 +51,7 @@ def memory(
 
     sizes = [int(size) for size in world_sizes.split(",")]
     rows = measure_memory(sizes, [float(ratio) for ratio in ratios.split(",")])
-    _show([row._asdict() for row in rows], json=json)
+    _show([row._asdict() for row in rows], json=json, markdown=markdown)
 
 
 @app.command()
@@ -48,6 +62,7 @@ def sketch(
     ] = 0.99,
     world_size: Annotated[int, typer.Option(min=1, help="Ranks of the bytes that are modelled.")] = 1024,
     json: Json = False,
+    markdown: Markdown = False,
 ) -> None:
     """Measure thresholds and masks of every selection and state on the importance of a model in training."""
     from epi_ds.bench.sketch import measure_sketches
@@ -58,7 +73,7 @@ def sketch(
             typer.echo(f"step {step} of {steps}: loss {loss:.3f}", err=True)
 
     trained = train_states(steps, ema_decay=ema_decay, report=report)
-    _show([row._asdict() for row in measure_sketches(trained, world_size=world_size)], json=json)
+    _show([row._asdict() for row in measure_sketches(trained, world_size=world_size)], json=json, markdown=markdown)
 
 
 @app.command()
@@ -68,6 +83,7 @@ def kernels(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each, of which the median counts.")] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Json = False,
+    markdown: Markdown = False,
 ) -> None:
     """Measure the operations against an in-place pass over memory of the same size in the same run."""
     from epi_ds.launch.environment import prepare_environment
@@ -83,7 +99,7 @@ def kernels(
         raise typer.BadParameter("there is no GPU that torch can use", param_hint="--device")
     counts = [int(count) for count in threads.split(",")]
     rows = measure_kernels(counts, numel=numel, repeats=repeats, device=device)
-    _show([row._asdict() for row in rows], json=json)
+    _show([row._asdict() for row in rows], json=json, markdown=markdown)
 
 
 @app.command()
@@ -96,6 +112,7 @@ def step(
     ] = 0,
     layers: Annotated[int, typer.Option(min=1, help="Of the model: 1.9 million parameters each, and 6.7 million.")] = 8,
     json: Json = False,
+    markdown: Markdown = False,
 ) -> None:
     """Measure what isolation adds to a step of plain ZeRO-3 on the CPU, on one engine whose class is switched."""
     _on_the_cpu()
@@ -108,7 +125,7 @@ def step(
     chosen = [case for case in cases() if case.offload in placements[offload] and case.state in wanted]
     sizes = [int(size) for size in world_sizes.split(",")]
     rows = measure_steps(sizes, chosen=chosen, pairs=pairs, layers=layers)
-    _show([row._asdict() for row in rows], json=json)
+    _show([row._asdict() for row in rows], json=json, markdown=markdown)
 
 
 @app.command()
@@ -121,6 +138,7 @@ def save(
     ] = 49,
     folder: Annotated[Path, typer.Option(help="Where to save, on the disk to be measured.")] = Path(),
     json: Json = False,
+    markdown: Markdown = False,
 ) -> None:
     """Measure what checksums, fsync and the manifest add to DeepSpeed's own save of 100 million parameters."""
     _on_the_cpu()
@@ -128,7 +146,7 @@ def save(
 
     chosen = _states(states)
     rows = measure_saves(world_size, states=chosen, pairs=pairs, layers=layers, folder=folder)
-    _show([row._asdict() for row in rows], json=json)
+    _show([row._asdict() for row in rows], json=json, markdown=markdown)
 
 
 def _states(names: str) -> list[StateFormat]:
@@ -139,22 +157,18 @@ def _states(names: str) -> list[StateFormat]:
         raise typer.BadParameter(f"{names!r} names another state than {known}", param_hint="--states") from None
 
 
-def _show(rows: list[dict[str, Any]], *, json: bool) -> None:
-    from epi_ds.bench.result import result_of
+def _show(rows: list[dict[str, Any]], *, json: bool, markdown: bool) -> None:
+    from epi_ds.bench.result import heading_of, result_of, shown
 
     if json:
         typer.echo(result_of(rows).to_json())
         return
-    table = Table(*(name.replace("_bytes", "_MB").replace("_", " ") for name in rows[0]))
+    if markdown:
+        words = [word for word in sys.argv[1:] if word != "--markdown"]
+        typer.echo(result_of(rows).to_markdown(shlex.join(["epi-ds", *words])))
+        return
+    table = Table(*(heading_of(name) for name in rows[0]))
     for row in rows:
-        table.add_row(*(_shown(name, value) for name, value in row.items()))
+        table.add_row(*(shown(name, value) for name, value in row.items()))
     # As wide as it is: a figure cut off by a narrow terminal is read as another one.
     Console(width=200).print(table)
-
-
-def _shown(name: str, value: Any) -> str:
-    if "_bytes" in name:
-        return f"{value / 1e6:.3f}"
-    if isinstance(value, dict):
-        return "\n".join(f"{_shown(part, number)} {part}" for part, number in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -114,10 +114,12 @@ class Stage(BaseModel):
     model_config = _FROZEN
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    """What the report, ``--until`` and overrides call it."""
     data: DataSource
     evaluation: EvaluationData | None = None
     """Default: for a skill its test rows, otherwise none."""
     epochs: int = Field(1, ge=1)
+    """How often the rows are trained on, each time in another order."""
     learning_rate: float | None = Field(None, gt=0)
     """Peak of this stage's schedule; default ``train.learning_rate``."""
     lr_scheduler_type: str | None = None
@@ -140,6 +142,7 @@ class EvaluationSection(BaseModel):
     batch_size: int = Field(32, ge=1)
     """Rows per generated batch. Batches are formed before they are dealt to ranks, so scores do not depend on these."""
     max_new_tokens: int = Field(48, ge=1)
+    """Longest answer that is generated."""
     weights: Literal["auto", "gathered", "partitioned"] = "auto"
     """Gather all weights once per evaluation (fast, needs room for the whole model on every rank), keep them
     partitioned (every token is generated in step on all ranks), or decide by the free memory."""

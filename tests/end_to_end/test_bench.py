@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,28 @@ def test_memory_rows_keep_the_bounds() -> None:
         assert 0.125 <= row["bytes_per_param_times_world"] <= BYTES[row["state"]]
         assert row["hold_bytes"] <= row["hold_bytes_bound"]
         assert row["refresh_peak_bytes"] <= row["refresh_peak_bytes_bound"]
+
+
+@pytest.mark.slow
+def test_a_page_says_what_its_figures_depend_on() -> None:
+    arguments = ["bench", "kernels", "--threads", "1", "--numel", "10007", "--repeats", "1"]
+    done = subprocess.run(["epi-ds", *arguments, "--markdown"], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    command = " ".join(["epi-ds", *arguments])
+    head, table = done.stdout.split(f"```\n{command}\n```\n")
+    assert f"torch {version('torch')}" in head
+    assert "cpus " in head
+    rows = table.strip().splitlines()
+    # Every row has a cell for each heading.
+    assert len({row.count("|") for row in rows}) == 1
+    assert "| observe_ | u16 | cpu | 1 | 10007 |" in table
+
+
+def test_two_forms_of_output_are_refused_before_anything_is_measured() -> None:
+    command = ["epi-ds", "bench", "memory", "--markdown", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "two forms of one output" in " ".join(done.stderr.replace("│", " ").split())
 
 
 @pytest.mark.slow
