@@ -55,6 +55,7 @@ def test_a_page_says_what_its_figures_depend_on() -> None:
     assert "| observe_ | u16 | cpu | 1 | 10007 |" in table
 
 
+@pytest.mark.slow
 def test_two_forms_of_output_are_refused_before_anything_is_measured() -> None:
     command = ["epi-ds", "bench", "memory", "--markdown", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
