@@ -25,6 +25,7 @@ from epi_ds.zero3.guard import check_engine
 from epi_ds.zero3.handle import EPI
 from epi_ds.zero3.mixin import IsolationMixin
 from epi_ds.zero3.persistence.engine import IsolationEngineMixin
+from epi_ds.zero3.persistence.run import EngineRun
 from epi_ds.zero3.second_moments import SecondMoments
 
 logger = logging.getLogger(__name__)
@@ -128,14 +129,15 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
             transport=_transport_of(layout, config, world_size=dist.get_world_size(optimizer.dp_process_group)),
         ),
         devices=[partition.device for partition in optimizer.fp32_partitioned_groups_flat],
-        # The mixin's mask_changes; under `apply: update` the moments keep tracking and are nobody's business.
+        # The mixin's mask_changes; under `apply: update` the moments keep tracking, and no change of mask edits them.
         listener=optimizer if config.apply is Apply.REDUCTION else None,
         moments=moments,
     )
-    context = IsolationContext(optimizer, controller)
+    run = EngineRun()
+    context = IsolationContext(optimizer, controller, newest_checkpoint=lambda: run.last_checkpoint)
     optimizer.__class__ = type(f"Isolating{type(optimizer).__name__}", (IsolationMixin, type(optimizer)), {})
     optimizer.isolation = context
-    engine.run = context.run
+    engine.run = run
     engine.__class__ = type(f"Isolating{type(engine).__name__}", (IsolationEngineMixin, type(engine)), {})
     engine.epi = EPI(engine, controller)
     if dist.get_rank() == 0:
