@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from epi_ds.checkpoint.commit import Run
 from epi_ds.choices import Apply, Memory, PolicyName, Protects, Selection, StateFormat, Transport
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
@@ -25,7 +26,6 @@ from epi_ds.zero3.guard import check_engine
 from epi_ds.zero3.handle import EPI
 from epi_ds.zero3.mixin import IsolationMixin
 from epi_ds.zero3.persistence.engine import IsolationEngineMixin
-from epi_ds.zero3.persistence.run import EngineRun
 from epi_ds.zero3.second_moments import SecondMoments
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
         listener=optimizer if config.apply is Apply.REDUCTION else None,
         moments=moments,
     )
-    run = EngineRun()
+    run = Run(config.checkpoint)
     context = IsolationContext(optimizer, controller, newest_checkpoint=lambda: run.last_checkpoint)
     optimizer.__class__ = type(f"Isolating{type(optimizer).__name__}", (IsolationMixin, type(optimizer)), {})
     optimizer.isolation = context
