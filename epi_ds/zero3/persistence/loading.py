@@ -28,10 +28,10 @@ from epi_ds.checkpoint.verdict import agree, on_first_rank
 from epi_ds.choices import MissingState
 from epi_ds.errors import CheckpointError, UserError
 from epi_ds.zero3.handle import EPI
+from epi_ds.zero3.persistence.contents import batch_of, sub_groups_of
 from epi_ds.zero3.persistence.cpu_adam import replay_steps
 from epi_ds.zero3.persistence.nvme import check_swapped_copies, finish_load
 from epi_ds.zero3.persistence.resharding import check_parameters, load_frozen, load_partitions
-from epi_ds.zero3.persistence.run import batch_of, sub_groups_of
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine

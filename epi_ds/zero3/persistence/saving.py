@@ -14,9 +14,9 @@ from epi_ds.checkpoint.saving import SaveTimes, TagWriter, check_space
 from epi_ds.checkpoint.store import write_state
 from epi_ds.errors import UserError
 from epi_ds.zero3.handle import EPI
+from epi_ds.zero3.persistence.contents import bytes_to_save, manifest_of
 from epi_ds.zero3.persistence.guarded_files import guarded
 from epi_ds.zero3.persistence.nvme import copy_swapped_files
-from epi_ds.zero3.persistence.run import bytes_to_save, manifest_of
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
