@@ -16,6 +16,13 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read or written: the message names the file and the remedy, and needs no traceback."""
 
 
+class RemedyError(RuntimeError):
+    """Something beside the command and the code is in the way: a tool, a disk, data on which training diverges.
+
+    The message ends with the remedy and needs no traceback. Ranks raise it together.
+    """
+
+
 class LostRankError(RuntimeError):
     """Another rank died or stands still; the message says who noticed, and the traceback would only say where."""
 

@@ -16,10 +16,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from epi_ds.api import attach
 from epi_ds.checkpoint.catalog import INCOMPLETE, remove
 from epi_ds.checkpoint.manifest import Manifest
-from epi_ds.checkpoint.retention import Keep, prune
 from epi_ds.checkpoint.run import run_id_of
 from epi_ds.checkpoint.trainer_folder import commit_trainer_folder, set_aside_incomplete
-from epi_ds.checkpoint.verdict import AgreedError, on_first_rank
+from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.choices import Memory
 from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, EPIConfig, parse_config
@@ -148,7 +147,7 @@ class EPICallback(TrainerCallback):
             return
         if args.save_strategy != "no":
             # Another job that still saves here is to notice now, and not when this one has saved.
-            self._engine.run.hold(self._folder)
+            self._engine.run.occupy(self._folder)
         self._preemption = Preemption(self._engine)
         if self._preemption.is_due():
             self._preemption.leave()
@@ -186,19 +185,10 @@ class EPICallback(TrainerCallback):
             # The engine has said why; a folder without weights would only be in the way.
             on_first_rank(lambda: remove(folder))
             return
-        try:
-            # Another job may have begun since the engine saved.
-            run.hold(self._folder)
-            manifest = on_first_rank(lambda: self._commit(folder))
-        except AgreedError as error:
-            self._engine.save_failed(folder, error)
-            return
-        run.last_checkpoint, run.saved_step = folder, self._engine.global_steps
-        if dist.get_rank() == 0:
+        # Another job may have begun since the engine saved: the folder is looked at again.
+        if run.save(folder, lambda _: on_first_rank(lambda: self._commit(folder))) is not None:
             best = state.best_model_checkpoint
-            paths = (folder,) if best is None else (folder, Path(best))
-            every = self.epi.config.checkpoint.keep_every
-            prune(self._folder, Keep(self._keep_last, every, run_id=manifest.run_id, paths=paths))
+            run.completed(folder, step=self._engine.global_steps, also_keep=() if best is None else (Path(best),))
 
     def _commit(self, folder: Path) -> Manifest:
         aside = folder.with_name(folder.name + INCOMPLETE)
@@ -257,6 +247,7 @@ class EPICallback(TrainerCallback):
             return False
         attach(engine, self._config)
         engine.run.trainer_folder, engine.run.verified = self._output, self.verified
+        engine.run.keep_last = self._keep_last
         self._engine = engine
         return True
 

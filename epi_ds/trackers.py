@@ -14,7 +14,7 @@ def continue_runs(trackers: Collection[str], folder: Path, *, run_id: str) -> No
     """Set the variables by which trackers find the run of ``folder``. What the user has set is kept.
 
     trackers  as ``report_to`` names them, ``all`` included; others than wandb, swanlab and tensorboard are left alone
-    run_id    of the folder, see checkpoint/run_id.py
+    run_id    of the folder, see checkpoint/run.py
 
     TensorBoard's is read when a trainer is constructed, the others' when it begins to train.
     """

@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 from epi_ds.launch.environment import accelerator_name, prepare_environment
 
+from epi_ds.errors import RemedyError
+
 # What ZeRO-3 with Adam uses, by accelerator. On a GPU the fused optimizer is all that is compiled.
 # NVMe offload needs AsyncIO too, which is built where its library is.
 BUILDERS = {
@@ -62,7 +64,7 @@ def nvme_builders(report: Callable[[str], None]) -> tuple[str, ...]:
 def build_operators(report: Callable[[str], None]) -> None:
     """Build (or find built) the operators of this machine's accelerator. ``report`` is given a line per operator.
 
-    Raises RuntimeError naming the operator and the remedy when one cannot be built.
+    Raises RemedyError naming the operator and the remedy when one cannot be built.
     """
     prepare_environment()
     accelerator = accelerator_name()
@@ -85,7 +87,7 @@ def build_operators(report: Callable[[str], None]) -> None:
             try:
                 get_accelerator().create_op_builder(name).load()
             except Exception as error:  # DeepSpeed and torch raise many types here
-                raise RuntimeError(
+                raise RemedyError(
                     f"DeepSpeed's {name.removesuffix('Builder')} could not be built in {folder}: {error}. It needs a "
                     "C++ compiler (Debian, Ubuntu: apt-get install g++ python3-dev)"
                 ) from error

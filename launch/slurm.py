@@ -14,7 +14,7 @@ from pathlib import Path
 
 from epi_ds.launch.stop_signals import REQUEUE_EXIT_CODE
 
-from epi_ds.errors import UserError
+from epi_ds.errors import RemedyError, UserError
 
 _TEMPLATE = Path(__file__).parent / "templates" / "job.sbatch"
 
@@ -133,16 +133,18 @@ def submit(jobs: Sequence[SlurmJob], *, after: str | None = None) -> list[str]:
 
     after  the id of a job before the first one
 
-    Raises RuntimeError where sbatch is missing or refuses one, with what it said; the jobs before that are submitted.
+    Raises RemedyError where sbatch is missing or refuses one, with what it said; the jobs before that are submitted.
     """
     if shutil.which("sbatch") is None:
-        raise RuntimeError("sbatch is not installed here; submit from a login node of the cluster")
+        raise RemedyError("sbatch is not installed here; submit from a login node of the cluster")
     ids: list[str] = []
     for job in jobs:
         # --parsable prints the id, and the cluster's name behind a semicolon.
         done = subprocess.run(submit_command(job, after=after), capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"sbatch {job.path} failed: {done.stderr.strip()}")
+            raise RemedyError(
+                f"sbatch {job.path} failed: {done.stderr.strip()}; correct {job.path} and submit it by hand"
+            )
         after = done.stdout.strip().partition(";")[0]
         ids.append(after)
     return ids

@@ -1,7 +1,7 @@
 """Checksums of files: XXH3, 128 bits, which is faster than the memory that files are read into.
 
 It finds every accident. It proves nothing about who made a file: whoever can change one can change the checksum beside
-it. See [Note: trust] in run_id.py.
+it. See [Note: trust] in run.py.
 """
 
 from __future__ import annotations

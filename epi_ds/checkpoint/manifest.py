@@ -99,7 +99,7 @@ class Manifest(BaseModel):
     format_version: int
     kind: Kind
     run_id: str
-    """See [Note: trust] in run_id.py."""
+    """See [Note: trust] in run.py."""
     incarnation: int
     saved_at: str
     versions: dict[str, str]

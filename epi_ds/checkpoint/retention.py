@@ -12,8 +12,8 @@ from epi_ds.checkpoint.catalog import REMOVED, Checkpoint, checkpoints_in, lefto
 logger = logging.getLogger(__name__)
 
 
-class Keep(NamedTuple):
-    """What is kept of a folder's complete checkpoints."""
+class Retention(NamedTuple):
+    """Which of a folder's complete checkpoints stay when older ones are removed."""
 
     last: int | None
     """How many of the newest, at least one; None keeps all."""
@@ -22,35 +22,42 @@ class Keep(NamedTuple):
     run_id: str | None = None
     """Those of other runs are left alone; None sees no difference."""
     paths: tuple[Path, ...] = ()
-    """These in any case."""
+    """These stay in any case."""
 
 
-def surplus(checkpoints: Sequence[Checkpoint], keep: Keep) -> list[Checkpoint]:
+def surplus(checkpoints: Sequence[Checkpoint], retention: Retention) -> list[Checkpoint]:
     """Return the complete checkpoints that are not to be kept.
 
     checkpoints  the newest last
     """
-    if keep.last is None:
+    if retention.last is None:
         return []
-    paths = {path.resolve() for path in keep.paths}
-    own = [one for one in checkpoints if one.manifest is not None and keep.run_id in (None, one.manifest.run_id)]
-    older = own[: -max(1, keep.last)]
-    return [one for one in older if one.path.resolve() not in paths and (keep.every is None or one.step % keep.every)]
+
+    def is_own(one: Checkpoint) -> bool:
+        return one.manifest is not None and retention.run_id in (None, one.manifest.run_id)
+
+    def stays(one: Checkpoint) -> bool:
+        is_of_every = retention.every is not None and one.step % retention.every == 0
+        return is_of_every or one.path.resolve() in paths
+
+    paths = {path.resolve() for path in retention.paths}
+    older = [one for one in checkpoints if is_own(one)][: -max(1, retention.last)]
+    return [one for one in older if not stays(one)]
 
 
-def doomed_in(folder: Path, keep: Keep) -> list[Path]:
+def doomed_in(folder: Path, retention: Retention) -> list[Path]:
     """Return what `prune` would remove."""
     left = [path for path in leftovers_in(folder) if path.suffix == REMOVED]
-    return [one.path for one in surplus(checkpoints_in(folder), keep)] + left
+    return [one.path for one in surplus(checkpoints_in(folder), retention)] + left
 
 
-def prune(folder: Path, keep: Keep) -> list[Path]:
+def prune(folder: Path, retention: Retention) -> list[Path]:
     """Remove surplus checkpoints, and what earlier removals left; return what was removed.
 
     What cannot be removed is a warning: training goes on, and the next call tries again.
     """
     try:
-        return [path for path in doomed_in(folder, keep) if remove(path)]
+        return [path for path in doomed_in(folder, retention) if remove(path)]
     except OSError as error:
         logger.warning("older checkpoints in %s are not removed: %s", folder, error)
         return []

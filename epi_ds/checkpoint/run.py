@@ -91,7 +91,7 @@ def run_id_of(folder: Path) -> str:
     return (read_run(folder) or _written(folder, run_id=None, incarnation=0)).run_id
 
 
-def why_not_held(folder: Path, record: RunRecord) -> str | None:
+def why_not_ours(folder: Path, record: RunRecord) -> str | None:
     """Return why this process may not save in ``folder``; None where it is the one that took it over last."""
     found = read_run(folder)
     if found is not None and found.holder == record.holder:

@@ -8,14 +8,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from epi_ds.errors import CheckpointError, UserError
+from epi_ds.errors import CheckpointError, RemedyError, UserError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 # Errors whose message is all there is to say; others are somebody's bug.
-_SAID_IN_WORDS = (OSError, CheckpointError, UserError)
+_SAID_IN_WORDS = (OSError, CheckpointError, RemedyError, UserError)
+# Errors that stay what they are where every rank that failed met one; all others become an AgreedError.
+_KEPT = (UserError, RemedyError)
 
 
 class AgreedError(CheckpointError):
@@ -25,9 +27,11 @@ class AgreedError(CheckpointError):
 class _Verdict(NamedTuple):
     """What one rank tells the others about an action."""
 
-    problem: str | None
-    users_mistake: bool
-    seen: str
+    problem: str | None = None
+    """Why it failed; None where it did not."""
+    raises: type[Exception] = AgreedError
+    """What the failure is raised as."""
+    seen: str = ""
     """What every rank must have seen alike."""
 
 
@@ -36,19 +40,21 @@ def agree(action: Callable[[], T], *, seen: Callable[[T], str] = lambda _: "") -
 
     seen  describes what of the result must be the same on every rank
 
-    Raises UserError where every failure is one, else AgreedError. Without a verdict that all share, the rank with the
-    damaged file raises and the others wait for it in their next collective until the process group times out.
+    Raises UserError or RemedyError where every failure is one, else AgreedError. Without a verdict that all share, the
+    rank with the damaged file raises and the others wait for it in their next collective until the group times out.
     """
     try:
         result = action()
-        verdict, cause = _Verdict(None, False, seen(result)), None
+        verdict, cause = _Verdict(seen=seen(result)), None
     except Exception as error:  # whatever it is, the others must hear of it
         verdict, cause = _verdict_on(error), error
     verdicts: list[_Verdict] = [verdict] * dist.get_world_size()
     dist.all_gather_object(verdicts, verdict)
     failed = {rank: other for rank, other in enumerate(verdicts) if other.problem is not None}
-    if failed and all(other.users_mistake for other in failed.values()):
-        raise UserError("\n".join(dict.fromkeys(str(other.problem) for other in failed.values()))) from cause
+    kinds = {other.raises for other in failed.values()}
+    kind = kinds.pop() if len(kinds) == 1 else AgreedError
+    if kind in _KEPT:
+        raise kind("\n".join(dict.fromkeys(str(other.problem) for other in failed.values()))) from cause
     if failed:
         raise AgreedError(_by_rank({rank: str(other.problem) for rank, other in failed.items()})) from cause
     if len({other.seen for other in verdicts}) > 1:
@@ -77,13 +83,13 @@ class _Outcome(NamedTuple):
 def on_first_rank(action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0 and return its result to all; where it fails, raise on all. Collective.
 
-    Raises UserError where it does, else AgreedError.
+    Raises UserError or RemedyError where it does, else AgreedError.
     """
     outcomes: list[_Outcome | None] = [None]
     cause: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            outcomes[0] = _Outcome(action(), _Verdict(None, False, ""))
+            outcomes[0] = _Outcome(action(), _Verdict())
         except Exception as error:  # whatever it is, the others must hear of it
             outcomes[0], cause = _Outcome(None, _verdict_on(error)), error
     dist.broadcast_object_list(outcomes, src=0)
@@ -91,8 +97,7 @@ def on_first_rank(action: Callable[[], T]) -> T:
     if outcome is None:
         raise RuntimeError("nothing came from rank 0; the process group is not sound")
     if outcome.verdict.problem is not None:
-        kind = UserError if outcome.verdict.users_mistake else AgreedError
-        raise kind(outcome.verdict.problem) from cause
+        raise outcome.verdict.raises(outcome.verdict.problem) from cause
     result: T = outcome.result
     return result
 
@@ -100,7 +105,8 @@ def on_first_rank(action: Callable[[], T]) -> T:
 def _verdict_on(error: Exception) -> _Verdict:
     if not isinstance(error, _SAID_IN_WORDS):
         logger.exception("rank %d", dist.get_rank())
-    return _Verdict(describe(error), isinstance(error, UserError), "")
+    kind = next((kept for kept in _KEPT if isinstance(error, kept)), AgreedError)
+    return _Verdict(describe(error), raises=kind)
 
 
 def describe(error: BaseException) -> str:

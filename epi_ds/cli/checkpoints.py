@@ -57,11 +57,11 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed.")] = False,
 ) -> None:
     """Remove older checkpoints. The newest ones are not read: verify them first."""
-    from epi_ds.checkpoint.retention import Keep, doomed_in
+    from epi_ds.checkpoint.retention import Retention, doomed_in
     from epi_ds.checkpoint.retention import prune as remove
     from epi_ds.inspect.overview import folder_of
 
-    found = (doomed_in if dry_run else remove)(folder_of(path), Keep(keep_last, keep_every))
+    found = (doomed_in if dry_run else remove)(folder_of(path), Retention(keep_last, keep_every))
     console = Console(soft_wrap=True, highlight=False)
     for one in found:
         console.print(f"{'would remove' if dry_run else 'removed'} {one}")

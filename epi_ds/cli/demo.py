@@ -20,9 +20,5 @@ def demo(
     from epi_ds.launch.environment import prepare_environment
 
     prepare_environment()
-    try:
-        run_demo(output, Console())
-    except RuntimeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    run_demo(output, Console())
     audit([output])

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from enum import Enum
 from typing import Annotated
 
 import typer
@@ -26,7 +27,7 @@ from epi_ds.cli import (
     report,
     train,
 )
-from epi_ds.errors import CheckpointError, LostRankError, UserError
+from epi_ds.errors import CheckpointError, LostRankError, RemedyError, UserError
 
 # Packages that only training by a recipe and its report need: the extra `train`.
 _OF_THE_EXTRA = ("accelerate", "datasets", "matplotlib", "trl")
@@ -80,36 +81,46 @@ def _quieten() -> None:
     warnings.simplefilter("ignore", FutureWarning)
 
 
+class _Speaks(Enum):
+    """Who tells the user of an error."""
+
+    RANK_0 = "rank 0"
+    """Every rank meets the same one."""
+    EVERYONE = "everyone"
+    """Whichever ranks are left."""
+    NO_RANK = "no rank"
+    """Outside of ranks a full disk, say, or a folder that is a file; within them it is a traceback."""
+
+
+# Errors whose message is all there is to say, with the exit code they end in.
+_TOLD: dict[type[Exception], tuple[int, _Speaks]] = {
+    UserError: (2, _Speaks.RANK_0),
+    CheckpointError: (1, _Speaks.RANK_0),
+    RemedyError: (1, _Speaks.RANK_0),
+    LostRankError: (1, _Speaks.EVERYONE),
+    OSError: (1, _Speaks.NO_RANK),
+}
+
+
 def main() -> None:
-    """Run the command; a user's mistake (exit code 2), a bad checkpoint and a lost rank (1) are told in a message."""
+    """Run the command; an error of `_TOLD` is a message and an exit code, and no traceback."""
     _quieten()
     try:
         app(standalone_mode=True)
-    except UserError as error:
-        # Every rank meets the same mistake; one says it.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except CheckpointError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        if "RANK" in os.environ:
+    except tuple(_TOLD) as error:
+        code, speaks = next(told for kind, told in _TOLD.items() if isinstance(error, kind))
+        rank = os.environ.get("RANK")
+        if speaks is _Speaks.NO_RANK and rank is not None:
             raise
-        # A full disk, say, or a folder that is a file.
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        if speaks is not _Speaks.RANK_0 or rank in (None, "0"):
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(code)
     except ModuleNotFoundError as error:
         if error.name not in _OF_THE_EXTRA:
             raise
         needs = f"epi-ds {' '.join(sys.argv[1:2])} needs {error.name}, which is not installed here"
         print(f"error: {needs}: pip install 'epi-ds[train]'", file=sys.stderr)
         sys.exit(2)
-    except LostRankError as error:
-        # Whichever ranks are left.
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

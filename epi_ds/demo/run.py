@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from epi_ds.data.skills import SKILLS
 from epi_ds.demo.base_model import pretrain_small_model
+from epi_ds.errors import RemedyError
 from epi_ds.launch.local import start_child
 from epi_ds.launch.stop_signals import REQUEUE_EXIT_CODE
 from epi_ds.recipe.loading import load_recipe
@@ -34,7 +35,7 @@ _POLL_SECONDS = 0.2
 def run_demo(output: Path, console: Console) -> None:
     """Run the shipped demo recipe into ``output``; what an earlier demo left there is thrown away.
 
-    Raises RuntimeError when the run fails, or ends before it could be interrupted.
+    Raises RemedyError when the run fails, or ends before it could be interrupted.
     """
     disable_progress_bar()
     folder, base = RunFolder(output), output / "base"
@@ -57,7 +58,7 @@ def run_demo(output: Path, console: Console) -> None:
     _interrupt_after_checkpoint(command, folder, console)
     console.print("[bold]3/3[/] the same command again: it resumes from the newest complete checkpoint")
     if exit_code := start_child(command).wait():
-        raise RuntimeError(f"the resumed run failed with exit code {exit_code}; its output is above")
+        raise RemedyError(f"the resumed run failed with exit code {exit_code}; its output is above")
 
 
 def _use_cpu_without_enough_devices(ranks: int, console: Console) -> None:
@@ -100,8 +101,8 @@ def _interrupt_after_checkpoint(command: list[str], folder: RunFolder, console: 
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=1.0)
     if process.poll() is not None:
-        raise RuntimeError(f"the run ended with exit code {process.returncode} before it could be interrupted")
+        raise RemedyError(f"the run ended with exit code {process.returncode} before it could be interrupted")
     process.send_signal(signal.SIGTERM)
     if (exit_code := process.wait()) != REQUEUE_EXIT_CODE:
-        raise RuntimeError(f"the run ended with exit code {exit_code}, and was to save and stop; its output is above")
+        raise RemedyError(f"the run ended with exit code {exit_code}, and was to save and stop; its output is above")
     console.print(f"it saved checkpoint {newest()} and stopped", highlight=False)

@@ -92,7 +92,7 @@ def find_tags(paths: Sequence[Path]) -> list[Tag]:
 def audit(paths: Sequence[Path], *, trust: bool = False) -> AuditReport:
     """Compare neighbouring checkpoints of every refresh window below ``paths``.
 
-    trust  read checkpoints that are not of the run whose folder they lie in: see [Note: trust] in run_id.py
+    trust  read checkpoints that are not of the run whose folder they lie in: see [Note: trust] in run.py
 
     Raises UserError when no window holds two checkpoints that prove something or one is not trusted, and
     CheckpointError for damaged files.

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from epi_ds.checkpoint.commit import Run
 from epi_ds.choices import Apply, Memory, PolicyName, Protects, Selection, StateFormat, Transport
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
@@ -128,14 +129,15 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
             transport=_transport_of(layout, config, world_size=dist.get_world_size(optimizer.dp_process_group)),
         ),
         devices=[partition.device for partition in optimizer.fp32_partitioned_groups_flat],
-        # The mixin's mask_changes; under `apply: update` the moments keep tracking and are nobody's business.
+        # The mixin's mask_changes; under `apply: update` the moments keep tracking, and no change of mask edits them.
         listener=optimizer if config.apply is Apply.REDUCTION else None,
         moments=moments,
     )
-    context = IsolationContext(optimizer, controller)
+    run = Run(config.checkpoint)
+    context = IsolationContext(optimizer, controller, newest_checkpoint=lambda: run.last_checkpoint)
     optimizer.__class__ = type(f"Isolating{type(optimizer).__name__}", (IsolationMixin, type(optimizer)), {})
     optimizer.isolation = context
-    engine.run = context.run
+    engine.run = run
     engine.__class__ = type(f"Isolating{type(engine).__name__}", (IsolationEngineMixin, type(engine)), {})
     engine.epi = EPI(engine, controller)
     if dist.get_rank() == 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -13,7 +15,6 @@ from epi_ds.choices import Apply
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.layout import Parameter, Span, build_layout
 from epi_ds.zero3.moments import ClippingAverage
-from epi_ds.zero3.persistence.run import EngineRun
 from epi_ds.zero3.skipped import SkippedSteps
 from epi_ds.zero3.step_energy import StepEnergy
 from epi_ds.zero3.window import AccumulationWindow
@@ -30,7 +31,10 @@ class Rescale(NamedTuple):
 class IsolationContext:
     """What the overrides work with: the controller, the accumulation window and the optimizer's geometry."""
 
-    def __init__(self, optimizer: Any, controller: IsolationController) -> None:
+    def __init__(
+        self, optimizer: Any, controller: IsolationController, *, newest_checkpoint: Callable[[], Path | None]
+    ) -> None:
+        """``newest_checkpoint`` is asked for the last one saved or loaded when too many steps were skipped."""
         self.controller = controller
         self.window = AccumulationWindow()
         self.masks_gradients = controller.config.apply is Apply.REDUCTION
@@ -38,8 +42,7 @@ class IsolationContext:
         """One average per parameter group, for `apply: reduction`. See [Note: release] in moments.py."""
         if self.masks_gradients:
             self.clipping = [ClippingAverage(group["betas"][1]) for group in optimizer.optimizer.param_groups]
-        self.run = EngineRun()
-        self.skipped = SkippedSteps(controller.config.max_skipped_steps)
+        self.skipped = SkippedSteps(controller.config.max_skipped_steps, newest_checkpoint=newest_checkpoint)
         self.backward_scale = 1.0
         """Loss scale of the gradients being applied; a dynamic scaler may raise its own before they are unscaled."""
         self.offloaded_sumsq: dict[Any, Tensor] = {}

@@ -99,7 +99,7 @@ class IsolationMixin(Zero3Optimizer):
     def step(self, closure: Any = None) -> None:
         """Step, then count it and refresh the mask where due. Collective.
 
-        Raises RuntimeError where no step could be applied for too long.
+        Raises RemedyError where no step could be applied for too long, and RuntimeError where a probe is still due.
         """
         context = self.isolation
         if context.controller.awaits_probe:
@@ -118,7 +118,6 @@ class IsolationMixin(Zero3Optimizer):
                 suspects,
                 num_parameters=len(context.names),
                 loss_scale=context.backward_scale,
-                last=context.run.last_checkpoint,
             )
             return
         context.skipped.applied()

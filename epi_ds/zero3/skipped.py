@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
+
+from epi_ds.errors import RemedyError
 
 # Names that fit into a sentence.
 _SHOWN = 5
@@ -14,9 +16,9 @@ _SHOWN = 5
 class SkippedSteps:
     """Counts steps skipped in a row; the same on every rank, since all skip together."""
 
-    def __init__(self, limit: int) -> None:
-        """``limit`` is how many are too many."""
-        self._limit = limit
+    def __init__(self, limit: int, *, newest_checkpoint: Callable[[], Path | None]) -> None:
+        """``limit`` is how many are too many; ``newest_checkpoint`` is asked for the last one saved or loaded then."""
+        self._limit, self._newest_checkpoint = limit, newest_checkpoint
         self.in_a_row = 0
 
     @property
@@ -28,11 +30,10 @@ class SkippedSteps:
         """Note an applied step."""
         self.in_a_row = 0
 
-    def skipped(self, suspects: Sequence[str], *, num_parameters: int, loss_scale: float, last: Path | None) -> None:
-        """Note a skipped step. Collective, and raises RuntimeError on all ranks, where it is one too many.
+    def skipped(self, suspects: Sequence[str], *, num_parameters: int, loss_scale: float) -> None:
+        """Note a skipped step. Collective, and raises RemedyError on all ranks, where it is one too many.
 
         suspects  parameters of which this rank had a gradient that is not finite
-        last      the newest checkpoint that was saved or loaded
         """
         self.in_a_row += 1
         if self.in_a_row < self._limit:
@@ -46,8 +47,9 @@ class SkippedSteps:
             if names
             else "in the last one only their sum over the ranks or over the micro-batches"
         )
-        checkpoint = f"The newest checkpoint is {last}" if last else "No checkpoint was saved"
-        raise RuntimeError(
+        newest = self._newest_checkpoint()
+        checkpoint = f"The newest checkpoint is {newest}" if newest else "No checkpoint was saved"
+        raise RemedyError(
             f"the last {self.in_a_row} steps were skipped (max_skipped_steps), because gradients are not finite: "
             f"{where}, with loss scale {loss_scale:g}. The weights are those of before; look at the data of these "
             f"steps, and lower the learning rate or the loss scale. {checkpoint}"

@@ -31,8 +31,8 @@ from epi_ds.checkpoint.durable import write_json
 from epi_ds.checkpoint.loading import share_of
 from epi_ds.checkpoint.manifest import FOLDER, PATH, read_manifest
 from epi_ds.checkpoint.random_states import random_states, restore_random_states
-from epi_ds.checkpoint.retention import Keep, prune, surplus
-from epi_ds.checkpoint.run import FILE, check_trusted, is_own, read_run, take_over, why_not_held
+from epi_ds.checkpoint.retention import Retention, prune, surplus
+from epi_ds.checkpoint.run import FILE, check_trusted, is_own, read_run, take_over, why_not_ours
 from epi_ds.checkpoint.slices import pieces_of, slice_numel
 from epi_ds.checkpoint.trainer_folder import commit_trainer_folder, set_aside_incomplete
 from epi_ds.errors import UserError
@@ -270,12 +270,12 @@ def test_what_cannot_be_removed_is_left_with_a_warning(
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", fail)
-        prune(tmp_path, Keep(1))
+        prune(tmp_path, Retention(1))
     assert caplog.text.count("could not be removed") == 2
     # It is no checkpoint any more, and the next call tries again.
     assert [one.path.name for one in checkpoints_in(tmp_path)] == ["s3"]
     assert len(leftovers_in(tmp_path)) == 2
-    prune(tmp_path, Keep(1))
+    prune(tmp_path, Retention(1))
     assert leftovers_in(tmp_path) == []
 
 
@@ -295,17 +295,17 @@ def test_retention(tmp_path: Path, keep_last: int | None, keep_every: int | None
         make_checkpoint(tmp_path / f"global_step{step}", step=step)
     make_checkpoint(tmp_path / "of_another_run", step=5, run_id="other")
     half(tmp_path / "half")
-    prune(tmp_path, Keep(keep_last, keep_every, run_id="run"))
+    prune(tmp_path, Retention(keep_last, keep_every, run_id="run"))
     assert [one.step for one in checkpoints_in(tmp_path)] == [-1, 5, *kept]
     # A damaged one does not count among those that are kept, and is not removed.
     flip_bit(tmp_path / f"global_step{kept[-1]}" / PATH)
-    assert all(one.problem is None for one in surplus(checkpoints_in(tmp_path), Keep(1)))
+    assert all(one.problem is None for one in surplus(checkpoints_in(tmp_path), Retention(1)))
 
 
 def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         make_checkpoint(tmp_path / f"s{step}", step=step)
-    prune(tmp_path, Keep(1, paths=(tmp_path / "s1",)))
+    prune(tmp_path, Retention(1, paths=(tmp_path / "s1",)))
     assert [one.step for one in checkpoints_in(tmp_path)] == [1, 3]
 
 
@@ -316,7 +316,7 @@ def test_what_a_later_process_saves_is_newer_whatever_its_step(tmp_path: Path) -
     make_checkpoint(tmp_path / "again2", step=2, incarnation=2)
     assert checkpoints_in(tmp_path)[-1].path.name == "again2"
     assert named(tmp_path, "step:2").path.name == "again2"
-    prune(tmp_path, Keep(2))
+    prune(tmp_path, Retention(2))
     assert [one.path.name for one in checkpoints_in(tmp_path)] == ["s3", "again2"]
 
 
@@ -380,14 +380,14 @@ def test_removing_what_is_gone_is_no_error(tmp_path: Path, caplog: pytest.LogCap
 
 def test_a_folder_is_held_by_the_last_one_that_took_it(tmp_path: Path) -> None:
     first = take_over(tmp_path / "run")
-    assert why_not_held(tmp_path / "run", first) is None
+    assert why_not_ours(tmp_path / "run", first) is None
     second = take_over(tmp_path / "run")
     assert (second.run_id, second.incarnation) == (first.run_id, 2)
-    assert why_not_held(tmp_path / "run", second) is None
+    assert why_not_ours(tmp_path / "run", second) is None
     said = f"process {os.getpid()} on .* has taken .*run over, so this process"
-    assert re.match(said, why_not_held(tmp_path / "run", first) or "")
+    assert re.match(said, why_not_ours(tmp_path / "run", first) or "")
     (tmp_path / "run" / FILE).unlink()
-    assert f"{FILE} is gone" in (why_not_held(tmp_path / "run", second) or "")
+    assert f"{FILE} is gone" in (why_not_ours(tmp_path / "run", second) or "")
 
 
 def test_only_checkpoints_of_the_folder_s_own_run_are_trusted(tmp_path: Path) -> None:

@@ -170,7 +170,9 @@ def test_commands_exist(page: Path) -> None:
         if words[0] == "make":
             targets = [word for word in words[1:] if "=" not in word]
             for target in targets:
-                assert re.search(rf"^(.* )?{target}( .*)?:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"make {target}"
+                assert re.search(rf"^(.* )?{target}( .*)?:", (ROOT / "Makefile").read_text(), re.MULTILINE), (
+                    f"make {target}"
+                )
         for word in words:
             # test_x.py is of an operation to be written.
             if re.match(r"(tests|docker|docs|launch|ds_configs)/[\w./-]+$", word) and not word.endswith("_x.py"):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from epi_ds.checkpoint.catalog import Checkpoint, open_checkpoint
+from epi_ds.checkpoint.commit import Run
 from epi_ds.checkpoint.deepspeed_files import SavedPartitions
 from epi_ds.checkpoint.loading import choose, verify
 from epi_ds.checkpoint.manifest import Manifest
@@ -27,10 +28,10 @@ from epi_ds.checkpoint.verdict import agree, on_first_rank
 from epi_ds.choices import MissingState
 from epi_ds.errors import CheckpointError, UserError
 from epi_ds.zero3.handle import EPI
+from epi_ds.zero3.persistence.contents import batch_of, sub_groups_of
 from epi_ds.zero3.persistence.cpu_adam import replay_steps
 from epi_ds.zero3.persistence.nvme import check_swapped_copies, finish_load
 from epi_ds.zero3.persistence.resharding import check_parameters, load_frozen, load_partitions
-from epi_ds.zero3.persistence.run import EngineRun, batch_of, sub_groups_of
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -45,7 +46,7 @@ class LoadingMixin(DeepSpeedEngine):
     """Loads with the engine's own checkpoints. See [Note: loads]."""
 
     epi: EPI
-    run: EngineRun
+    run: Run
     # What `_load_zero_checkpoint` reads instead of DeepSpeed's own way, while a load needs it.
     _reader: SavedPartitions | None = None
     _weights_only = False
@@ -125,8 +126,7 @@ class LoadingMixin(DeepSpeedEngine):
         for average, saved in zip(self.optimizer.isolation.clipping, clipping, strict=True):
             average.restore(saved)
         replay_steps(self.optimizer.optimizer)
-        self.run.last_checkpoint, self.run.saved_step = folder, self.global_steps
-        self.run.begin_again(folder.parent)
+        self.run.continues_from(folder, step=self.global_steps)
 
     def _choose(self, load_dir: Path, tag: str | None, *, accepts_plain: bool) -> Checkpoint | None:
         """Return the verified tag to load; of a trainer's folder the one in it."""

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from epi_ds.checkpoint.retention import Keep, prune
-from epi_ds.checkpoint.saving import TagWriter, check_space
+from epi_ds.checkpoint.commit import Run
+from epi_ds.checkpoint.run import RunRecord
+from epi_ds.checkpoint.saving import SaveTimes, TagWriter, check_space
 from epi_ds.checkpoint.store import write_state
-from epi_ds.checkpoint.verdict import AgreedError
-from epi_ds.choices import OnFailure
 from epi_ds.errors import UserError
 from epi_ds.zero3.handle import EPI
+from epi_ds.zero3.persistence.contents import bytes_to_save, manifest_of
 from epi_ds.zero3.persistence.guarded_files import guarded
 from epi_ds.zero3.persistence.nvme import copy_swapped_files
-from epi_ds.zero3.persistence.run import EngineRun, bytes_to_save, manifest_of
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -32,7 +31,7 @@ class SavingMixin(DeepSpeedEngine):
     """Saves with the engine's own checkpoints."""
 
     epi: EPI
-    run: EngineRun
+    run: Run
     # Within `save_checkpoint` DeepSpeed does not copy swapped files: we do, so that all ranks hear of a failure.
     _hides_nvme = False
 
@@ -58,10 +57,9 @@ class SavingMixin(DeepSpeedEngine):
         self._check_window(tag)
         self._warn_of_what_is_lost(tag)
         self.optimizer.settle_step_energy()
-        config = self.epi.config.checkpoint
-        home = self.run.trainer_folder or folder
-        try:
-            record = self.run.hold(home)
+        path = folder / tag
+
+        def write(record: RunRecord) -> SaveTimes:
             check_space(folder, bytes_to_save(self))
             writer = TagWriter(folder, tag)
             try:
@@ -70,28 +68,17 @@ class SavingMixin(DeepSpeedEngine):
                 writer.discard()
                 raise
             # Another job may have begun meanwhile, and write under the same name.
-            self.run.hold(home)
-            times = writer.commit(lambda files: manifest_of(self, files, record), save_latest=save_latest)
-        except AgreedError as error:
-            self.save_failed(folder / tag, error)
-            return False
-        self.run.last_save, self.run.last_checkpoint = times, folder / tag
-        if self.run.trainer_folder is not None:
-            # Its checkpoint is not yet whole.
-            return True
-        self.run.saved_step = self.global_steps
-        if dist.get_rank() == 0:
-            keep = Keep(config.keep_last, config.keep_every, run_id=record.run_id, paths=(folder / tag,))
-            prune(folder, keep)
-        return True
+            self.run.occupy(self.run.home_of(path))
+            return writer.commit(lambda files: manifest_of(self, files, record), save_latest=save_latest)
 
-    def save_failed(self, path: Path, error: AgreedError) -> None:
-        """Say that a checkpoint could not be saved, or raise where that is to end the run (checkpoint.on_failure)."""
-        self.run.failed = path
-        if self.epi.config.checkpoint.on_failure is OnFailure.STOP:
-            raise error
-        if dist.get_rank() == 0:
-            logger.error("%s was not saved, and training goes on (checkpoint.on_failure): %s", path, error)
+        times = self.run.save(path, write)
+        if times is None:
+            return False
+        self.run.last_save = times
+        # Under a trainer its checkpoint is not yet whole; the callback says when.
+        if self.run.trainer_folder is None:
+            self.run.completed(path, step=self.global_steps)
+        return True
 
     def _check_window(self, tag: str) -> None:
         if self.optimizer.isolation.window.is_open:
@@ -140,5 +127,5 @@ class SavingMixin(DeepSpeedEngine):
             logger.warning("DeepSpeed's zero_to_fp32.py could not be put into %s: %s", save_path, error)
 
     def zero_nvme_offload_optimizer(self) -> bool:
-        """See `_hides_nvme`."""
+        """Whether optimizer states are on NVMe, as far as DeepSpeed's own save is to know; see `_hides_nvme`."""
         return not self._hides_nvme and bool(super().zero_nvme_offload_optimizer())
