@@ -18,11 +18,11 @@ import psutil
 import pytest
 import torch
 import yaml
-from epi_ds.launch.local import free_port, remove_buffers
 from transformers import AutoTokenizer
 
 from epi_ds.checkpoint.manifest import Manifest
 from epi_ds.evaluation.tasks import load_conversations
+from epi_ds.launch.local import free_port, remove_buffers
 from epi_ds.recipe.models import load_recipe
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.stages import StageRows, plan_stages, row_order
