@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import hjson
-from epi_ds.ds_configs.values import changed, expanded
 
+from epi_ds.ds_configs.values import changed, expanded
 from epi_ds.errors import UserError, nearest
 
 # Key of the line that says when to use a configuration. DeepSpeed has no such key.

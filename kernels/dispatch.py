@@ -10,8 +10,9 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from epi_ds.kernels.cpu.build import library
 from torch import Tensor
+
+from epi_ds.kernels.cpu.build import library
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from epi_ds.kernels.dispatch import implementation
 from epi_ds.kernels.reference.codecs import Stored
-from torch import Tensor
 
 _operations = torch.library.Library("epi_ds", "DEF")  # type: ignore[no-untyped-call]
 

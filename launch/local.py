@@ -18,11 +18,11 @@ from types import FrameType
 from typing import Any
 
 import psutil
+
+from epi_ds.errors import UserError
 from epi_ds.launch.environment import prepare_environment
 from epi_ds.launch.lost_ranks import die_with_parent, signal_of
 from epi_ds.launch.stop_signals import REQUEUE_EXIT_CODE
-
-from epi_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
-from epi_ds.launch.local import Stop, start_child
-
 from epi_ds.errors import UserError
+from epi_ds.launch.local import Stop, start_child
 
 # What ranks on other nodes are to see of this environment; srun passes all of it by itself.
 PASSED = re.compile(

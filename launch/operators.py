@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-from epi_ds.launch.environment import accelerator_name, prepare_environment
 
 from epi_ds.errors import RemedyError
+from epi_ds.launch.environment import accelerator_name, prepare_environment
 
 # What ZeRO-3 with Adam uses, by accelerator. On a GPU the fused optimizer is all that is compiled.
 # NVMe offload needs AsyncIO too, which is built where its library is.

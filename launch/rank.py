@@ -11,11 +11,10 @@ import runpy
 import sys
 from pathlib import Path
 
+from epi_ds.errors import UserError
 from epi_ds.launch.environment import prepare_environment
 from epi_ds.launch.lost_ranks import die_with_launcher
 from epi_ds.launch.rank_environment import become_rank, only_rank
-
-from epi_ds.errors import UserError
 
 
 def run_as_rank(arguments: list[str]) -> None:

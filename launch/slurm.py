@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from epi_ds.launch.stop_signals import REQUEUE_EXIT_CODE
-
 from epi_ds.errors import RemedyError, UserError
+from epi_ds.launch.stop_signals import REQUEUE_EXIT_CODE
 
 _TEMPLATE = Path(__file__).parent / "templates" / "job.sbatch"
 

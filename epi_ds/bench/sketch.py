@@ -13,7 +13,8 @@ from torch import Tensor
 from epi_ds.bench.one_rank import OneRank
 from epi_ds.bench.training import Trained
 from epi_ds.choices import Normalizer, Selection, StateFormat
-from epi_ds.isolation.importance.stored import CODE_SHIFTS, Importance, code_chunks
+from epi_ds.isolation.importance.stored import CODE_SHIFTS
+from epi_ds.isolation.importance.views import Importance, code_chunks
 from epi_ds.isolation.search.selector import sketch_of
 from epi_ds.isolation.search.threshold import Thresholds, find_thresholds
 from epi_ds.isolation.search.traffic import compare, pick, refresh_messages

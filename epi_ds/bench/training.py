@@ -11,7 +11,8 @@ from torch import Tensor
 from epi_ds.choices import StateFormat
 from epi_ds.data.skills import Split, load_tokenizer, rows
 from epi_ds.demo.base_model import collate, encode, small_llama
-from epi_ds.isolation.importance.stored import Importance, StoredImportance
+from epi_ds.isolation.importance.stored import StoredImportance
+from epi_ds.isolation.importance.views import Importance
 from epi_ds.isolation.layout import Layout, Parameter, Segment, build_layout
 
 # What a million parameters take; powers of two mislead benchmarks.

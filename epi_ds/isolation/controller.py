@@ -16,7 +16,8 @@ from epi_ds.choices import Memory, PolicyName, StateFormat
 from epi_ds.config import EPIConfig
 from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.importance.remembered import Remembered
-from epi_ds.isolation.importance.stored import Importance, StoredImportance
+from epi_ds.isolation.importance.stored import StoredImportance
+from epi_ds.isolation.importance.views import Importance
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.mask import Masks
 from epi_ds.isolation.policy import Policy

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from epi_ds.isolation.importance.codes import codes_of
-from epi_ds.isolation.importance.stored import Importance
+from epi_ds.isolation.importance.views import Importance
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.kernels import chunks, count_bits, select_, set_bits, slice_bits, unpack_bits
 

@@ -14,8 +14,8 @@ from epi_ds.choices import ADAPTIVE, Protects
 from epi_ds.config import EPIConfig
 from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.importance.remembered import Remembered
-from epi_ds.isolation.importance.stored import Importance, ReadPartition, partition_reader
 from epi_ds.isolation.importance.tasks import task_shares
+from epi_ds.isolation.importance.views import Importance, ReadPartition, partition_reader
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.mask import Masks, select_bits
 from epi_ds.isolation.refresh_report import FirstMask, GroupCounts, Refresh, layer_importance

@@ -26,7 +26,7 @@ from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_no
 from deepspeed.runtime.zero.utils import get_norm_dtype
 from torch import Tensor
 
-from epi_ds.isolation.importance.stored import ReadPartition
+from epi_ds.isolation.importance.views import ReadPartition
 from epi_ds.isolation.layout import Span, merge_spans
 from epi_ds.kernels import hold, mask_, masked_sumsq, restore_
 from epi_ds.zero3.context import IsolationContext, Rescale

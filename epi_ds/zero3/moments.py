@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epi_ds.isolation.importance.stored import ReadPartition
+from epi_ds.isolation.importance.views import ReadPartition
 from epi_ds.kernels import chunks, unpack_bits
 
 

@@ -28,7 +28,7 @@ class SecondMoments:
         return [group["betas"][1] for group in self._optimizer.optimizer.param_groups]
 
     def read(self, segment: Segment, start: int, stop: int) -> Tensor:
-        """See `epi_ds.isolation.importance.stored.Importance`."""
+        """See `epi_ds.isolation.importance.views.Importance`."""
         partition = self._optimizer.fp32_partitioned_groups_flat[segment.sub_group]
         state = stepping_optimizer(self._optimizer, segment.sub_group).state.get(partition, {})
         if "exp_avg_sq" not in state:

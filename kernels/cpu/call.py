@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from epi_ds.kernels.cpu.build import library
 from torch import Tensor
+
+from epi_ds.kernels.cpu.build import library
 
 STATE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.uint16: 2, torch.uint8: 3}
 VALUE_FORMATS = {torch.float32: 1, torch.bfloat16: 2}

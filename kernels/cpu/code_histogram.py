@@ -5,9 +5,10 @@ from __future__ import annotations
 from ctypes import c_int64
 
 import torch
+from torch import Tensor
+
 from epi_ds.kernels.cpu.call import operation, pointer, threads
 from epi_ds.kernels.reference.code_histogram import NUM_CODES
-from torch import Tensor
 
 
 def code_histogram_(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from ctypes import c_int, c_int64
 
 import torch
+from torch import Tensor
+
 from epi_ds.kernels.cpu.call import STATE_FORMATS, operation, pointer, threads
 from epi_ds.kernels.reference.codecs import Stored
-from torch import Tensor
 
 
 def decode(stored: Stored, *, variant: str | None = None, num_threads: int | None = None) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from ctypes import c_int, c_int64, c_uint16, c_uint32
 
 import torch
+from torch import Tensor
+
 from epi_ds.kernels.cpu.call import STATE_FORMATS, check_entries, operation, pointer, threads
 from epi_ds.kernels.reference.codecs import Stored
 from epi_ds.kernels.reference.dither import phase
-from torch import Tensor
 
 
 def encode_(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from ctypes import c_int, c_int64
 
 import torch
+from torch import Tensor
+
 from epi_ds.kernels.cpu.call import check_entries, mask_pointer, operation, pointer, threads
 from epi_ds.kernels.reference import hold as reference
-from torch import Tensor
 
 # Bytes of an entry; the others are rare enough for the reference.
 _SIZES = (2, 4)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from ctypes import c_float, c_int, c_int64, c_uint16
 
 import torch
+from torch import Tensor
+
 from epi_ds.kernels.cpu.call import STATE_FORMATS, VALUE_FORMATS, operation, pointer, threads
 from epi_ds.kernels.reference.dither import phase
-from torch import Tensor
 
 
 def observe_(

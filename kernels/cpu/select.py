@@ -5,8 +5,9 @@ from __future__ import annotations
 from ctypes import c_int32, c_int64
 
 import torch
-from epi_ds.kernels.cpu.call import mask_pointer, operation, pointer, threads
 from torch import Tensor
+
+from epi_ds.kernels.cpu.call import mask_pointer, operation, pointer, threads
 
 
 def select_(

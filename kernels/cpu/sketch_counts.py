@@ -5,8 +5,9 @@ from __future__ import annotations
 from ctypes import c_int64
 
 import torch
-from epi_ds.kernels.cpu.call import operation, pointer, threads
 from torch import Tensor
+
+from epi_ds.kernels.cpu.call import operation, pointer, threads
 
 
 def sketch_counts(

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from epi_ds.kernels.gpu import decode, encode, hold, masked_sumsq, observe, select, sketch_counts
-from epi_ds.kernels.gpu.launch import OPTIONS, Specialisation
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from epi_ds.kernels.gpu import decode, encode, hold, masked_sumsq, observe, select, sketch_counts
+from epi_ds.kernels.gpu.launch import OPTIONS, Specialisation
 
 ARCHITECTURES = (80, 90)
 """A100 and H100."""

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from epi_ds.kernels.gpu.launch import Specialisation
 from epi_ds.kernels.reference import codecs, runs
 from epi_ds.kernels.reference.codecs import Stored
-from torch import Tensor
 
 TILE_NUMEL = tl.constexpr(runs.TILE_NUMEL)
 BLOCK_NUMEL = tl.constexpr(codecs.BLOCK_NUMEL)

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 import torch
 import triton.language as tl
+from torch import Tensor
+
 from epi_ds.kernels.gpu.codecs import FORMATS, coded_specialisations, first_scale, load_tile, num_tiles, plain, tile_of
 from epi_ds.kernels.gpu.launch import Specialisation, kernel, launch
 from epi_ds.kernels.reference.codecs import Stored
-from torch import Tensor
 
 
 def decode(stored: Stored) -> Tensor:

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 
 import torch
 import triton.language as tl
+from torch import Tensor
+
 from epi_ds.kernels.gpu.codecs import FORMATS, coded_specialisations, first_scale, num_tiles, plain, store_tile, tile_of
 from epi_ds.kernels.gpu.dither import dither
 from epi_ds.kernels.gpu.launch import Specialisation, kernel, launch
 from epi_ds.kernels.reference.codecs import Stored
 from epi_ds.kernels.reference.dither import phase
-from torch import Tensor
 
 
 def encode_(stored: Stored, values: Tensor, *, key: int, step: int) -> None:

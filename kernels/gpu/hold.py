@@ -17,9 +17,10 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from epi_ds.kernels.gpu.launch import Specialisation, kernel, launch, num_tiles
 from epi_ds.kernels.gpu.mask_bits import isolated
-from torch import Tensor
 
 _LANES = tl.constexpr(32)
 _TILE_ROWS = tl.constexpr(128)

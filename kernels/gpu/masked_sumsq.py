@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 import torch
 import triton.language as tl
+from torch import Tensor
+
 from epi_ds.kernels.gpu.launch import Specialisation, kernel, launch, num_tiles
 from epi_ds.kernels.gpu.mask_bits import isolated
-from torch import Tensor
 
 _TILE_NUMEL = tl.constexpr(4096)
 

@@ -15,6 +15,8 @@ from itertools import product
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from epi_ds.kernels.gpu.codecs import (
     ENTRIES,
     FORMATS,
@@ -30,7 +32,6 @@ from epi_ds.kernels.gpu.dither import dither
 from epi_ds.kernels.gpu.launch import Specialisation, kernel, launch
 from epi_ds.kernels.reference import runs
 from epi_ds.kernels.reference.dither import phase
-from torch import Tensor
 
 _NUM_COLUMNS = tl.constexpr(runs.NUM_COLUMNS)
 _GRADIENTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

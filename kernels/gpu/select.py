@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import torch
 import triton.language as tl
-from epi_ds.kernels.gpu.launch import Specialisation, kernel, launch, num_tiles
 from torch import Tensor
+
+from epi_ds.kernels.gpu.launch import Specialisation, kernel, launch, num_tiles
 
 _TILE_BYTES = tl.constexpr(512)
 _TILE_NUMEL = tl.constexpr(512 * 8)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from epi_ds.kernels.reference.codecs import PATTERN_SHIFT, Stored, largest_square, per_entry
 from torch import Tensor
+
+from epi_ds.kernels.reference.codecs import PATTERN_SHIFT, Stored, largest_square, per_entry
 
 
 def decode(stored: Stored) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from epi_ds.kernels.reference.codecs import (
     BLOCK_NUMEL,
     LARGEST_FINITE,
@@ -14,7 +16,6 @@ from epi_ds.kernels.reference.codecs import (
     per_entry,
 )
 from epi_ds.kernels.reference.dither import dither
-from torch import Tensor
 
 
 def encode_(stored: Stored, values: Tensor, *, key: int, step: int) -> None:

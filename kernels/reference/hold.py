@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from epi_ds.kernels.reference.chunks import chunks
 from epi_ds.kernels.reference.mask_bits import unpack_bits
-from torch import Tensor
 
 
 def hold(values: Tensor, bits: Tensor, num_isolated: int) -> Tensor:

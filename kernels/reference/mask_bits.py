@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from epi_ds.kernels.reference.chunks import chunks
 from torch import Tensor
+
+from epi_ds.kernels.reference.chunks import chunks
 
 
 def _shifts(device: torch.device) -> Tensor:

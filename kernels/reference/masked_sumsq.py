@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from epi_ds.kernels.reference.chunks import chunks
 from epi_ds.kernels.reference.mask_bits import unpack_bits
-from torch import Tensor
 
 
 def masked_sumsq(values: Tensor, bits: Tensor, *, first_entry: int = 0) -> Tensor:

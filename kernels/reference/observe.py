@@ -8,12 +8,13 @@ read and written as it would be anyway, and what isolation adds is one read and 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from epi_ds.kernels.reference.chunks import chunks
 from epi_ds.kernels.reference.codecs import Stored
 from epi_ds.kernels.reference.decode import decode
 from epi_ds.kernels.reference.encode import encode_
 from epi_ds.kernels.reference.runs import runs_of
-from torch import Tensor
 
 
 def observe_(

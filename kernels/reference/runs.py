@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from epi_ds.kernels.reference.codecs import Stored, num_blocks
 from torch import Tensor
+
+from epi_ds.kernels.reference.codecs import Stored, num_blocks
 
 TILE_NUMEL = 4096
 _TILE_BITS = 12

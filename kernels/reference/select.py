@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from epi_ds.kernels.reference.chunks import chunks
 from epi_ds.kernels.reference.mask_bits import set_bits, unpack_bits
-from torch import Tensor
 
 
 def select_(bits: Tensor, codes: Tensor, before: Tensor, *, threshold_code: int, first_entry: int) -> Tensor:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from epi_ds.launch.local import free_port
 
+from epi_ds.launch.local import free_port
 from tests.docker.dockerfiles import ROOT
 from tests.support.processes import Finished, checked, run_command
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from epi_ds.launch.environment import prepare_environment
 
 from epi_ds.demo.base_model import small_llama
+from epi_ds.launch.environment import prepare_environment
 from tests.support.engines import ds_config, engine_of
 
 VOCABULARY = 512

@@ -20,13 +20,13 @@ from typing import Any
 import torch.distributed as dist
 from datasets import Dataset
 from deepspeed.utils import safe_get_full_fp32_param
-from epi_ds.launch.environment import prepare_environment
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import epi_ds
 from epi_ds import ds_configs
 from epi_ds.data.skills import Split, rows
+from epi_ds.launch.environment import prepare_environment
 from epi_ds.train.accelerate_setup import prepare_accelerate
 
 

@@ -23,8 +23,8 @@ stop_signals.listen()
 
 import torch.distributed as dist  # noqa: E402
 from deepspeed.utils import safe_get_full_optimizer_state  # noqa: E402
-from epi_ds.launch.environment import prepare_environment  # noqa: E402
 
+from epi_ds.launch.environment import prepare_environment  # noqa: E402
 from epi_ds.recipe.loading import load_recipe  # noqa: E402
 from epi_ds.train.run import run_recipe  # noqa: E402
 from epi_ds.train.trainer import StageTrainer  # noqa: E402

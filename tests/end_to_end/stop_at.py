@@ -11,8 +11,8 @@ import sys
 from typing import Any
 
 import torch.distributed as dist
-from epi_ds.launch.environment import prepare_environment
 
+from epi_ds.launch.environment import prepare_environment
 from epi_ds.recipe.loading import load_recipe
 from epi_ds.train.run import run_recipe
 from epi_ds.train.trainer import StageTrainer

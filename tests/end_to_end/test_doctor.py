@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from epi_ds.launch.local import free_port
 
+from epi_ds.launch.local import free_port
 from tests.support.processes import Finished, checked, run_command, run_epi_ds
 
 pytestmark = pytest.mark.end_to_end

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from epi_ds.launch.local import free_port
 from safetensors.torch import load_file
 
 from epi_ds.data.skills import Split, rows
+from epi_ds.launch.local import free_port
 from tests.support.processes import checked, run_command
 
 pytestmark = pytest.mark.end_to_end

@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from epi_ds.launch.local import free_port, remove_buffers
 from transformers import AutoTokenizer
 
 from epi_ds.evaluation.tasks import load_conversations
+from epi_ds.launch.local import free_port, remove_buffers
 from epi_ds.recipe.loading import load_recipe
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.stages import StageRows, plan_stages, row_order

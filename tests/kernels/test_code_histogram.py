@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from epi_ds.kernels.cpu.code_histogram import code_histogram_ as compiled
 from epi_ds.kernels.reference.code_histogram import NUM_CODES
 from epi_ds.kernels.reference.code_histogram import code_histogram_ as reference
-
 from tests.support.operations import SIZES, runnable_variants, state_of
 
 

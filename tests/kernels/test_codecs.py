@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from epi_ds.kernels import Stored, decode, encode_, num_blocks
-from epi_ds.kernels.reference.chunks import CHUNK_NUMEL
-from epi_ds.kernels.reference.dither import dither
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from epi_ds.kernels import Stored, decode, encode_, num_blocks
+from epi_ds.kernels.reference.chunks import CHUNK_NUMEL
+from epi_ds.kernels.reference.dither import dither
 from tests.support.covering import covering
 from tests.support.operations import observe_run
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from epi_ds.kernels import Stored, decode
 from epi_ds.kernels.cpu.decode import decode as compiled
 from epi_ds.kernels.reference.decode import decode as reference
-
 from tests.support.operations import SIZES, STATES, runnable_variants, same_bits, state_of
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from epi_ds.kernels import Stored, num_blocks
 from epi_ds.kernels.cpu.encode import encode_ as compiled
 from epi_ds.kernels.reference.encode import encode_ as reference
-
 from tests.support.covering import covering
 from tests.support.operations import (
     SIZES,

@@ -9,16 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from epi_ds.kernels.dispatch import Backend, backend_on
 from epi_ds.kernels.reference.codecs import Stored
 from epi_ds.kernels.reference.runs import Run, table_of
-from torch import Tensor
-
 from tests.support.operations import STATES
 
 pytest.importorskip("triton", reason="Triton, which the GPU kernels are written in, is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: Triton interprets and does not compile", allow_module_level=True)
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
 
 from epi_ds.kernels.gpu import aot
 from epi_ds.kernels.gpu.decode import decode
@@ -28,9 +32,6 @@ from epi_ds.kernels.gpu.masked_sumsq import masked_sumsq
 from epi_ds.kernels.gpu.observe import observe_
 from epi_ds.kernels.gpu.select import select_
 from epi_ds.kernels.gpu.sketch_counts import sketch_counts
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
 
 
 @pytest.mark.slow

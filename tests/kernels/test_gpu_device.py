@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from epi_ds.kernels.reference.codecs import Stored
 from epi_ds.kernels.reference.decode import decode as reference_decode
 from epi_ds.kernels.reference.encode import encode_ as reference_encode
@@ -16,8 +18,6 @@ from epi_ds.kernels.reference.observe import observe_ as reference_observe
 from epi_ds.kernels.reference.runs import NUM_COLUMNS, Run, table_of
 from epi_ds.kernels.reference.select import select_ as reference_select
 from epi_ds.kernels.reference.sketch_counts import sketch_counts as reference_sketch_counts
-from torch import Tensor
-
 from tests.support.gpu_operations import (
     DEVICE,
     FIRST_INDICES,

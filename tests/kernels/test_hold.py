@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from epi_ds.kernels.cpu import hold as compiled
-from epi_ds.kernels.reference import hold as reference
 from torch import Tensor
 
+from epi_ds.kernels.cpu import hold as compiled
+from epi_ds.kernels.reference import hold as reference
 from tests.support.covering import covering
 from tests.support.operations import SIZES, bits_of, mask_of, runnable_variants, same_bits
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from epi_ds.kernels.cpu.masked_sumsq import masked_sumsq as compiled
 from epi_ds.kernels.reference.masked_sumsq import masked_sumsq as reference
-
 from tests.support.operations import SIZES, bits_of, mask_of, runnable_variants, same_bits
 
 

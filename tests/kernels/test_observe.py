@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
+
 from epi_ds.kernels import Run, Stored, num_blocks, table_of
 from epi_ds.kernels.cpu.observe import observe_ as compiled
 from epi_ds.kernels.reference.observe import observe_ as reference
-from torch import Tensor
-
 from tests.support.covering import covering
 from tests.support.operations import SIZES, STATES, runnable_variants, same_bits, state_of, table_for
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+
 from epi_ds.kernels import (
     count_bits,
     hold,
@@ -18,7 +19,6 @@ from epi_ds.kernels import (
     unpack_bits,
 )
 from epi_ds.kernels.reference.chunks import CHUNK_NUMEL, chunks
-
 from tests.support.operations import bits_of, mask_of
 
 # 0, 1, around a byte, a prime, around a chunk.

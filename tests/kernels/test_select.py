@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from epi_ds.kernels.cpu.select import select_ as compiled
 from epi_ds.kernels.reference.select import select_ as reference
-
 from tests.support.covering import covering
 from tests.support.operations import SIZES, bits_of, mask_of, runnable_variants, same_bits, values_of
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from epi_ds.kernels.cpu.sketch_counts import sketch_counts as compiled
-from epi_ds.kernels.reference.sketch_counts import sketch_counts as reference
 from torch import Tensor
 
+from epi_ds.kernels.cpu.sketch_counts import sketch_counts as compiled
+from epi_ds.kernels.reference.sketch_counts import sketch_counts as reference
 from tests.support.covering import covering
 from tests.support.operations import SIZES, runnable_variants, values_of
 

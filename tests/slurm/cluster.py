@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-from epi_ds.launch.local import free_port
 
+from epi_ds.launch.local import free_port
 from tests.support.processes import checked, run_command
 
 ENTRYPOINT = Path(__file__).resolve().parents[2] / "docker" / "slurm" / "entrypoint.sh"

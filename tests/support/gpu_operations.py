@@ -6,10 +6,10 @@ import os
 from typing import NamedTuple
 
 import torch
-from epi_ds.kernels.reference.codecs import Stored
-from epi_ds.kernels.reference.runs import Run, table_of
 from torch import Tensor
 
+from epi_ds.kernels.reference.codecs import Stored
+from epi_ds.kernels.reference.runs import Run, table_of
 from tests.support.operations import stored_of, values_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

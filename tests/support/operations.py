@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from epi_ds.kernels import Run, Stored, num_blocks, observe_, pack_bits, table_of
 from epi_ds.kernels.cpu.build import library, variants
 from epi_ds.kernels.reference.encode import encode_
-from torch import Tensor
 
 STATES = [torch.float32, torch.bfloat16, torch.uint16, torch.uint8]
 # Around a block of 256, a prime, and many blocks; empty ones too.

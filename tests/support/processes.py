@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+
 from epi_ds.launch.local import free_port, launch_command, remove_buffers
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from epi_ds.kernels import Stored
 from torch import Tensor
 
 from epi_ds.config import EPIConfig
@@ -16,6 +15,7 @@ from epi_ds.isolation.importance.stored import StoredImportance
 from epi_ds.isolation.importance.tasks import TaskShare, task_shares
 from epi_ds.isolation.layout import Layout, Parameter, build_layout
 from epi_ds.isolation.search.selector import Candidates, Decision, Selector
+from epi_ds.kernels import Stored
 from tests.support.worlds import CountingExchange
 
 CPU = torch.device("cpu")

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import pytest
 import typer.main
 import yaml
-from epi_ds.launch.environment import prepare_environment
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 import epi_ds
@@ -29,6 +28,7 @@ from epi_ds import ds_configs
 from epi_ds.cli.main import app
 from epi_ds.config import EPIConfig
 from epi_ds.data.skills import SKILLS
+from epi_ds.launch.environment import prepare_environment
 from epi_ds.recipe.loading import parse_recipe
 from epi_ds.recipe.models import Recipe
 from tests.support.ranks import run_ranks

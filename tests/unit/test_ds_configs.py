@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
-from epi_ds.ds_configs.values import auto_keys
 from torch import nn
 from transformers import Trainer
 from trl import SFTConfig
@@ -27,6 +26,7 @@ from epi_ds.api import read_section
 from epi_ds.cli.main import app
 from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, parse_config
+from epi_ds.ds_configs.values import auto_keys
 from epi_ds.errors import UserError
 from epi_ds.recipe.arguments import deepspeed_config
 from epi_ds.recipe.loading import load_recipe

@@ -7,13 +7,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from epi_ds.kernels import Stored, decode
 from torch import Tensor
 
 from epi_ds.choices import Normalizer, Selection
 from epi_ds.isolation.search.histogram_sketch import CodePiece, HistogramSketch
 from epi_ds.isolation.search.sketch import PartitionSketch, Piece, Sketch, read_extremes
 from epi_ds.isolation.search.threshold import find_thresholds
+from epi_ds.kernels import Stored, decode
 from tests.support.worlds import CountingExchange, World
 
 SHIFTS = {torch.uint16: 15, torch.bfloat16: 16}

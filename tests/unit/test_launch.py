@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from epi_ds.launch.local import device_ids
-from epi_ds.launch.lost_ranks import lost_rank, signal_of
-from epi_ds.launch.operators import nvme_builders, stale_locks
 from typer.testing import CliRunner
 
 import epi_ds
 from epi_ds.cli.main import app
 from epi_ds.errors import UserError
+from epi_ds.launch.local import device_ids
+from epi_ds.launch.lost_ranks import lost_rank, signal_of
+from epi_ds.launch.operators import nvme_builders, stale_locks
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from epi_ds.launch.mpi import PASSED
-from epi_ds.launch.slurm import Container, Image, SlurmJob, submit
-from epi_ds.launch.stop_signals import REQUEUE_EXIT_CODE
-from epi_ds.launch.sweep import variants_of
 from typer.testing import CliRunner
 
 from epi_ds.cli.main import app
 from epi_ds.errors import UserError
+from epi_ds.launch.mpi import PASSED
+from epi_ds.launch.slurm import Container, Image, SlurmJob, submit
+from epi_ds.launch.stop_signals import REQUEUE_EXIT_CODE
+from epi_ds.launch.sweep import variants_of
 
 GOLDEN = Path(__file__).parent / "golden"
 RECIPE = {

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from epi_ds.kernels import pack_bits
 
-from epi_ds.isolation.importance.stored import ReadPartition
+from epi_ds.isolation.importance.views import ReadPartition
+from epi_ds.kernels import pack_bits
 from epi_ds.zero3.moments import ClippingAverage, clipping_factor, reset_moments, set_moments, state_age
 from epi_ds.zero3.window import AccumulationWindow
 

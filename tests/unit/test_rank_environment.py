@@ -6,6 +6,10 @@ import os
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from epi_ds.errors import UserError
 from epi_ds.launch.rank_environment import (
     Meeting,
     RankEnvironment,
@@ -17,10 +21,6 @@ from epi_ds.launch.rank_environment import (
     port_of,
     tasks_per_node,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-from epi_ds.errors import UserError
 
 TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29501"}
 # Of two nodes with three and two tasks.

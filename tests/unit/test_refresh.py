@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from epi_ds.kernels import pack_bits
 from torch import Tensor
 
 from epi_ds.isolation.layout import Parameter, build_layout, kind_of
 from epi_ds.isolation.refresh_report import FirstMask, GroupCounts, Refresh, layer_importance
 from epi_ds.isolation.search.sketch import Extremes
+from epi_ds.kernels import pack_bits
 
 CPU = torch.device("cpu")
 

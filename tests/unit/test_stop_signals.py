@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+
 from epi_ds.launch import stop_signals
 from epi_ds.launch.time_limit import end_of_job, job_of, parse_end
 

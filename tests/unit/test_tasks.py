@@ -12,8 +12,8 @@ from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 from epi_ds.isolation.importance.codes import TOP_CODE, codes_of
 from epi_ds.isolation.importance.remembered import Remembered
-from epi_ds.isolation.importance.stored import Nothing
 from epi_ds.isolation.importance.tasks import task_shares
+from epi_ds.isolation.importance.views import Nothing
 from epi_ds.isolation.layout import Parameter, build_layout
 from tests.support.tasks import CPU, WholeSelection
 

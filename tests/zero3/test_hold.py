@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from epi_ds.kernels import pack_bits
 from torch import Tensor, nn
 
 from epi_ds.isolation.layout import Span, merge_spans
+from epi_ds.kernels import pack_bits
 from epi_ds.zero3.step_energy import SAMPLE_NUMEL, UpdateSample
 from tests.support.covering import covering
 from tests.support.engines import (

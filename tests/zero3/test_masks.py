@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from epi_ds.kernels import Stored
 from torch import Tensor
 
 from epi_ds.choices import Normalizer, Selection
@@ -17,6 +16,7 @@ from epi_ds.errors import UserError
 from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.layout import Segment, block_of, kind_of
 from epi_ds.isolation.refresh_report import Refresh
+from epi_ds.kernels import Stored
 from tests.support.engines import (
     PARTIAL_OFFLOAD,
     collected_logs,

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from epi_ds.launch import stop_signals
 
 import epi_ds
 from epi_ds.errors import CheckpointError, UserError
+from epi_ds.launch import stop_signals
 from tests.support.engines import ds_config, engine_of
 from tests.support.models import OddNet, odd_batch
 from tests.support.ranks import run_ranks

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from epi_ds.kernels import Stored, pack_bits
 from torch import Tensor
 
 from epi_ds.choices import StateFormat
@@ -17,6 +16,7 @@ from epi_ds.isolation.importance.remembered import Remembered
 from epi_ds.isolation.importance.stored import StoredImportance
 from epi_ds.isolation.layout import Parameter, build_layout
 from epi_ds.isolation.search.selector import Selector
+from epi_ds.kernels import Stored, pack_bits
 from tests.support.engines import (
     assert_same,
     collected_logs,

@@ -9,7 +9,8 @@ import torch
 from epi_ds.choices import Memory
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
-from epi_ds.isolation.importance.stored import Importance, StoredImportance
+from epi_ds.isolation.importance.stored import StoredImportance
+from epi_ds.isolation.importance.views import Importance
 from epi_ds.isolation.layout import Layout
 
 MAXIMUM = "remembered"

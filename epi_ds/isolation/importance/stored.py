@@ -1,18 +1,17 @@
-"""Where the importance of this rank's partitions lives, in which format, and how the rest of the house reads it."""
+"""Where the importance of this rank's partitions lives, and in which format."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from epi_ds.choices import StateFormat
-from epi_ds.isolation.importance.codes import codes_of
-from epi_ds.isolation.layout import Layout, Segment, pieces_of
-from epi_ds.kernels import Run, Stored, chunks, decode, encode_, num_blocks, observe_, table_of, unpack_bits
+from epi_ds.isolation.importance.views import Importance
+from epi_ds.isolation.layout import Layout, Segment
+from epi_ds.kernels import Run, Stored, chunks, decode, encode_, num_blocks, observe_, table_of
 
 _DTYPES = {
     StateFormat.FP32: torch.float32,
@@ -30,86 +29,6 @@ CODE_SHIFTS: Mapping[StateFormat, int] = {
     StateFormat.U16: 15,
     StateFormat.BF16: 16,
 }
-
-
-class Importance(Protocol):
-    """Importance of this rank's covered entries, whoever keeps it."""
-
-    def read(self, segment: Segment, start: int, stop: int) -> Tensor:
-        """Return entries ``[start, stop)`` of a segment: fp32 on the home device, finite, not to be written to."""
-
-
-# Reads entries [start, stop) of a flat partition as fp32; entries that are not covered are zero.
-ReadPartition = Callable[[int, int], Tensor]
-
-
-def code_chunks(importance: Importance, segment: Segment) -> Iterator[Tensor]:
-    """Yield the codes of a segment in order, int32, in pieces that keep temporaries small."""
-    for start, stop in chunks(0, segment.real_numel):
-        yield codes_of(importance.read(segment, start, stop))
-
-
-def isolated_code_chunks(importance: Importance, segment: Segment, bits: Tensor) -> Iterator[Tensor]:
-    """Yield the codes of a segment's isolated entries; ``bits`` are the mask of its sub-group's partition."""
-    for start, stop in chunks(0, segment.real_numel):
-        mask = unpack_bits(bits, segment.start + start, segment.start + stop)
-        yield codes_of(importance.read(segment, start, stop))[mask]
-
-
-def partition_reader(importance: Importance, segments: Sequence[Segment], device: torch.device) -> ReadPartition:
-    """Return a reader of the flat partition that ``segments`` are the covered parts of."""
-
-    def read(start: int, stop: int) -> Tensor:
-        values = torch.zeros(stop - start, device=device)
-        for segment, first, last in pieces_of(segments, start, stop):
-            values[first - start : last - start] = importance.read(segment, first - segment.start, last - segment.start)
-        return values
-
-    return read
-
-
-class Nothing:
-    """Importance of nothing: zeros, of which none is ever isolated."""
-
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        """``devices`` are the homes of the sub-groups' fp32 partitions."""
-        self._devices = devices
-
-    def read(self, segment: Segment, start: int, stop: int) -> Tensor:
-        """See `Importance.read`."""
-        return torch.zeros(stop - start, device=self._devices[segment.sub_group])
-
-
-class Larger:
-    """The larger of two importances, entry by entry."""
-
-    def __init__(self, one: Importance, other: Importance) -> None:
-        self._one, self._other = one, other
-
-    def read(self, segment: Segment, start: int, stop: int) -> Tensor:
-        """See `Importance.read`."""
-        return torch.maximum(self._one.read(segment, start, stop), self._other.read(segment, start, stop))
-
-
-class Favoured:
-    """Importance as selection sees it under hysteresis: of entries isolated now, divided by a power of two.
-
-    Division by a power of two is exact, so thresholds stay independent of partitioning; it changes who is isolated,
-    never how many.
-    """
-
-    def __init__(self, importance: Importance, bits: Sequence[Tensor], hysteresis: float) -> None:
-        """``bits`` are the masks in force, by sub-group."""
-        self._importance = importance
-        self._bits = bits
-        self._factor = 1.0 / hysteresis
-
-    def read(self, segment: Segment, start: int, stop: int) -> Tensor:
-        """See `Importance.read`."""
-        values = self._importance.read(segment, start, stop)
-        isolated = unpack_bits(self._bits[segment.sub_group], segment.start + start, segment.start + stop)
-        favoured = (values * self._factor).clamp_(max=torch.finfo(torch.float32).max)
-        return torch.where(isolated, favoured, values)
 
 
 def dither_key(name: str) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from epi_ds.isolation.importance.codes import codes_of, decode
-from epi_ds.isolation.importance.stored import Importance
+from epi_ds.isolation.importance.views import Importance
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.search.sketch import Extremes
 from epi_ds.isolation.search.threshold import Scale

@@ -12,17 +12,9 @@ from torch import Tensor
 from epi_ds.choices import ADAPTIVE, Memory, Protects, Selection, StateFormat
 from epi_ds.config import EPIConfig, RatioSchedule
 from epi_ds.isolation.importance.remembered import MAXIMUM, Remembered
-from epi_ds.isolation.importance.stored import (
-    CODE_SHIFTS,
-    Favoured,
-    Importance,
-    Larger,
-    Nothing,
-    StoredImportance,
-    code_chunks,
-    isolated_code_chunks,
-)
+from epi_ds.isolation.importance.stored import CODE_SHIFTS, StoredImportance
 from epi_ds.isolation.importance.tasks import Task, TaskScores
+from epi_ds.isolation.importance.views import Favoured, Importance, Larger, Nothing, code_chunks, isolated_code_chunks
 from epi_ds.isolation.layout import Layout
 from epi_ds.isolation.schedule import ratio_at
 from epi_ds.isolation.search.adaptive import Drift, covering_budgets, drift_of
