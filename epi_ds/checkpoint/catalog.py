@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from epi_ds.checkpoint.deepspeed_files import LATEST, is_states_file, is_tag_name
 from epi_ds.checkpoint.durable import sync_folder
 from epi_ds.checkpoint.manifest import FOLDER, PATH, Manifest, read_manifest, remove_manifest
 from epi_ds.errors import CheckpointError, UserError
@@ -22,10 +23,8 @@ from epi_ds.errors import CheckpointError, UserError
 logger = logging.getLogger(__name__)
 
 INCOMPLETE, REPLACED, REMOVED = ".incomplete", ".replaced", ".removed"
-_DEEPSPEED_FILE = re.compile(r"(model|optim)_states\.pt$")
 _STEP = re.compile(r"step:(\d+)$")
-# As DeepSpeed and trainers name checkpoints by themselves.
-_USUAL_NAME = re.compile(r"(global_step|checkpoint-)\d+$")
+_TRAINERS_NAME = re.compile(r"checkpoint-\d+$")
 
 
 class Checkpoint(NamedTuple):
@@ -85,14 +84,14 @@ def _folders_in(folder: Path) -> Iterator[Path]:
 def _is_leftover(path: Path) -> bool:
     if path.suffix not in (INCOMPLETE, REPLACED, REMOVED):
         return False
-    # Not anything that somebody calls so.
-    return bool(_USUAL_NAME.match(path.stem)) or _claims_to_be(path)
+    # Named as DeepSpeed and trainers do by themselves, or ours by what is in it: anybody may call a folder so.
+    return is_tag_name(path.stem) or bool(_TRAINERS_NAME.match(path.stem)) or _claims_to_be(path)
 
 
 def _claims_to_be(path: Path) -> bool:
     # Others' folders may be closed to us, or gone by now.
     with suppress(OSError):
-        return (path / FOLDER).is_dir() or any(_DEEPSPEED_FILE.search(file.name) for file in path.iterdir())
+        return (path / FOLDER).is_dir() or any(is_states_file(file.name) for file in path.iterdir())
     return False
 
 
@@ -149,9 +148,7 @@ def newest_valid(
             f"no checkpoint in {folder} can be resumed from:\n  " + "\n  ".join(skipped) + f"\n{remedy}"
         )
     if was_saved:
-        raise CheckpointError(
-            f"{folder / 'latest'} says that a checkpoint was saved there, and there is none. {remedy}"
-        )
+        raise CheckpointError(f"{folder / LATEST} says that a checkpoint was saved there, and there is none. {remedy}")
     return None
 
 

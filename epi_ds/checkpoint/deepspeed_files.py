@@ -1,4 +1,6 @@
-"""DeepSpeed's shards of a tag, read by parameter: any slice, whatever number of ranks saved it.
+"""DeepSpeed's files of a tag: their names, their keys, and a reader by parameter, whatever number of ranks saved it.
+
+What DeepSpeed 0.19 calls its files, and what it puts where in them, is known here and nowhere else.
 
 DeepSpeed keeps one flat tensor per sub-group, rank and kind of state, without names. The manifest says which
 parameters a sub-group consists of, so every one of them has a place: its slice of ``ceil(numel / ranks)`` entries
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +24,83 @@ from epi_ds.checkpoint.manifest import Manifest
 from epi_ds.checkpoint.slices import pieces_of, slice_numel
 from epi_ds.errors import CheckpointError
 
+LATEST = "latest"
+"""Name of the file beside the tags that says which was saved last."""
+SWAPPED_SUFFIX = ".tensor.swp"
+"""Of the files that NVMe offload keeps partitions in, named by DeepSpeed's id of the tensor."""
 WEIGHTS = "fp32"
+"""What `SavedPartitions.read_into` calls the master weights, as DeepSpeed's universal format does."""
+
+_STATES_FILE = re.compile(r"(model|optim)_states\.pt$")
 _OPTIMIZER_SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
+_TAG_NAME = "global_step"
+_OPTIMIZER, _FLAT_WEIGHTS = "optimizer_state_dict", "fp32_flat_groups"
+_LOSS_SCALING = "loss_scaler", "dynamic_loss_scale", "overflow"
+_FROZEN_SHAPES, _FROZEN_SLICES = "frozen_param_shapes", "frozen_param_fragments"
+_BUFFER_NAMES, _MODULE = "buffer_names", "module"
+
+
+# --- names ---
+
+
+def tag_name(step: int) -> str:
+    """Return what DeepSpeed calls a tag that is given no name."""
+    return f"{_TAG_NAME}{step}"
+
+
+def is_tag_name(name: str) -> bool:
+    """Return whether DeepSpeed calls tags so by itself."""
+    return re.fullmatch(rf"{_TAG_NAME}\d+", name) is not None
+
+
+def is_states_file(name: str) -> bool:
+    """Return whether a file is one of those that make a folder a tag of DeepSpeed's."""
+    return _STATES_FILE.search(name) is not None
+
+
+def model_states_file(rank: int) -> str:
+    """Return the name of what a rank saves beside the optimizer: buffers, frozen slices, counters, scheduler."""
+    return f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+
+
+def swapped_folder(tag: Path, rank: int) -> Path:
+    """Return where in a tag the copies of a rank's swapped files lie. ``rank`` is the global one."""
+    return tag / "offloaded_tensors" / f"rank{rank:0>2d}"
+
+
+def universal_weights_file(folder: Path, name: str) -> Path:
+    """Return where DeepSpeed's universal format has the master weights of a parameter."""
+    return folder / "zero" / name / f"{WEIGHTS}.pt"
+
+
+def latest_in(folder: Path) -> str | None:
+    """Return which tag of a folder was saved last, as far as DeepSpeed's own file says; None where it is missing."""
+    path = folder / LATEST
+    return path.read_text(errors="replace").strip() if path.is_file() else None
+
+
+# --- keys ---
+
+
+def without_frozen_slices(model_states: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a rank's model states as DeepSpeed saves them without frozen parameters."""
+    return {**model_states, _FROZEN_SLICES: None}
+
+
+def loss_scaling_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a shard, or ZeRO-3's optimizer by its attributes, says about how losses are scaled."""
+    return {name: state[name] for name in _LOSS_SCALING}
+
+
+def optimizer_shard(loss_scaling: Mapping[str, Any], flat_weights: Sequence[Tensor]) -> dict[str, Any]:
+    """Return a rank's shard of weights alone, as ZeRO-3's ``load_state_dict`` takes it.
+
+    flat_weights  of every sub-group, [numel] fp32
+    """
+    return {**loss_scaling, _FLAT_WEIGHTS: flat_weights}
+
+
+# --- reading by parameter ---
 
 
 class Place(NamedTuple):
@@ -64,19 +142,19 @@ class SavedPartitions:
         if rank not in self._opened:
             if rank not in self._files:
                 raise CheckpointError(f"{self.folder} has no optimizer shard of rank {rank}")
-            self._opened[rank] = _mapped(self.folder / self._files[rank])["optimizer_state_dict"]
+            self._opened[rank] = _mapped(self.folder / self._files[rank])[_OPTIMIZER]
         return self._opened[rank]
 
     def model_states(self, rank: int) -> dict[str, Any]:
         """Return what DeepSpeed saved of a rank beside the optimizer. Raises CheckpointError where that fails."""
         if rank not in self._models:
-            self._models[rank] = _mapped(self.folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+            self._models[rank] = _mapped(self.folder / model_states_file(rank))
         return self._models[rank]
 
     @property
     def frozen_shapes(self) -> dict[str, tuple[int, ...]] | None:
         """Shapes of the frozen parameters by name; None where the tag was saved without them."""
-        shapes = self.model_states(0)["frozen_param_shapes"]
+        shapes = self.model_states(0)[_FROZEN_SHAPES]
         return None if shapes is None else {name: tuple(shape) for name, shape in shapes.items()}
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
@@ -92,18 +170,34 @@ class SavedPartitions:
 
     @property
     def world_size(self) -> int:
-        """Ranks that saved."""
+        """The number of ranks that saved."""
         return self._manifest.world_size
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups, with their hyper-parameters."""
-        groups: list[dict[str, Any]] = self.shard(0)["optimizer_state_dict"]["param_groups"]
+        groups: list[dict[str, Any]] = self.optimizer_state(0)["param_groups"]
         return groups
+
+    def optimizer_state(self, rank: int) -> dict[str, Any]:
+        """Return the ``state_dict`` of a rank's optimizer; its tensors are mapped from the file."""
+        state: dict[str, Any] = self.shard(rank)[_OPTIMIZER]
+        return state
+
+    def flat_weights(self, rank: int, sub_group: int) -> Tensor:
+        """Return the partition of master weights that a shard has, mapped. [numel] fp32, padding included"""
+        weights: Tensor = self.shard(rank)[_FLAT_WEIGHTS][sub_group].detach()
+        return weights
+
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the model's persistent buffers by name, mapped; the same on every rank that saved."""
+        states = self.model_states(0)
+        for name in states[_BUFFER_NAMES]:
+            yield name, states[_MODULE][name]
 
     def kinds(self, sub_group: int) -> list[str]:
         """Return what the optimizer's state has per entry of a sub-group, by name."""
-        numel = self.shard(0)["fp32_flat_groups"][sub_group].numel()
+        numel = self.flat_weights(0, sub_group).numel()
         return [
             name
             for name, value in self._state(0, sub_group).items()
@@ -137,7 +231,7 @@ class SavedPartitions:
         """Return a rank's slice of a parameter, mapped; what is behind it comes along."""
         place = self.places.get(name)
         if place is None:
-            frozen: Tensor = self.model_states(rank)["frozen_param_fragments"][name]
+            frozen: Tensor = self.model_states(rank)[_FROZEN_SLICES][name]
             return frozen.flatten()
         return self._flat(rank, place.sub_group, kind)[place.offset :]
 
@@ -146,8 +240,7 @@ class SavedPartitions:
         if str(sub_group) in swapped:
             return self._swapped(rank, swapped[str(sub_group)], kind)
         if kind == WEIGHTS:
-            weights: Tensor = self.shard(rank)["fp32_flat_groups"][sub_group].detach()
-            return weights
+            return self.flat_weights(rank, sub_group)
         state: Tensor = self._state(rank, sub_group)[kind]
         return state
 
@@ -156,13 +249,13 @@ class SavedPartitions:
             raise CheckpointError(
                 f"{self.folder}: moments under NVMe offload can be read by the ranks that saved them only"
             )
-        file = self.folder / "offloaded_tensors" / f"rank{rank:0>2d}" / name
+        file = swapped_folder(self.folder, rank) / name
         # What the shard has of them is whatever was in memory.
         return torch.from_file(str(file), size=file.stat().st_size // 4)
 
     def _state(self, rank: int, sub_group: int) -> dict[str, Any]:
         # States are numbered in the order of parameter groups, and sub-groups are made in that order.
-        state: dict[str, Any] = self.shard(rank)["optimizer_state_dict"]["state"].get(sub_group, {})
+        state: dict[str, Any] = self.optimizer_state(rank)["state"].get(sub_group, {})
         return state
 
 

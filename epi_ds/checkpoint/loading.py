@@ -6,19 +6,23 @@ Nothing of a checkpoint is read before it is verified but its manifest, and no p
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
 from epi_ds.checkpoint.catalog import Checkpoint, Choice, checkpoints_in, named, newest_valid
+from epi_ds.checkpoint.deepspeed_files import latest_in
 from epi_ds.checkpoint.digest import FileRecord, problems_of_files
 from epi_ds.checkpoint.manifest import Manifest, read_manifest
+from epi_ds.checkpoint.tag import every_file
 from epi_ds.checkpoint.verdict import agree, on_first_rank
 from epi_ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 AUTO = "auto"
 
@@ -75,22 +79,37 @@ class _Found(NamedTuple):
 
 
 def _look(folder: Path) -> _Found:
-    latest = folder / "latest"
-    return _Found(checkpoints_in(folder), latest.read_text(errors="replace").strip() if latest.is_file() else None)
+    return _Found(checkpoints_in(folder), latest_in(folder))
 
 
-def verify(checkpoint: Checkpoint) -> list[str]:
-    """Read every file of a checkpoint once, shared out among the ranks; return what is wrong, the same on all of them.
+def verify(found: Checkpoint, *, chosen: Callable[[str], bool] = every_file) -> list[str]:
+    """Read every chosen file of a checkpoint once, shared out among the ranks; return what is wrong, the same on all.
 
     Raises CheckpointError where the ranks do not see the same manifest.
     """
-    manifest = agree(lambda: read_manifest(checkpoint.path), seen=lambda found: _describe(checkpoint.path, found))
+    manifest = agree(lambda: read_manifest(found.path), seen=lambda seen: _describe(found.path, seen))
     if manifest is None:
-        return [f"{checkpoint.path} disappeared while it was looked at"]
-    own = share_of(manifest.files, rank=dist.get_rank(), world_size=dist.get_world_size())
-    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, agree(lambda: problems_of_files(checkpoint.path, own)))
-    return sorted(problem for problems in found for problem in problems)
+        return [f"{found.path} disappeared while it was looked at"]
+    files = {name: record for name, record in manifest.files.items() if chosen(name)}
+    own = share_of(files, rank=dist.get_rank(), world_size=dist.get_world_size())
+    problems: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(problems, agree(lambda: problems_of_files(found.path, own)))
+    return sorted(problem for ranks in problems for problem in ranks)
+
+
+class AllRanks(NamedTuple):
+    """All ranks as the readers of a tag: see [Note: opening] in tag.py. Every method is collective."""
+
+    verified: Path | None = None
+    """A checkpoint whose files were read and found whole before, and are not read again."""
+
+    def decide(self, action: Callable[[], T]) -> T:
+        """Run an action on rank 0."""
+        return on_first_rank(action)
+
+    def problems_of(self, found: Checkpoint, *, chosen: Callable[[str], bool]) -> list[str]:
+        """Read chosen files of a checkpoint, each on one rank."""
+        return [] if found.path == self.verified else verify(found, chosen=chosen)
 
 
 def share_of(files: Mapping[str, FileRecord], *, rank: int, world_size: int) -> dict[str, FileRecord]:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from epi_ds.checkpoint.digest import FileRecord, text_digest
 from epi_ds.checkpoint.durable import sync_folder, write_json
 from epi_ds.errors import CheckpointError, problems_of, summarize
+from epi_ds.isolation.counters import Counters
 
 FOLDER = "epi"
 FILE = "manifest.json"
@@ -117,6 +118,11 @@ class Manifest(BaseModel):
     def world_size(self) -> int:
         """Ranks that saved."""
         return self.batch.world_size
+
+    @property
+    def counters(self) -> Counters:
+        """What had happened in the run before the save."""
+        return Counters.from_dict(self.isolation.counters)
 
     @property
     def num_bytes(self) -> int:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from epi_ds.checkpoint.catalog import INCOMPLETE, put_in_place, remove
+from epi_ds.checkpoint.deepspeed_files import LATEST
 from epi_ds.checkpoint.digest import FileRecord, record_of
 from epi_ds.checkpoint.durable import sync_file, sync_folder, write_text
 from epi_ds.checkpoint.manifest import FOLDER, PATH, Manifest, write_manifest
@@ -183,7 +184,7 @@ class TagWriter:
         if save_latest:
             try:
                 # For tools that read it; a resume looks at the checkpoints themselves.
-                write_text(self._save_dir / "latest", self._tag)
+                write_text(self._save_dir / LATEST, self._tag)
             except OSError as error:
                 logger.warning("%s is complete, but `latest` could not be written: %s", self._tag, error)
         return manifest.num_bytes

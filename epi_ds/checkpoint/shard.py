@@ -6,6 +6,7 @@ says which parameter it belongs to and where it begins can be read by any other 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,23 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from epi_ds.checkpoint.manifest import FOLDER
 from epi_ds.checkpoint.tensor_file import write_tensor_file
 from epi_ds.errors import CheckpointError
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.kernels import Stored, unpack_bits
 
+_SHARD = re.compile(rf"(^|/){FOLDER}/rank_\d+\.safetensors$")
+
 
 def shard_name(rank: int) -> str:
     """Return the file name of a rank's shard."""
     return f"rank_{rank:05d}.safetensors"
+
+
+def is_shard(name: str) -> bool:
+    """Return whether a file of a checkpoint, by its path in it, is a rank's shard; the tag may lie in a folder."""
+    return _SHARD.search(name) is not None
 
 
 class Header(BaseModel):

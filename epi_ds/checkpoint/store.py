@@ -11,20 +11,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from epi_ds.checkpoint.catalog import Checkpoint, checkpoints_in, open_checkpoint
-from epi_ds.checkpoint.digest import problems_of_files
-from epi_ds.checkpoint.loading import share_of
-from epi_ds.checkpoint.manifest import FOLDER, Batch, Isolation, Kind, Manifest, SavedSubGroup
+from epi_ds.checkpoint.catalog import open_checkpoint
+from epi_ds.checkpoint.loading import AllRanks
+from epi_ds.checkpoint.manifest import FOLDER, Batch, Isolation, SavedSubGroup
 from epi_ds.checkpoint.random_states import random_states, restore_random_states
 from epi_ds.checkpoint.saving import TagWriter
 from epi_ds.checkpoint.shard import shard_name, write_shard
 from epi_ds.checkpoint.shards import TagShards
+from epi_ds.checkpoint.tag import Tag, open_shards
 from epi_ds.checkpoint.verdict import agree, on_first_rank
 from epi_ds.config import EPIConfig
 from epi_ds.defaults import with_defaults
-from epi_ds.errors import CheckpointError, UserError
+from epi_ds.errors import UserError
 from epi_ds.isolation.controller import IsolationController
-from epi_ds.isolation.counters import Counters
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +76,7 @@ def isolation_of(controller: IsolationController, *, extra: Mapping[str, Any]) -
 
 
 def check_fits(
-    folder: Path,
-    manifest: Manifest,
+    tag: Tag,
     controller: IsolationController,
     *,
     batch: Batch,
@@ -89,6 +87,7 @@ def check_fits(
 
     sub_groups  of the engine that loads
     """
+    manifest = tag.manifest
     problems = [
         *_changed_settings(manifest.isolation.config, _plain(controller.config)),
         *_changed_parameters(manifest.sub_groups, sub_groups),
@@ -102,7 +101,7 @@ def check_fits(
     if problems:
         lines = "\n  - ".join(problems)
         raise UserError(
-            f"{folder} does not fit what is to continue from it:\n  - {lines}\nRestore what changed, or begin a new "
+            f"{tag.path} does not fit what is to continue from it:\n  - {lines}\nRestore what changed, or begin a new "
             "run from the weights (load_module_only)"
         )
 
@@ -146,19 +145,19 @@ def _nearest_batches(saved: Batch, world_size: int) -> str:
     return f"set micro-batch {micro_batch} and gradient_accumulation_steps {per_rank // micro_batch}"
 
 
-def load_state(folder: Path, manifest: Manifest, controller: IsolationController, *, same_layout: bool) -> None:
+def load_state(tag: Tag, controller: IsolationController, *, same_layout: bool) -> None:
     """Replace the controller's state by a verified tag's, whatever number of ranks saved it. Collective.
 
     Where the layout is the saved one, the random generators of this process continue too.
     """
-    isolation = manifest.isolation
-    shards = TagShards(folder, manifest)
+    isolation = tag.manifest.isolation
+    shards = TagShards(*tag)
     codes = isolation.threshold_codes
     rows = isolation.last_row_codes
     own = agree(lambda: shards.shard(controller.exchange.rank)) if same_layout else None
     agree(
         lambda: controller.restore(
-            counters=Counters.from_dict(isolation.counters),
+            counters=tag.manifest.counters,
             threshold_codes=None if codes is None else torch.tensor([codes[n] for n in controller.layout.layer_names]),
             mask_of=shards.mask,
             states=isolation.states,
@@ -175,8 +174,8 @@ def load_state(folder: Path, manifest: Manifest, controller: IsolationController
         logger.warning(
             "%s was saved with other partitions (%d ranks): random generators begin as this process seeded them, and "
             "the overlap with the first mask of the run is measured from the next one on",
-            folder,
-            manifest.world_size,
+            tag.path,
+            tag.manifest.world_size,
         )
 
 
@@ -187,48 +186,24 @@ def load_masks(folder: str, controller: IsolationController) -> None:
     Raises UserError when a covered parameter has no mask there or one of another shape, or when nothing is isolated,
     and CheckpointError where its shards are damaged. Reads no pickle.
     """
-    tag = on_first_rank(lambda: _tag_at(Path(folder)))
-    manifest = tag.manifest
-    if manifest is None:
-        raise UserError(f"mask_from: {tag.problem}; give the folder of a checkpoint")
-    files = {name: record for name, record in manifest.files.items() if name.endswith(".safetensors")}
-    share = share_of(files, rank=dist.get_rank(), world_size=dist.get_world_size())
+    found = on_first_rank(lambda: open_checkpoint(Path(folder)))
+    if found.manifest is None:
+        raise UserError(f"mask_from: {found.problem}; give the folder of a checkpoint")
+    tag = open_shards(found, readers=AllRanks())
 
     def load() -> None:
-        problems = problems_of_files(tag.path, share)
-        if problems:
-            raise CheckpointError("; ".join(problems))
-        shards = TagShards(tag.path, manifest)
+        shards = TagShards(*tag)
         _check_masks(shards, tag.path, controller)
         controller.refresher.load(shards.mask)
 
     agree(load)
     controller.refresher.add_up()
     if not controller.is_active:
-        counters = manifest.isolation.counters
+        counters = tag.manifest.counters
         raise UserError(
             f"mask_from: the mask in {tag.path} isolates nothing: it was saved before a mask was selected (after "
-            f"{counters['applied_steps']} steps, {counters['refreshes']} refreshes); give a later checkpoint"
+            f"{counters.applied_steps} steps, {counters.refreshes} refreshes); give a later checkpoint"
         )
-
-
-def tag_inside(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the tag that a trainer's checkpoint contains; a tag is returned as it is."""
-    if checkpoint.manifest is None or checkpoint.manifest.kind is Kind.TAG:
-        return checkpoint
-    return newest_in(checkpoint.path)
-
-
-def newest_in(folder: Path) -> Checkpoint:
-    """Return the newest tag in a folder. Raises CheckpointError where there is none."""
-    tags = checkpoints_in(folder)
-    if not tags:
-        raise CheckpointError(f"{folder} has no tag of DeepSpeed's in it; restore it, or take another checkpoint")
-    return tags[-1]
-
-
-def _tag_at(folder: Path) -> Checkpoint:
-    return tag_inside(open_checkpoint(folder))
 
 
 def _check_masks(shards: TagShards, folder: Path, controller: IsolationController) -> None:

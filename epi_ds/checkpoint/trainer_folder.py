@@ -11,12 +11,14 @@ import logging
 import re
 from pathlib import Path
 
-from epi_ds.checkpoint.catalog import INCOMPLETE, checkpoints_in, leftovers_in, remove
+from epi_ds.checkpoint.catalog import INCOMPLETE, leftovers_in, remove
+from epi_ds.checkpoint.deepspeed_files import is_tag_name
 from epi_ds.checkpoint.digest import records_of
 from epi_ds.checkpoint.durable import sync_file, sync_folder
 from epi_ds.checkpoint.manifest import FOLDER, PATH, Kind, Manifest, read_manifest, write_manifest
 from epi_ds.checkpoint.run import FILE as RUN_FILE
 from epi_ds.checkpoint.saving import now
+from epi_ds.checkpoint.tag import newest_in
 from epi_ds.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -28,10 +30,10 @@ TRAINER_STATE = "trainer_state.json"
 
 def commit_trainer_folder(folder: Path) -> Manifest:
     """Make a trainer's folder a checkpoint; return its manifest. Raises CheckpointError without a whole tag in it."""
-    tags = checkpoints_in(folder)
-    if not tags or tags[-1].manifest is None:
-        raise CheckpointError(str(tags[-1].problem) if tags else f"{folder} has no tag in it")
-    tag, inner = tags[-1], tags[-1].manifest
+    tag = newest_in(folder)
+    inner = tag.manifest
+    if inner is None:
+        raise CheckpointError(str(tag.problem))
     # The tag's own files were read when it was saved.
     records = {f"{tag.path.name}/{name}": record for name, record in inner.files.items()}
     found = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -58,7 +60,11 @@ def set_aside_incomplete(output: Path) -> list[Path]:
         if not _NAME.search(folder.name) or not folder.is_dir() or _has_manifest(folder):
             continue
         # Cut off before the tag: nothing of it is there, nor what is written last.
-        began_only = ours and not (folder / TRAINER_STATE).exists() and not any(folder.glob("global_step*"))
+        began_only = (
+            ours
+            and not (folder / TRAINER_STATE).exists()
+            and not any(is_tag_name(path.stem) for path in folder.iterdir())
+        )
         if began_only or leftovers_in(folder) or any(folder.glob(f"*/{FOLDER}")):
             target = folder.with_name(folder.name + INCOMPLETE)
             if target.exists():

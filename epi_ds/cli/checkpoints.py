@@ -80,14 +80,14 @@ def convert(
     from epi_ds.launch.environment import prepare_environment
 
     prepare_environment()
-    from epi_ds.checkpoint.deepspeed_files import SavedPartitions
+    from epi_ds.checkpoint.catalog import open_checkpoint
+    from epi_ds.checkpoint.tag import Consent, open_tag
     from epi_ds.inspect.convert import convert as run
     from epi_ds.inspect.convert import losses
-    from epi_ds.inspect.overview import readable_tag
 
-    tag = readable_tag(path, trust=trust)
+    tag = open_tag(open_checkpoint(path), consent=Consent(trust, "pass --trust"))
     console = Console(soft_wrap=True, highlight=False)
-    for sentence in losses(tag.manifest, SavedPartitions(tag.path, tag.manifest)):
+    for sentence in losses(tag):
         console.print(f"not in {output}: {sentence}")
-    run(tag.path, tag.manifest, output)
+    run(tag, output)
     console.print(f"{output}: every weight has the bits of {tag.path}")

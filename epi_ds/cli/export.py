@@ -24,16 +24,16 @@ def export(
     from epi_ds.launch.environment import prepare_environment
 
     prepare_environment()
+    from epi_ds.checkpoint.catalog import open_checkpoint
+    from epi_ds.checkpoint.tag import Consent, open_tag
     from epi_ds.inspect.export import DTYPES, export_tag, verify_export
-    from epi_ds.inspect.overview import readable_tag
 
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
     console = Console(soft_wrap=True, highlight=False)
-    tag = readable_tag(checkpoint, trust=trust)
+    tag = open_tag(open_checkpoint(checkpoint), consent=Consent(trust, "pass --trust"))
     found = export_tag(
-        tag.path,
-        tag.manifest,
+        tag,
         output,
         model=model or checkpoint,
         dtype=dtype,
@@ -43,5 +43,5 @@ def export(
         console.print(f"written {path}")
     console.print(f"{found.num_tensors} tensors, {found.num_bytes / 1e9:.3f} GB, {found.dtype}")
     if verify:
-        count = verify_export(tag.path, tag.manifest, output, dtype=found.dtype)
+        count = verify_export(tag, output, dtype=found.dtype)
         console.print(f"read back: {count} tensors have the bits of {tag.path}")

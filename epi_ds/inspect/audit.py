@@ -8,7 +8,6 @@ or in which no other entry moved, proves nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from epi_ds.checkpoint.catalog import Checkpoint
 from epi_ds.checkpoint.deepspeed_files import WEIGHTS, SavedPartitions
-from epi_ds.checkpoint.digest import problems_of_files
-from epi_ds.checkpoint.manifest import PATH, Kind, Manifest, read_manifest
-from epi_ds.checkpoint.run import check_trusted
 from epi_ds.checkpoint.shards import TagShards
-from epi_ds.errors import CheckpointError, UserError
+from epi_ds.checkpoint.tag import Consent, Tag, open_tag, tags_below
+from epi_ds.errors import UserError
 
 
 class Moved(NamedTuple):
@@ -53,65 +51,31 @@ class AuditReport(NamedTuple):
         return sum(item.num_entries for item in self.moved)
 
 
-@dataclass(frozen=True)
-class Tag:
-    """One checkpoint tag with isolation state."""
-
-    path: Path
-    manifest: Manifest
-
-    @property
-    def window(self) -> int:
-        """Number of the refresh whose mask was in force; 0 before the first, where a mask may have been loaded."""
-        return int(self.manifest.isolation.counters["refreshes"])
-
-    @property
-    def step(self) -> int:
-        """Applied steps before the save."""
-        return int(self.manifest.isolation.counters["applied_steps"])
-
-
-def find_tags(paths: Sequence[Path]) -> list[Tag]:
-    """Find the checkpoint tags with isolation state at or below ``paths``, by step.
-
-    Raises UserError for a path below which there is none, and CheckpointError for a damaged manifest.
-    """
-    tags: dict[Path, Tag] = {}
-    for path in paths:
-        found = sorted(path.rglob(PATH))
-        if not found:
-            raise UserError(f"{path} holds no checkpoint with isolation state (no {PATH} below it)")
-        for file in found:
-            folder = file.parent.parent
-            manifest = read_manifest(folder)
-            if manifest is not None and manifest.kind is Kind.TAG:
-                tags[folder] = Tag(folder, manifest)
-    return sorted(tags.values(), key=lambda tag: (tag.step, tag.path))
-
-
 def audit(paths: Sequence[Path], *, trust: bool = False) -> AuditReport:
     """Compare neighbouring checkpoints of every refresh window below ``paths``.
 
     trust  read checkpoints that are not of the run whose folder they lie in: see [Note: trust] in run.py
 
-    Raises UserError when no window holds two checkpoints that prove something or one is not trusted, and
-    CheckpointError for damaged files.
+    Raises UserError when no window holds two checkpoints that prove something or one of them is not trusted, and
+    CheckpointError for damaged files. Checkpoints without a neighbour in their window are not read.
     """
-    tags = find_tags(paths)
-    for tag in tags:
-        check_trusted(tag.path, tag.manifest.run_id, trust=trust, remedy="pass --trust")
+    candidates = _candidates(paths)
     pairs = [
         (first, second)
-        for first, second in pairwise(tags)
+        for first, second in pairwise(candidates)
         if first.window == second.window and first.step < second.step
     ]
-    found = ", ".join(f"{tag.path.name} (step {tag.step}, window {tag.window})" for tag in tags)
+    found = ", ".join(f"{one.checkpoint.path.name} (step {one.step}, window {one.window})" for one in candidates)
     if not pairs:
         raise UserError(
             f"no two checkpoints were saved within one refresh window; found: {found}. Save more often than "
             "refresh_interval"
         )
-    compared = [_audit_pair(first, second) for first, second in pairs]
+    # Each is read once, though it may have a neighbour on either side.
+    consent = Consent(trust, "pass --trust")
+    needed = {one.checkpoint.path: one.checkpoint for pair in pairs for one in pair}
+    tags = {path: open_tag(one, consent=consent) for path, one in needed.items()}
+    compared = [_audit_pair(*(tags[one.checkpoint.path] for one in pair)) for pair in pairs]
     proving = [pair for pair in compared if pair.isolated and pair.plastic_moved]
     moved = tuple(item for pair in compared for item in pair.moved)
     if not proving and not moved:
@@ -127,6 +91,26 @@ def audit(paths: Sequence[Path], *, trust: bool = False) -> AuditReport:
         plastic_moved=sum(pair.plastic_moved for pair in proving),
         moved=moved,
     )
+
+
+class _Candidate(NamedTuple):
+    """A tag with isolation state that is not yet opened."""
+
+    checkpoint: Checkpoint
+    step: int
+    """Applied steps before the save."""
+    window: int
+    """Number of the refresh whose mask was in force; 0 before the first, where a mask may have been loaded."""
+
+
+def _candidates(paths: Sequence[Path]) -> list[_Candidate]:
+    """Return the tags at or below ``paths``, by step."""
+    found: dict[Path, _Candidate] = {}
+    for one in (one for path in paths for one in tags_below(path)):
+        if one.manifest is not None:
+            counters = one.manifest.counters
+            found[one.path] = _Candidate(one, counters.applied_steps, counters.refreshes)
+    return sorted(found.values(), key=lambda one: (one.step, one.checkpoint.path))
 
 
 class _Pair(NamedTuple):
@@ -155,12 +139,8 @@ def _audit_pair(first: Tag, second: Tag) -> _Pair:
 
 def _compare(first: Tag, second: Tag) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """Yield (parameter, mask, weights before, weights after) for the slices of the ranks that saved the first."""
-    for tag in (first, second):
-        problems = problems_of_files(tag.path, tag.manifest.files)
-        if problems:
-            raise CheckpointError("; ".join(problems))
-    masks = [TagShards(tag.path, tag.manifest) for tag in (first, second)]
-    weights = [SavedPartitions(tag.path, tag.manifest) for tag in (first, second)]
+    masks = [TagShards(*tag) for tag in (first, second)]
+    weights = [SavedPartitions(*tag) for tag in (first, second)]
     if weights[0].places.keys() != weights[1].places.keys():
         raise UserError(f"{first.path} and {second.path} are of different models")
     for rank in range(first.manifest.world_size):

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from epi_ds.checkpoint.deepspeed_files import SavedPartitions
 from epi_ds.checkpoint.durable import write_json
-from epi_ds.checkpoint.manifest import Manifest
+from epi_ds.checkpoint.tag import Tag
 from epi_ds.errors import CheckpointError, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,15 +32,14 @@ class ExportReport(NamedTuple):
 
 
 def export_tag(
-    tag: Path,
-    manifest: Manifest,
+    tag: Tag,
     output: Path,
     *,
     model: Path,
     dtype: str | None = None,
     shard_bytes: int = 5_000_000_000,
 ) -> ExportReport:
-    """Write the weights of a verified and trusted tag as safetensors, with configuration and tokenizer.
+    """Write the weights of an opened tag as safetensors, with configuration and tokenizer.
 
     model        folder with the configuration, the generation configuration and the tokenizer
     dtype        of the weights; None is what the model was trained in
@@ -51,7 +50,7 @@ def export_tag(
     """
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} is not empty; give a folder that is")
-    chosen = DTYPES[dtype or manifest.model_dtype]
+    chosen = DTYPES[dtype or tag.manifest.model_dtype]
     config = _config_of(model)
     output.mkdir(parents=True, exist_ok=True)
     pieces: list[tuple[Path, list[str]]] = []
@@ -64,9 +63,9 @@ def export_tag(
         pieces.append((path, list(pending)))
         pending.clear()
 
-    for name, weight in weights_of(tag, manifest, chosen):
+    for name, weight in weights_of(tag, chosen):
         if not weight.numel():
-            raise CheckpointError(f"refusing to export {name}, which is empty: {tag} does not hold it")
+            raise CheckpointError(f"refusing to export {name}, which is empty: {tag.path} does not hold it")
         size = weight.numel() * weight.element_size()
         if pending and _bytes_of(pending) + size > shard_bytes:
             flush()
@@ -81,20 +80,20 @@ def export_tag(
     return ExportReport(tuple(files), num_tensors, num_bytes, str(chosen).removeprefix("torch."))
 
 
-def verify_export(tag: Path, manifest: Manifest, output: Path, *, dtype: str) -> int:
+def verify_export(tag: Tag, output: Path, *, dtype: str) -> int:
     """Read an export back and compare every bit with the shards, and its names with those of the model it is of.
 
     Returns the number of tensors. Raises CheckpointError for the first difference.
     """
     where = _places_in(output)
     count = 0
-    for name, weight in weights_of(tag, manifest, DTYPES[dtype]):
+    for name, weight in weights_of(tag, DTYPES[dtype]):
         if name not in where:
             raise CheckpointError(f"{output} lacks {name}")
         with safe_open(where[name], framework="pt") as file:
             written = file.get_tensor(name)
         if written.dtype is not weight.dtype or not torch.equal(_bits(written), _bits(weight)):
-            raise CheckpointError(f"{where[name]}: {name} is not what {tag} holds")
+            raise CheckpointError(f"{where[name]}: {name} is not what {tag.path} holds")
         count += 1
     with torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(output))
@@ -107,23 +106,21 @@ def verify_export(tag: Path, manifest: Manifest, output: Path, *, dtype: str) ->
     return count
 
 
-def weights_of(tag: Path, manifest: Manifest, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def weights_of(tag: Tag, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yield every weight and persistent buffer of a tag by its name in the model: trained, frozen, buffers.
 
     Floating-point ones as ``dtype``; a tied weight once.
     """
-    saved = SavedPartitions(tag, manifest)
+    saved = SavedPartitions(*tag)
     frozen = saved.frozen_shapes
     if frozen is None:
         raise CheckpointError(
-            f"{tag} was saved with exclude_frozen_parameters, so it is no whole model; load it into an engine that has "
-            "the frozen weights, and save it with them"
+            f"{tag.path} was saved with exclude_frozen_parameters, so it is no whole model; load it into an engine that "
+            "has the frozen weights, and save it with them"
         )
     for name in (*saved.places, *frozen):
         yield name, saved.weights(name).to(dtype)
-    first = saved.model_states(0)
-    for name in first["buffer_names"]:
-        buffer = first["module"][name]
+    for name, buffer in saved.buffers():
         yield name, buffer.to(dtype) if buffer.is_floating_point() else buffer.clone()
     saved.close()
 

@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 from epi_ds.checkpoint.catalog import Checkpoint, checkpoints_in, leftovers_in, open_checkpoint
 from epi_ds.checkpoint.digest import problems_of_files
-from epi_ds.checkpoint.manifest import FOLDER, Manifest
-from epi_ds.checkpoint.run import check_trusted, is_own
-from epi_ds.checkpoint.store import tag_inside
-from epi_ds.errors import CheckpointError, UserError
+from epi_ds.checkpoint.manifest import FOLDER
+from epi_ds.checkpoint.run import is_own
+from epi_ds.errors import UserError
 
 
 class Row(NamedTuple):
@@ -69,28 +68,3 @@ def verify(path: Path, report: Callable[[Checkpoint, list[str]], None]) -> bool:
         report(found, problems)
         whole = whole and not problems
     return whole
-
-
-class Tag(NamedTuple):
-    """A tag whose files may be read."""
-
-    path: Path
-    manifest: Manifest
-
-
-def readable_tag(path: Path, *, trust: bool) -> Tag:
-    """Return the tag at a path, or in the trainer's checkpoint there, once it is trusted and every file is as saved.
-
-    Raises UserError for what is no checkpoint or a stranger's, and CheckpointError for one that is damaged.
-    """
-    found = open_checkpoint(path)
-    if found.manifest is None:
-        raise UserError(f"{found.problem}; give the folder of one checkpoint")
-    check_trusted(path, found.manifest.run_id, trust=trust, remedy="pass --trust")
-    problems = problems_of_files(path, found.manifest.files)
-    if problems:
-        raise CheckpointError("; ".join(problems))
-    tag = tag_inside(found)
-    if tag.manifest is None:
-        raise CheckpointError(str(tag.problem))
-    return Tag(tag.path, tag.manifest)

@@ -13,20 +13,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
 from epi_ds.checkpoint.catalog import Checkpoint, open_checkpoint
 from epi_ds.checkpoint.commit import Run
-from epi_ds.checkpoint.deepspeed_files import SavedPartitions
-from epi_ds.checkpoint.loading import choose, verify
+from epi_ds.checkpoint.deepspeed_files import SavedPartitions, model_states_file, without_frozen_slices
+from epi_ds.checkpoint.loading import AllRanks, choose
 from epi_ds.checkpoint.manifest import Manifest
-from epi_ds.checkpoint.run import check_trusted
-from epi_ds.checkpoint.store import check_fits, load_state, newest_in, tag_inside
+from epi_ds.checkpoint.store import check_fits, load_state
+from epi_ds.checkpoint.tag import Consent, Tag, newest_in, open_tag
 from epi_ds.checkpoint.verdict import agree, on_first_rank
 from epi_ds.choices import MissingState
-from epi_ds.errors import CheckpointError, UserError
+from epi_ds.errors import CheckpointError, RemedyError, UserError
 from epi_ds.zero3.handle import EPI
 from epi_ds.zero3.persistence.contents import batch_of, sub_groups_of
 from epi_ds.zero3.persistence.cpu_adam import replay_steps
@@ -40,6 +40,14 @@ else:
     DeepSpeedEngine = object
 
 logger = logging.getLogger(__name__)
+
+
+class _Found(NamedTuple):
+    """What there is to load."""
+
+    checkpoint: Checkpoint
+    verified: Path | None
+    """A checkpoint whose files were read and found whole, this one or another."""
 
 
 class LoadingMixin(DeepSpeedEngine):
@@ -71,94 +79,97 @@ class LoadingMixin(DeepSpeedEngine):
         weights. NVMe offload refuses it.
         """
         resumes = load_optimizer_states and not load_module_only
-        is_swapped = self.zero_nvme_offload_optimizer()
-        if is_swapped and not resumes:
-            raise RuntimeError(
+        if self.zero_nvme_offload_optimizer() and not resumes:
+            raise RemedyError(
                 "with NVMe offload DeepSpeed loads no weights without optimizer states: it takes those of small "
                 "sub-groups from the model as it was made. Load the weights into the model before the engine is made"
             )
-        config = self.epi.config
-        accepts_plain = not resumes or config.missing_state is MissingState.FRESH
-        found = self._choose(Path(load_dir), tag, accepts_plain=accepts_plain)
+        trust, missing_state = self.epi.config.checkpoint.trust, self.epi.config.missing_state
+        consent = Consent(trust, "set checkpoint.trust: true")
+        found = self._find(Path(load_dir), tag, accepts_plain=not resumes or missing_state is MissingState.FRESH)
         if found is None:
             if dist.get_rank() == 0:
                 logger.warning("%s holds no checkpoint: nothing is loaded", load_dir)
             return None, None
-        folder, manifest = found.path, found.manifest
-        if manifest is None and not resumes:
-            raise UserError(
-                f"{folder} was saved without isolation, and DeepSpeed by itself loads no weights under ZeRO-3 with "
-                "load_module_only, and those of `latest` without load_optimizer_states. Load it whole, with "
-                "missing_state: fresh, or make a model of it with the zero_to_fp32.py that lies in it"
-            )
-        run_id, trust = None if manifest is None else manifest.run_id, config.checkpoint.trust
-        on_first_rank(lambda: check_trusted(folder, run_id, trust=trust, remedy="set checkpoint.trust: true"))
         arguments = load_module_strict, True, load_lr_scheduler_states, load_module_only, custom_load_fn
-        if manifest is None:
-            if dist.get_rank() == 0:
-                logger.warning("%s has no isolation state; importance starts from zero (missing_state: fresh)", folder)
+        if found.checkpoint.is_plain:
+            folder = self._check_plain(found.checkpoint, consent, resumes=resumes)
             return super().load_checkpoint(str(folder.parent), folder.name, *arguments)
-        same_layout = self._has_layout_of(manifest)
+        opened = open_tag(found.checkpoint, consent=consent, readers=AllRanks(found.verified))
+        same_layout = self._has_layout_of(opened.manifest)
         if resumes:
-            agree(lambda: self._check_resumable(folder, manifest, same_layout))
-        if is_swapped:
-            check_swapped_copies(self, str(folder))
-        reader = None if resumes and same_layout else SavedPartitions(folder, manifest)
+            agree(lambda: self._check_resumable(opened, same_layout))
+        place = str(opened.path.parent), opened.path.name
+        reader = None if resumes and same_layout else SavedPartitions(*opened)
         with self._reading(reader, weights_only=not resumes):
-            loaded, client_state = super().load_checkpoint(str(folder.parent), folder.name, *arguments)
+            loaded, client_state = super().load_checkpoint(*place, *arguments)
             if load_module_only:
                 # DeepSpeed does not come by `_load_zero_checkpoint` then.
                 self.optimizer.checkpoint_event_prologue()
-                self._load_zero_checkpoint(str(folder.parent), folder.name)
+                self._load_zero_checkpoint(*place)
                 self.optimizer.checkpoint_event_epilogue()
         if resumes:
-            self._restore_isolation(folder, manifest, same_layout)
+            self._restore_isolation(opened, same_layout)
         return loaded, client_state
 
-    def _restore_isolation(self, folder: Path, manifest: Manifest, same_layout: bool) -> None:
+    def _find(self, load_dir: Path, tag: str | None, *, accepts_plain: bool) -> _Found | None:
+        """Return what to load; None where nothing was ever saved. Collective."""
+        if self.run.trainer_folder is None or not on_first_rank(lambda: _is_trainers(load_dir)):
+            choice = choose(load_dir, tag, accepts_plain=accepts_plain)
+            return None if choice is None else _Found(choice.checkpoint, choice.checkpoint.path)
+        whole = on_first_rank(lambda: open_checkpoint(load_dir))
+        if whole.is_plain and accepts_plain:
+            inside = on_first_rank(lambda: newest_in(load_dir))
+            if inside.is_plain:
+                return _Found(inside, None)
+        if whole.problem is not None:
+            raise CheckpointError(f"{whole.problem}. Resume from another checkpoint")
+        return _Found(whole, self.run.verified)
+
+    def _check_plain(self, found: Checkpoint, consent: Consent, *, resumes: bool) -> Path:
+        """Return the folder of a tag that was saved without isolation, where it may be loaded. Collective."""
+        if not resumes:
+            raise UserError(
+                f"{found.path} was saved without isolation, and DeepSpeed by itself loads no weights under ZeRO-3 with "
+                "load_module_only, and those of `latest` without load_optimizer_states. Load it whole, with "
+                "missing_state: fresh, or make a model of it with the zero_to_fp32.py that lies in it"
+            )
+        on_first_rank(lambda: consent.check(found))
+        if dist.get_rank() == 0:
+            logger.warning("%s has no isolation state; importance starts from zero (missing_state: fresh)", found.path)
+        return found.path
+
+    def _restore_isolation(self, tag: Tag, same_layout: bool) -> None:
         """Load what DeepSpeed does not: the isolation state, and what is to go on with it. Collective."""
         if self.zero_nvme_offload_optimizer():
-            finish_load(self, str(folder))
+            finish_load(self, tag)
         # The counters of before, and what is not yet in them, are replaced together.
         self.optimizer.settle_step_energy()
-        load_state(folder, manifest, self.epi.controller, same_layout=same_layout)
-        clipping = manifest.isolation.extra["clipping"]
+        load_state(tag, self.epi.controller, same_layout=same_layout)
+        clipping = tag.manifest.isolation.extra["clipping"]
         for average, saved in zip(self.optimizer.isolation.clipping, clipping, strict=True):
             average.restore(saved)
         replay_steps(self.optimizer.optimizer)
-        self.run.continues_from(folder, step=self.global_steps)
-
-    def _choose(self, load_dir: Path, tag: str | None, *, accepts_plain: bool) -> Checkpoint | None:
-        """Return the verified tag to load; of a trainer's folder the one in it."""
-        if self.run.trainer_folder is not None and on_first_rank(lambda: _is_trainers(load_dir)):
-            whole = on_first_rank(lambda: open_checkpoint(load_dir))
-            if whole.is_plain and accepts_plain:
-                inside = on_first_rank(lambda: newest_in(load_dir))
-                if inside.is_plain:
-                    return inside
-            known = whole.problem is None and load_dir == self.run.verified
-            problems = [] if known else [whole.problem] if whole.problem is not None else verify(whole)
-            if problems:
-                raise CheckpointError("; ".join(problems) + ". Resume from another checkpoint")
-            return on_first_rank(lambda: tag_inside(whole))
-        choice = choose(load_dir, tag, accepts_plain=accepts_plain)
-        return None if choice is None else choice.checkpoint
+        self.run.continues_from(tag.path, step=self.global_steps)
 
     def _has_layout_of(self, manifest: Manifest) -> bool:
         return manifest.world_size == batch_of(self).world_size and manifest.sub_groups == sub_groups_of(self.optimizer)
 
-    def _check_resumable(self, folder: Path, manifest: Manifest, same_layout: bool) -> None:
+    def _check_resumable(self, tag: Tag, same_layout: bool) -> None:
+        """Raise UserError where a tag does not fit this engine, and RemedyError where this process cannot read it."""
+        manifest = tag.manifest
         check_fits(
-            folder,
-            manifest,
+            tag,
             self.epi.controller,
             batch=batch_of(self),
             sub_groups=sub_groups_of(self.optimizer),
             allow_new_batch=self.epi.config.checkpoint.allow_new_batch_size,
         )
         if same_layout:
+            if self.zero_nvme_offload_optimizer():
+                check_swapped_copies(self, tag.path)
             return
-        before = f"{folder} was saved by {manifest.world_size} ranks with other partitions"
+        before = f"{tag.path} was saved by {manifest.world_size} ranks with other partitions"
         if self.zero_nvme_offload_optimizer() or manifest.isolation.extra["swapped"]:
             raise UserError(
                 f"{before}, and the files of NVMe offload can be read by the ranks that wrote them only; resume with "
@@ -189,7 +200,7 @@ class LoadingMixin(DeepSpeedEngine):
             names: list[str] = super()._get_all_ckpt_names(checkpoints_path, tag)
             return names
         rank = dist.get_rank(self.optimizer.dp_process_group) % self._reader.world_size
-        return [os.path.join(checkpoints_path, tag, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")]
+        return [os.path.join(checkpoints_path, tag, model_states_file(rank))]
 
     def _load_zero_checkpoint(self, load_dir: str, tag: str, load_optimizer_states: bool = True) -> bool:
         """Load weights and optimizer states. Collective."""
@@ -222,7 +233,7 @@ class LoadingMixin(DeepSpeedEngine):
     ) -> None:
         """Load buffers; frozen parameters are cut for the ranks that saved them, and are read with the others."""
         if self._reader is not None:
-            checkpoint = {**checkpoint, "frozen_param_fragments": None}
+            checkpoint = without_frozen_slices(checkpoint)
         super().load_module_state_dict(
             checkpoint, strict, custom_load_fn, fetch_z3_params, z3_params_to_fetch, allowed_missing_keys
         )

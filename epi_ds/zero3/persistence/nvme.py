@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from epi_ds.checkpoint.deepspeed_files import SWAPPED_SUFFIX, SavedPartitions, loss_scaling_of, swapped_folder
 from epi_ds.checkpoint.saving import TagWriter
-
-_SUFFIX = ".tensor.swp"
-
-
-def _swapped_copies(engine: Any, folder: str) -> str:
-    return os.path.join(folder, "offloaded_tensors", f"rank{engine.global_rank:0>2d}")
+from epi_ds.checkpoint.tag import Tag
+from epi_ds.checkpoint.verdict import agree
+from epi_ds.errors import RemedyError
 
 
 def _swapped_sub_groups(zero3: Any) -> list[int]:
@@ -32,13 +31,14 @@ def _swapped_sub_groups(zero3: Any) -> list[int]:
 def swapped_weights(zero3: Any) -> dict[str, str]:
     """Return the name of the file with the weights of every swapped sub-group, by its index; the same on every rank."""
     return {
-        str(index): zero3.fp32_partitioned_groups_flat[index].ds_id + _SUFFIX for index in _swapped_sub_groups(zero3)
+        str(index): zero3.fp32_partitioned_groups_flat[index].ds_id + SWAPPED_SUFFIX
+        for index in _swapped_sub_groups(zero3)
     }
 
 
 def copy_swapped_files(engine: Any, writer: TagWriter) -> None:
     """Copy this rank's swapped files into a tag that is being saved, as DeepSpeed does, gradients left out."""
-    target = Path(_swapped_copies(engine, str(writer.folder)))
+    target = swapped_folder(writer.folder, engine.global_rank)
     for source in sorted(Path(engine.optimizer.optimizer_swapper.swap_folder).iterdir()):
         if "gradient" not in source.name:
             writer.run(target / source.name, partial(_copy, source, target / source.name))
@@ -49,63 +49,51 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def check_swapped_copies(engine: Any, folder: str) -> None:
-    """Raise RuntimeError on all ranks where one finds a swapped file missing in a tag. Collective."""
-    missing = _of_all_ranks(_missing_file(engine, folder))
+def check_swapped_copies(engine: Any, tag: Path) -> None:
+    """Raise RemedyError where a tag lacks a swapped file that this rank, by the names of this process, will read."""
+    folder = swapped_folder(tag, engine.global_rank)
+    missing = [name for name in swapped_weights(engine.optimizer).values() if not (folder / name).is_file()]
     if missing:
-        raise RuntimeError(
-            f"{', '.join(missing)} missing. DeepSpeed names swapped files by a count of all parameters that a process "
+        raise RemedyError(
+            f"{folder / missing[0]} missing. DeepSpeed names swapped files by a count of all parameters that a process "
             "made, and reads nothing where the names differ: resume in a process that makes its engine as the first "
             "one did, with the same partitioning"
         )
 
 
-def _of_all_ranks(problem: str | None) -> list[str]:
-    """Return the problems of all ranks, so that they raise together: else one raises, and the others wait for it."""
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return [found for found in problems if found is not None]
-
-
-def _missing_file(engine: Any, folder: str) -> str | None:
-    """Return the first file that the tag should have of this rank, by the names of this process, and has not."""
-    for name in swapped_weights(engine.optimizer).values():
-        path = os.path.join(_swapped_copies(engine, folder), name)
-        if not os.path.isfile(path):
-            return path
-    return None
-
-
-def finish_load(engine: Any, folder: str) -> None:
+def finish_load(engine: Any, tag: Tag) -> None:
     """Load what DeepSpeed's own load of a tag leaves out. Collective. See [Note: NVMe load].
 
-    Mutates the optimizer's states and weights. Raises RuntimeError on all ranks where one cannot read its shard.
+    Mutates the optimizer's states and weights. Raises CheckpointError on all ranks where one cannot read its shard.
     """
     zero3 = engine.optimizer
-    path = engine._get_zero_ckpt_name(*os.path.split(folder))
-    saved: dict[str, Any] = {}
-    problem = None
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"]
-    except Exception as error:  # torn files raise whatever they happen to look like
-        problem = f"{path}: {type(error).__name__}: {error}"
-    problems = _of_all_ranks(problem)
-    if problems:
-        raise RuntimeError("shards that cannot be read: " + "; ".join(problems) + "; load another tag")
-    zero3.loss_scaler, zero3.dynamic_loss_scale = saved["loss_scaler"], saved["dynamic_loss_scale"]
+    rank = dist.get_rank(zero3.dp_process_group)
+    saved = SavedPartitions(*tag)
+    shard = agree(lambda: saved.shard(rank))
+    for name, value in loss_scaling_of(shard).items():
+        setattr(zero3, name, value)
     zero3._set_fp32_optimizer_param_groups()
-    zero3.optimizer.load_state_dict(saved["optimizer_state_dict"])
+    zero3.optimizer.load_state_dict(_copied(saved.optimizer_state(rank)))
     zero3._clear_fp32_optimizer_param_groups()
     swapped = set(_swapped_sub_groups(zero3))
     for index, partition in enumerate(zero3.fp32_partitioned_groups_flat):
         if index in swapped:
             _refer_to_files(zero3, partition)
         else:
-            partition.data.copy_(saved["fp32_flat_groups"][index])
+            partition.data.copy_(saved.flat_weights(rank, index))
     zero3.checkpoint_event_prologue()
     # Takes every sub-group in, copies its weights to the model's, and swaps it out.
     zero3.reset_swap_buffers()
     zero3.checkpoint_event_epilogue()
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's ``state_dict`` whose tensors are in memory: a mapped file may be removed while training."""
+    copies = {
+        index: {key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": copies}
 
 
 def _refer_to_files(zero3: Any, partition: Any) -> None:
@@ -115,7 +103,7 @@ def _refer_to_files(zero3: Any, partition: Any) -> None:
     tensors = []
     for key in state:
         name = f"{key}-{partition.ds_id}"
-        if os.path.isfile(os.path.join(swapper.swap_folder, name + _SUFFIX)):
+        if os.path.isfile(os.path.join(swapper.swap_folder, name + SWAPPED_SUFFIX)):
             # The shard has whatever was in memory at the save.
             state[key] = torch.empty(0, dtype=partition.dtype)
             state[key].ds_id = name

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from epi_ds.checkpoint.deepspeed_files import WEIGHTS, SavedPartitions
+from epi_ds.checkpoint.deepspeed_files import WEIGHTS, SavedPartitions, loss_scaling_of, optimizer_shard
 from epi_ds.errors import CheckpointError, UserError
 
 
@@ -30,9 +30,8 @@ def load_partitions(zero3: Any, saved: SavedPartitions, *, weights_only: bool) -
         if not weights_only:
             _load_states(zero3, saved)
     # What ZeRO-3 does after a load of its own: the fp32 weights become the model's, and losses are scaled as they were.
-    scaling = saved.shard(0) if not weights_only else vars(zero3)
-    content = {name: scaling[name] for name in ("loss_scaler", "dynamic_loss_scale", "overflow")}
-    content["fp32_flat_groups"] = zero3.fp32_partitioned_groups_flat
+    scaling = loss_scaling_of(saved.shard(0) if not weights_only else vars(zero3))
+    content = optimizer_shard(scaling, zero3.fp32_partitioned_groups_flat)
     zero3.load_state_dict([content] * dist.get_world_size(zero3.dp_process_group), load_optimizer_states=False)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from epi_ds.checkpoint.commit import Run
+from epi_ds.checkpoint.deepspeed_files import tag_name
 from epi_ds.checkpoint.run import RunRecord
 from epi_ds.checkpoint.saving import SaveTimes, TagWriter, check_space
 from epi_ds.checkpoint.store import write_state
@@ -50,7 +51,7 @@ class SavingMixin(DeepSpeedEngine):
         middle of an accumulation window, whose gradients are in no checkpoint, and for a tag that is no name, and
         CheckpointError where another process has taken the folder over.
         """
-        tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
+        tag = str(tag) if tag is not None else tag_name(self.global_steps)
         folder = Path(save_dir)
         if not save_dir or tag == ".." or Path(tag).name != tag:
             raise UserError(f"save_dir {save_dir!r}, tag {tag!r}: give a folder, and a tag that is one name in it")
