@@ -115,8 +115,8 @@ def weights_of(tag: Tag, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     frozen = saved.frozen_shapes
     if frozen is None:
         raise CheckpointError(
-            f"{tag.path} was saved with exclude_frozen_parameters, so it is no whole model; load it into an engine that "
-            "has the frozen weights, and save it with them"
+            f"{tag.path} was saved with exclude_frozen_parameters, so it is no whole model; load it into an engine "
+            "that has the frozen weights, and save it with them"
         )
     for name in (*saved.places, *frozen):
         yield name, saved.weights(name).to(dtype)
