@@ -56,6 +56,11 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
     return problems
 
 
+def unknown_keys(error: ValidationError) -> list[str]:
+    """Return the keys that a model does not have, dotted; empty where all that is wrong is something else."""
+    return [".".join(map(str, item["loc"])) for item in error.errors() if item["type"] == "extra_forbidden"]
+
+
 def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
     """Return the fields valid at ``path``, following nested models by field name."""
     for part in path:

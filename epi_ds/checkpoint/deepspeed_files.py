@@ -236,7 +236,7 @@ class SavedPartitions:
         return self._flat(rank, place.sub_group, kind)[place.offset :]
 
     def _flat(self, rank: int, sub_group: int, kind: str) -> Tensor:
-        swapped = self._manifest.isolation.extra.get("swapped", {})
+        swapped = self._manifest.isolation.extra.swapped
         if str(sub_group) in swapped:
             return self._swapped(rank, swapped[str(sub_group)], kind)
         if kind == WEIGHTS:

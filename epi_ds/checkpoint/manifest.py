@@ -3,21 +3,26 @@
 It names every file below the folder with its size and checksum, and says what they were made with; a digest of its
 own text is in it too, so that a flipped bit does not become another step or another ratio. The folder is a tag of
 DeepSpeed's, or a trainer's ``checkpoint-N`` with a tag in it.
+
+[Note: releases] A key that has a default here may be missing: an earlier release knew nothing of it. A key that this
+release does not know may change what the others mean, so it is refused, with the release that wrote it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic_core import PydanticKnownError
 
 from epi_ds.checkpoint.digest import FileRecord, text_digest
 from epi_ds.checkpoint.durable import sync_folder, write_json
-from epi_ds.errors import CheckpointError, problems_of, summarize
+from epi_ds.errors import CheckpointError, problems_of, summarize, unknown_keys
 from epi_ds.isolation.counters import Counters
 
 FOLDER = "epi"
@@ -49,7 +54,7 @@ class Batch(BaseModel):
 
     @property
     def rows(self) -> int:
-        """Over all ranks."""
+        """The number over all ranks."""
         return self.micro_batch * self.accumulation * self.world_size
 
     def __str__(self) -> str:
@@ -76,6 +81,17 @@ class SavedSubGroup(BaseModel):
     parameters: tuple[SavedParameter, ...]
 
 
+class EngineState(BaseModel):
+    """What the engine keeps beside the optimizer's state and the isolation's, and readers without an engine need."""
+
+    model_config = _FROZEN
+
+    clipping: tuple[dict[str, float], ...] = ()
+    """`ClippingAverage.to_dict` of every parameter group; empty where none was kept, and they begin anew."""
+    swapped: dict[str, str] = {}
+    """Names of the files with the weights of sub-groups that NVMe offload had swapped out, by sub-group."""
+
+
 class Isolation(BaseModel):
     """What the shards do not say of the isolation of a tag."""
 
@@ -85,11 +101,18 @@ class Isolation(BaseModel):
     counters: dict[str, int | float]
     states: tuple[str, ...]
     """Names of what is stored per entry beside the masks."""
-    threshold_codes: dict[str, int] | None
+    threshold_codes: dict[str, int] | None = None
     """Threshold code of each layer; None before the first refresh."""
-    last_row_codes: list[int] | None
+    last_row_codes: list[int] | None = None
     """Where the last search ended (`Thresholds.row_codes`); what an adaptive run decides next depends on it."""
-    extra: dict[str, Any]
+    extra: EngineState = EngineState()
+
+    @field_validator("counters")
+    @classmethod
+    def _counters_are_known(cls, counters: dict[str, int | float]) -> dict[str, int | float]:
+        if not counters.keys() <= {known.name for known in fields(Counters)}:
+            raise PydanticKnownError("extra_forbidden")
+        return counters
 
 
 class Manifest(BaseModel):
@@ -101,9 +124,12 @@ class Manifest(BaseModel):
     kind: Kind
     run_id: str
     """See [Note: trust] in run.py."""
-    incarnation: int
-    saved_at: str
-    versions: dict[str, str]
+    incarnation: int = 0
+    """See `RunRecord`."""
+    saved_at: str = ""
+    """UTC, to the second."""
+    versions: dict[str, str] = {}
+    """Of libraries, epi_ds among them, by name."""
     step: int
     """Optimizer steps before the save, skipped ones included, as DeepSpeed counts them."""
     batch: Batch
@@ -116,7 +142,7 @@ class Manifest(BaseModel):
 
     @property
     def world_size(self) -> int:
-        """Ranks that saved."""
+        """The number of ranks that saved."""
         return self.batch.world_size
 
     @property
@@ -126,7 +152,7 @@ class Manifest(BaseModel):
 
     @property
     def num_bytes(self) -> int:
-        """Of all files."""
+        """The size of all files together."""
         return sum(record.num_bytes for record in self.files.values())
 
 
@@ -142,8 +168,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Make a folder a checkpoint; whole or absent also after a crash."""
     (folder / FOLDER).mkdir(exist_ok=True)
     content = manifest.model_dump(mode="json")
-    write_json(folder / PATH, {"digest": _digest(content), **content})
+    write_json(folder / PATH, sealed(content))
     sync_folder(folder)
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is written of a manifest's content: with a digest of its own."""
+    return {"digest": _digest(content), **content}
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -175,7 +206,23 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         return Manifest.model_validate(saved)
     except ValidationError as error:
+        if later := written_later(path, error, release=saved.get("versions", {}).get("epi_ds")):
+            raise CheckpointError(later) from None
         raise CheckpointError(summarize(problems_of(error, Manifest), place=str(path))) from None
+
+
+def written_later(path: Path, error: ValidationError, *, release: str | None = None) -> str | None:
+    """Return, in words, that a later release wrote a file; None where something else is wrong with it.
+
+    release  of epi_ds that wrote it, where that is known
+    """
+    unknown = unknown_keys(error)
+    if not unknown:
+        return None
+    return (
+        f"{path} was written by a newer release of epi_ds ({release or 'which one, it does not say'}): this one does "
+        f"not know {', '.join(unknown[:5])}. Use the release that wrote it"
+    )
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class RandomStates(NamedTuple):
-    """Of one process. Nothing here is executed when it is read."""
+    """The generators' states of one process. Nothing here is executed when it is read."""
 
     tensors: dict[str, Tensor]
     """``cpu``, and ``cuda`` where there is a GPU: torch's generators. uint8"""
@@ -22,7 +22,7 @@ class RandomStates(NamedTuple):
 
 
 def random_states() -> RandomStates:
-    """Return those of now. numpy's is the one of its global functions."""
+    """Return the states as they are now. numpy's is the one of its global functions."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
@@ -34,10 +34,13 @@ def random_states() -> RandomStates:
 
 def restore_random_states(tensors: Mapping[str, Tensor], others: Mapping[str, Any]) -> None:
     """Continue where the saved generators were. Those that the save did not have are left as they are."""
-    torch.set_rng_state(tensors["cpu"])
+    if "cpu" in tensors:
+        torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
-    version, internal, gauss = others["python"]
-    random.setstate((version, tuple(internal), gauss))
-    algorithm, keys, *rest = others["numpy"]
-    np.random.set_state((algorithm, np.array(keys, dtype=np.uint32), *rest))
+    if "python" in others:
+        version, internal, gauss = others["python"]
+        random.setstate((version, tuple(internal), gauss))
+    if "numpy" in others:
+        algorithm, keys, *rest = others["numpy"]
+        np.random.set_state((algorithm, np.array(keys, dtype=np.uint32), *rest))

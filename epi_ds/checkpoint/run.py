@@ -24,7 +24,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from epi_ds.checkpoint.durable import write_json
-from epi_ds.checkpoint.manifest import PATH
+from epi_ds.checkpoint.manifest import PATH, written_later
 from epi_ds.errors import CheckpointError, UserError
 
 FILE = "epi_run.json"
@@ -36,17 +36,17 @@ class RunRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run_id: str
-    incarnation: int
+    incarnation: int = 0
     """Processes that have begun to save here, this one included."""
     holder: str
     """Drawn by the process that took the folder over last."""
-    host: str
-    pid: int
-    since: str
+    host: str = "an unknown host"
+    pid: int = 0
+    since: str = "an unknown time"
 
     @property
     def holder_description(self) -> str:
-        """Who it is, for people."""
+        """Who took the folder over, for people."""
         return f"process {self.pid} on {self.host}, since {self.since}"
 
 
@@ -58,6 +58,8 @@ def read_run(folder: Path) -> RunRecord | None:
     except FileNotFoundError:
         return None
     except (ValidationError, UnicodeDecodeError) as error:
+        if isinstance(error, ValidationError) and (later := written_later(path, error)):
+            raise CheckpointError(later) from None
         raise CheckpointError(
             f"{path} is damaged ({type(error).__name__}), so it does not say whose checkpoints lie beside it. Restore "
             "it; or, if they are your own, remove it and resume with trust: true once"

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from epi_ds.checkpoint.manifest import FOLDER
+from epi_ds.checkpoint.manifest import FOLDER, written_later
 from epi_ds.checkpoint.tensor_file import write_tensor_file
 from epi_ds.errors import CheckpointError
 from epi_ds.isolation.layout import Layout, Segment
@@ -43,8 +43,8 @@ class Header(BaseModel):
     rank: int
     world_size: int
     segments: tuple[Segment, ...]
-    random_states: dict[str, Any]
-    """Of the generators whose state is no tensor; see random_states.py."""
+    random_states: dict[str, Any] = {}
+    """Those of generators whose state is no tensor; see random_states.py."""
 
 
 def write_shard(
@@ -91,6 +91,9 @@ class Shard:
             opened: Any = safe_open(path, framework="pt")
             self._file = opened
             self.header = Header.model_validate_json((self._file.metadata() or {})["epi_ds"])
+        except ValidationError as error:
+            problem = written_later(path, error) or f"{path} is not a readable isolation shard: {error}"
+            raise CheckpointError(problem) from error
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             problem = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{path} is not a readable isolation shard: {problem}") from error

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from epi_ds.checkpoint.catalog import open_checkpoint
 from epi_ds.checkpoint.loading import AllRanks
-from epi_ds.checkpoint.manifest import FOLDER, Batch, Isolation, SavedSubGroup
+from epi_ds.checkpoint.manifest import FOLDER, Batch, EngineState, Isolation, SavedSubGroup
 from epi_ds.checkpoint.random_states import random_states, restore_random_states
 from epi_ds.checkpoint.saving import TagWriter
 from epi_ds.checkpoint.shard import shard_name, write_shard
@@ -58,7 +58,7 @@ def write_state(writer: TagWriter, controller: IsolationController) -> None:
     )
 
 
-def isolation_of(controller: IsolationController, *, extra: Mapping[str, Any]) -> Isolation:
+def isolation_of(controller: IsolationController, *, extra: EngineState) -> Isolation:
     """Return what the shards do not say. The same on every rank."""
     codes, rows = controller.refresher.threshold_codes, controller.refresher.selector.last_row_codes
     names = controller.layout.layer_names
@@ -68,7 +68,7 @@ def isolation_of(controller: IsolationController, *, extra: Mapping[str, Any]) -
         states=tuple(controller.states),
         threshold_codes=None if codes is None else dict(zip(names, codes.tolist(), strict=True)),
         last_row_codes=None if rows is None else rows.tolist(),
-        extra=dict(extra),
+        extra=extra,
     )
 
 

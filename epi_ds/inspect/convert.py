@@ -22,7 +22,7 @@ def convert(tag: Tag, output: Path) -> None:
     """
     if output.exists():
         raise UserError(f"{output} exists; give a folder that does not")
-    if tag.manifest.isolation.extra.get("swapped"):
+    if tag.manifest.isolation.extra.swapped:
         raise UserError(f"{tag.path} was saved with NVMe offload, whose files DeepSpeed's converter does not read")
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(tag.path)]
     finished = subprocess.run([*command, "--output_folder", str(output)], check=False)

@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from epi_ds.checkpoint import digest, loading, saving, store
 from epi_ds.checkpoint.catalog import checkpoints_in, leftovers_in
+from epi_ds.checkpoint.durable import write_json
+from epi_ds.checkpoint.manifest import PATH, sealed
 from epi_ds.checkpoint.run import take_over
 from epi_ds.errors import CheckpointError, UserError
 from tests.support.engines import (
@@ -272,6 +274,20 @@ def test_another_format_is_refused(run: Path) -> None:
 
 
 # --- weights alone ---
+
+
+def test_a_tag_without_the_keys_of_later_releases_is_loaded(run: Path) -> None:
+    """Which keys those are, and that no other may be missing: tests/unit/test_releases.py."""
+    path = run / "global_step6" / PATH
+    content = {name: value for name, value in json.loads(path.read_text()).items() if name != "digest"}
+    for name in ("incarnation", "saved_at", "versions"):
+        del content[name]
+    for name in ("threshold_codes", "last_row_codes", "extra"):
+        del content["isolation"][name]
+    for name in ("finished_stages", "held_gradient_energy", "held_steps", "held_step_energy", "measured_steps"):
+        del content["isolation"]["counters"][name]
+    write_json(path, sealed(content))
+    assert loaded(run, tag="global_step6") == (6, "", [])
 
 
 def check_weights_alone(folder: str, arguments: dict[str, Any]) -> tuple[int, dict[str, int]]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import epi_ds
 from epi_ds.checkpoint.digest import FileRecord
-from epi_ds.checkpoint.manifest import FORMAT_VERSION, Batch, Kind, Manifest, SavedParameter, SavedSubGroup
+from epi_ds.checkpoint.manifest import FORMAT_VERSION, Batch, EngineState, Kind, Manifest, SavedParameter, SavedSubGroup
 from epi_ds.checkpoint.run import RunRecord
 from epi_ds.checkpoint.saving import now
 from epi_ds.checkpoint.store import isolation_of
@@ -51,11 +51,10 @@ def bytes_to_save(engine: Any) -> int:
 def manifest_of(engine: Any, files: Mapping[str, FileRecord], record: RunRecord) -> Manifest:
     """Return what the manifest of a tag of the engine says. The same on every rank, but for ``files``."""
     zero3 = engine.optimizer
-    extra = {
-        "clipping": [average.to_dict() for average in zero3.isolation.clipping],
-        # For readers that know no DeepSpeed.
-        "swapped": swapped_weights(zero3),
-    }
+    extra = EngineState(
+        clipping=tuple(average.to_dict() for average in zero3.isolation.clipping),
+        swapped=swapped_weights(zero3),
+    )
     return Manifest(
         format_version=FORMAT_VERSION,
         kind=Kind.TAG,

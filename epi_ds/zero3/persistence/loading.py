@@ -146,8 +146,10 @@ class LoadingMixin(DeepSpeedEngine):
         # The counters of before, and what is not yet in them, are replaced together.
         self.optimizer.settle_step_energy()
         load_state(tag, self.epi.controller, same_layout=same_layout)
-        clipping = tag.manifest.isolation.extra["clipping"]
-        for average, saved in zip(self.optimizer.isolation.clipping, clipping, strict=True):
+        averages, clipping = self.optimizer.isolation.clipping, tag.manifest.isolation.extra.clipping
+        for average in averages:
+            average.reset()
+        for average, saved in zip(averages if clipping else (), clipping, strict=True):
             average.restore(saved)
         replay_steps(self.optimizer.optimizer)
         self.run.continues_from(tag.path, step=self.global_steps)
@@ -170,7 +172,7 @@ class LoadingMixin(DeepSpeedEngine):
                 check_swapped_copies(self, tag.path)
             return
         before = f"{tag.path} was saved by {manifest.world_size} ranks with other partitions"
-        if self.zero_nvme_offload_optimizer() or manifest.isolation.extra["swapped"]:
+        if self.zero_nvme_offload_optimizer() or manifest.isolation.extra.swapped:
             raise UserError(
                 f"{before}, and the files of NVMe offload can be read by the ranks that wrote them only; resume with "
                 f"{manifest.world_size} ranks and the same sub_group_size"
