@@ -23,8 +23,9 @@ from torch import Tensor
 from epi_ds.bench.one_rank import OneRank
 from epi_ds.choices import Normalizer, Selection, StateFormat
 from epi_ds.isolation.importance.codes import TOP_CODE
-from epi_ds.isolation.importance.stored import CODE_SHIFTS, StoredImportance
+from epi_ds.isolation.importance.stored import StoredImportance
 from epi_ds.isolation.layout import Layout, Segment
+from epi_ds.isolation.placement import Placement
 from epi_ds.isolation.search.selector import sketch_of
 from epi_ds.isolation.search.threshold import find_thresholds
 from epi_ds.kernels import Run, Stored, chunks, encode_, num_blocks, pack_bits, table_of
@@ -253,7 +254,7 @@ def _each(call: Callable[[Any, _Entries], object], module: Any, pieces: Sequence
         call(module, piece)
 
 
-def _importance(state: str, numel: int, device: torch.device) -> tuple[StoredImportance, Layout, StateFormat]:
+def _importance(state: str, numel: int, device: torch.device) -> tuple[StoredImportance, Layout]:
     """Return log-normal importance of one parameter on one rank."""
     segment = Segment(
         name="weight",
@@ -266,21 +267,21 @@ def _importance(state: str, numel: int, device: torch.device) -> tuple[StoredImp
         shape=(numel,),
     )
     layout = Layout(segments=(segment,), layer_names=("weight",), sub_group_numel=(numel,))
-    importance = StoredImportance(layout, StateFormat(state), devices=[device], seed=0, purpose="bench")
+    importance = StoredImportance(Placement(layout, (device,)), StateFormat(state), seed=0, purpose="bench")
     encode_(importance.stored(segment), torch.randn(numel, device=device).mul_(2).exp_(), key=1, step=0)
-    return importance, layout, StateFormat(state)
+    return importance, layout
 
 
-def _search(importance: StoredImportance, layout: Layout, state: StateFormat) -> None:
+def _search(importance: StoredImportance, layout: Layout) -> None:
     """Find the threshold of a refresh: all counting there is in one, and nothing else."""
     find_thresholds(
-        sketch_of(importance, layout, state=state),
+        sketch_of(importance, layout),
         OneRank(),
         ratio=0.01,
         layer_numel=layout.layer_numel,
         selection=Selection.NORMALIZED_GLOBAL,
         normalizer=Normalizer.MINMAX,
-        code_shift=CODE_SHIFTS[state],
+        code_shift=importance.code_shift,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from epi_ds.bench.one_rank import OneRank
 from epi_ds.bench.training import Trained
 from epi_ds.choices import Normalizer, Selection, StateFormat
-from epi_ds.isolation.importance.stored import CODE_SHIFTS
+from epi_ds.isolation.importance.stored import code_shift_of
 from epi_ds.isolation.importance.views import Importance, code_chunks
 from epi_ds.isolation.search.selector import sketch_of
 from epi_ds.isolation.search.threshold import Thresholds, find_thresholds
@@ -82,7 +82,7 @@ def _search(
     for _ in range(_REPETITIONS):
         exchange, started = OneRank(), time.perf_counter()
         # Made anew each time: a sketch may remember.
-        sketch = sketch_of(importance, layout, state=state)
+        sketch = sketch_of(importance, layout)
         thresholds = find_thresholds(
             sketch,
             exchange,
@@ -90,7 +90,7 @@ def _search(
             layer_numel=layout.layer_numel,
             selection=selection,
             normalizer=normalizer,
-            code_shift=CODE_SHIFTS[state],
+            code_shift=importance.code_shift,
         )
         seconds.append(time.perf_counter() - started)
     return _Searched(selection, normalizer, thresholds, exchange.passes, sorted(seconds)[_REPETITIONS // 2])
@@ -115,7 +115,7 @@ def _row(
     mask = _mask(trained, trained.states[state], thresholds)
     isolated = int(mask.sum())
     messages = refresh_messages(
-        trained.layout.layer_numel, selection=selection, normalizer=normalizer, code_shift=CODE_SHIFTS[state]
+        trained.layout.layer_numel, selection=selection, normalizer=normalizer, code_shift=code_shift_of(state)
     )
     normalized = selection is Selection.NORMALIZED_GLOBAL
     return SketchRow(

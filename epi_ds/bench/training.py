@@ -14,6 +14,7 @@ from epi_ds.demo.base_model import collate, encode, small_llama
 from epi_ds.isolation.importance.stored import StoredImportance
 from epi_ds.isolation.importance.views import Importance
 from epi_ds.isolation.layout import Layout, Parameter, Segment, build_layout
+from epi_ds.isolation.placement import Placement
 
 # What a million parameters take; powers of two mislead benchmarks.
 _WIDTHS = {"hidden_size": 152, "intermediate_size": 408}
@@ -31,6 +32,8 @@ class Trained(NamedTuple):
 
 class _Moments:
     """Second moments of torch's AdamW, by parameter."""
+
+    code_shift = 0
 
     def __init__(self, optimizer: torch.optim.AdamW, parameters: dict[str, Tensor]) -> None:
         self._optimizer, self._parameters = optimizer, parameters
@@ -61,9 +64,10 @@ def train_states(
         world_size=1,
         layer="block",
     )
+    placement = Placement(layout, (torch.device("cpu"),))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, ema_decay))
     stored: dict[StateFormat, StoredImportance] = {
-        state: StoredImportance(layout, state, devices=[torch.device("cpu")], seed=seed, purpose="importance")
+        state: StoredImportance(placement, state, seed=seed, purpose="importance")
         for state in StateFormat
         if state is not StateFormat.ADAM
     }

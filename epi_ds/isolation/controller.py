@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from epi_ds.choices import Memory, PolicyName, StateFormat
@@ -20,6 +19,7 @@ from epi_ds.isolation.importance.stored import StoredImportance
 from epi_ds.isolation.importance.views import Importance
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.mask import Masks
+from epi_ds.isolation.placement import Placement
 from epi_ds.isolation.policy import Policy
 from epi_ds.isolation.refresh import MaskListener, Refresher
 from epi_ds.isolation.refresh_report import Refresh
@@ -33,40 +33,39 @@ class IsolationController:
 
     def __init__(
         self,
-        layout: Layout,
+        placement: Placement,
         config: EPIConfig,
         *,
         policy: Policy,
         exchange: GroupExchange,
-        devices: Sequence[torch.device],
         listener: MaskListener | None = None,
         moments: Importance | None = None,
     ) -> None:
-        """``devices`` are the home devices of the sub-groups' fp32 partitions; ``moments`` are the optimizer's second
-        moments, for ``state: adam`` to read.
-        """
-        self.layout = layout
+        """``moments`` are the optimizer's second moments, for ``state: adam`` to read."""
+        self.placement = placement
         self.config = config
         self.exchange = exchange
         self.counters = Counters()
-        self.refresher = Refresher(layout, config, exchange=exchange, devices=devices, listener=listener)
+        self.refresher = Refresher(placement, config, exchange=exchange, listener=listener)
         self._policy = policy
-        self._devices = list(devices)
         self._moments = moments
         self._stored: StoredImportance | None = None
-        self._remembered = Remembered(layout, config, devices=devices)
+        self._remembered = Remembered(placement, config)
         if policy.observes(1):
             self.start_measuring()
 
     # --- state ---
 
+    @property
+    def layout(self) -> Layout:
+        """The geometry of this rank's partitions."""
+        return self.placement.layout
+
     def start_measuring(self) -> None:
         """Allocate zero importance, if there is none yet and it is ours to keep."""
         config = self.config
         if self._stored is None and config.state is not StateFormat.ADAM:
-            self._stored = StoredImportance(
-                self.layout, config.state, devices=self._devices, seed=config.seed, purpose="importance"
-            )
+            self._stored = StoredImportance(self.placement, config.state, seed=config.seed, purpose="importance")
 
     def stop_measuring(self) -> None:
         """Free the importance."""
@@ -151,7 +150,7 @@ class IsolationController:
         for name, state in self.states.items():
             for segment in self.layout.segments:
                 state.load(segment, stored_of(name, segment), step=counters.observations)
-        self.refresher.first_mask.restore(first_mask, self._devices)
+        self.refresher.first_mask.restore(first_mask, self.placement.devices)
         self.refresher.selector.last_row_codes = last_row_codes
         self.refresher.threshold_codes = threshold_codes
         self.refresher.load(mask_of)
@@ -193,7 +192,7 @@ class IsolationController:
         for segment in self.layout.by_sub_group[sub_group]:
             if segment.name in exceptions:
                 other = exceptions[segment.name]
-                own = None if other is None else other[: segment.real_numel].to(self._devices[sub_group])
+                own = None if other is None else other[: segment.real_numel].to(self.placement.home_of(segment))
             else:
                 own = None if gradient is None else gradient[segment.start : segment.stop]
             stored.observe(segment, own, ema_decay=ema_decay, inverse_scale=inverse_scale, step=step)

@@ -10,17 +10,19 @@ from torch import Tensor
 
 from epi_ds.isolation.importance.codes import codes_of
 from epi_ds.isolation.importance.views import Importance
-from epi_ds.isolation.layout import Layout, Segment
+from epi_ds.isolation.layout import Segment
+from epi_ds.isolation.placement import Placement
 from epi_ds.kernels import chunks, count_bits, select_, set_bits, slice_bits, unpack_bits
 
 
 class Masks:
     """The masks in force on one rank's partitions."""
 
-    def __init__(self, layout: Layout, *, devices: Sequence[torch.device]) -> None:
-        """No entry is isolated. ``devices`` are the homes of the sub-groups' fp32 partitions."""
-        self._layout = layout
-        self.bits = [empty_bits(numel, device) for numel, device in zip(layout.sub_group_numel, devices, strict=True)]
+    def __init__(self, placement: Placement) -> None:
+        """No entry is isolated."""
+        self.placement = placement
+        homes = zip(placement.layout.sub_group_numel, placement.devices, strict=True)
+        self.bits = [empty_bits(numel, device) for numel, device in homes]
         """uint8 bits of every sub-group's flat partition."""
         self.isolated_here = [0] * len(self.bits)
         """Isolated entries of every sub-group's partition."""
@@ -49,13 +51,14 @@ class Masks:
 
         mask_of  -> [real_numel] bool; asked for one segment after the other
         """
-        counts = torch.zeros(len(self._layout.group_numel), dtype=torch.int64)
-        for segment in self._layout.segments:
+        layout = self.placement.layout
+        counts = torch.zeros(len(layout.group_numel), dtype=torch.int64)
+        for segment in layout.segments:
             mask = mask_of(segment)
             set_bits(self.bits[segment.sub_group], mask, segment.start)
             # Not `sum`, which makes eight bytes of every entry first.
             isolated = int(torch.count_nonzero(mask))
-            for group in self._layout.groups_of[segment.name]:
+            for group in layout.groups_of[segment.name]:
                 counts[group] += isolated
         self.isolated_here = [count_bits(bits) for bits in self.bits]
         return counts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,8 +16,9 @@ from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.importance.remembered import Remembered
 from epi_ds.isolation.importance.tasks import task_shares
 from epi_ds.isolation.importance.views import Importance, ReadPartition, partition_reader
-from epi_ds.isolation.layout import Layout, Segment
+from epi_ds.isolation.layout import Segment
 from epi_ds.isolation.mask import Masks, select_bits
+from epi_ds.isolation.placement import Placement
 from epi_ds.isolation.refresh_report import FirstMask, GroupCounts, Refresh, layer_importance
 from epi_ds.isolation.search.bracket import count_dtype
 from epi_ds.isolation.search.collectives import GroupExchange
@@ -54,26 +55,24 @@ class Refresher:
 
     def __init__(
         self,
-        layout: Layout,
+        placement: Placement,
         config: EPIConfig,
         *,
         exchange: GroupExchange,
-        devices: Sequence[torch.device],
         listener: MaskListener | None,
     ) -> None:
-        """``devices`` are the homes of the sub-groups' fp32 partitions."""
-        self._layout, self._config, self._exchange = layout, config, exchange
-        self._devices, self._listener = devices, listener
-        self.masks = Masks(layout, devices=devices)
+        self._placement, self._layout, self._config = placement, placement.layout, config
+        self._exchange, self._listener = exchange, listener
+        self.masks = Masks(placement)
         self.isolated = 0
         """Isolated entries over all ranks; the same on every rank."""
-        self.selector = Selector(layout, config, devices=devices)
+        self.selector = Selector(placement, config)
         self.first_mask = FirstMask()
         self.threshold_codes: Tensor | None = None
         """[num_layers] int64 on the CPU; None before the first refresh."""
         self.last_refresh: Refresh | None = None
         self.last_decision: Decision | None = None
-        self._group_isolated = torch.zeros(len(layout.group_numel), dtype=torch.int64)
+        self._group_isolated = torch.zeros(len(placement.layout.group_numel), dtype=torch.int64)
 
     def load(self, mask_of: Callable[[Segment], Tensor]) -> None:
         """Put given masks in force: [real_numel] bool of every segment. `add_up` is due then, on every rank."""
@@ -155,7 +154,7 @@ class Refresher:
                     sub_group,
                     before=before,
                     now=selected.bits,
-                    importance=partition_reader(importance, segments, self._devices[sub_group]),
+                    importance=partition_reader(importance, segments, self._placement.devices[sub_group]),
                 )
             self.masks.replace(sub_group, selected)
             counts += selected.counts

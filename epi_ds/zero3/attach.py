@@ -14,8 +14,9 @@ from epi_ds.choices import Apply, Memory, PolicyName, Protects, Selection, State
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 from epi_ds.isolation.controller import IsolationController
-from epi_ds.isolation.importance.stored import CODE_SHIFTS
+from epi_ds.isolation.importance.stored import code_shift_of
 from epi_ds.isolation.layout import Layout, Parameter, build_layout
+from epi_ds.isolation.placement import Placement
 from epi_ds.isolation.policy import make_policy
 from epi_ds.isolation.schedule import largest_ratio
 from epi_ds.isolation.search.collectives import GroupExchange
@@ -78,7 +79,7 @@ def _transport_of(layout: Layout, config: EPIConfig, *, world_size: int) -> Tran
         layout.layer_numel,
         selection=config.selection,
         normalizer=config.normalizer,
-        code_shift=CODE_SHIFTS[config.state],
+        code_shift=code_shift_of(config.state),
         kind_numel=layout.group_numel[len(layout.layer_numel) :],
     )
     costs = compare(messages, selection=config.selection, world_size=world_size)
@@ -120,7 +121,7 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
     _check_budget(layout, config)
     moments = SecondMoments(optimizer) if config.state is StateFormat.ADAM else None
     controller = IsolationController(
-        layout,
+        Placement(layout, tuple(partition.device for partition in optimizer.fp32_partitioned_groups_flat)),
         config,
         policy=make_policy(config),
         exchange=GroupExchange(
@@ -128,7 +129,6 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
             device=torch.device(get_accelerator().current_device_name()),
             transport=_transport_of(layout, config, world_size=dist.get_world_size(optimizer.dp_process_group)),
         ),
-        devices=[partition.device for partition in optimizer.fp32_partitioned_groups_flat],
         # The mixin's mask_changes; under `apply: update` the moments keep tracking, and no change of mask edits them.
         listener=optimizer if config.apply is Apply.REDUCTION else None,
         moments=moments,

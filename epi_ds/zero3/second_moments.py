@@ -27,6 +27,11 @@ class SecondMoments:
         """The effective ``ema_decay`` of each parameter group."""
         return [group["betas"][1] for group in self._optimizer.optimizer.param_groups]
 
+    @property
+    def code_shift(self) -> int:
+        """See `epi_ds.isolation.importance.views.Importance`: moments are of all codes."""
+        return 0
+
     def read(self, segment: Segment, start: int, stop: int) -> Tensor:
         """See `epi_ds.isolation.importance.views.Importance`."""
         partition = self._optimizer.fp32_partitioned_groups_flat[segment.sub_group]

@@ -14,6 +14,7 @@ from epi_ds.isolation.importance.remembered import Remembered
 from epi_ds.isolation.importance.stored import StoredImportance
 from epi_ds.isolation.importance.tasks import TaskShare, task_shares
 from epi_ds.isolation.layout import Layout, Parameter, build_layout
+from epi_ds.isolation.placement import Placement
 from epi_ds.isolation.search.selector import Candidates, Decision, Selector
 from epi_ds.kernels import Stored
 from tests.support.worlds import CountingExchange
@@ -35,10 +36,11 @@ class WholeSelection:
         self.config = EPIConfig.model_validate({"memory": "per_task", "state": "fp32", **section})
         parameters = [Parameter(name, tuple(values.shape)) for name, values in present.items()]
         self.layout: Layout = build_layout([parameters], rank=0, world_size=1, layer=self.config.layer)
-        remembered = Remembered(self.layout, self.config, devices=[CPU])
+        self.placement = Placement(self.layout, (CPU,))
+        remembered = Remembered(self.placement, self.config)
         for stage, values in finished.items():
             remembered.keep(stage, self._state(values), step=0)
-        selector = Selector(self.layout, self.config, devices=[CPU])
+        selector = Selector(self.placement, self.config)
         self.exchange = CountingExchange()
         bits = torch.zeros(-(-self.layout.sub_group_numel[0] // 8), dtype=torch.uint8)
         self.candidates: Candidates = selector.candidates(
@@ -49,7 +51,7 @@ class WholeSelection:
         )
 
     def _state(self, values: Mapping[str, Tensor]) -> StoredImportance:
-        state = StoredImportance(self.layout, self.config.state, devices=[CPU], seed=0, purpose="test")
+        state = StoredImportance(self.placement, self.config.state, seed=0, purpose="test")
         for segment in self.layout.segments:
             state.load(segment, Stored(values[segment.name].flatten().float(), torch.zeros(0), 0), step=0)
         return state

@@ -15,6 +15,7 @@ from epi_ds.isolation.importance.remembered import Remembered
 from epi_ds.isolation.importance.tasks import task_shares
 from epi_ds.isolation.importance.views import Nothing
 from epi_ds.isolation.layout import Parameter, build_layout
+from epi_ds.isolation.placement import Placement
 from tests.support.tasks import CPU, WholeSelection
 
 SHAPES = {"0.w": (301, 17), "1.w": (1009,), "1.b": (3,), "2.w": (97, 53)}
@@ -181,9 +182,11 @@ def test_the_past_alone_and_no_past() -> None:
 def test_a_stage_that_comes_again_is_the_same_task() -> None:
     layout = build_layout([[Parameter("w", (5,))]], rank=0, world_size=1, layer="block")
     config = EPIConfig.model_validate({"memory": "per_task", "state": "fp32"})
-    remembered = Remembered(layout, config, devices=[CPU])
+    remembered = Remembered(Placement(layout, (CPU,)), config)
 
     class Fixed:
+        code_shift = 0
+
         def __init__(self, *values: float) -> None:
             self.values = torch.tensor(values)
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from epi_ds.choices import Normalizer, Selection, StateFormat, Transport
 from epi_ds.cli.main import app
 from epi_ds.errors import UserError
-from epi_ds.isolation.importance.stored import CODE_SHIFTS
+from epi_ds.isolation.importance.stored import code_shift_of
 from epi_ds.isolation.search.bracket import count_dtype, round_widths
 from epi_ds.isolation.search.traffic import (
     TYPICAL_KINDS,
@@ -45,13 +45,16 @@ def costs_of(
     layer_numel: int = 400_000_000,
 ) -> tuple[Cost, ...]:
     messages = refresh_messages(
-        [layer_numel] * num_layers, selection=selection, normalizer=normalizer, code_shift=CODE_SHIFTS[state]
+        [layer_numel] * num_layers,
+        selection=selection,
+        normalizer=normalizer,
+        code_shift=code_shift_of(StateFormat(state)),
     )
     return compare(messages, selection=selection, world_size=world_size)
 
 
 @pytest.mark.parametrize(("selection", "normalizer"), SELECTIONS)
-@pytest.mark.parametrize("state", CODE_SHIFTS)
+@pytest.mark.parametrize("state", StateFormat)
 def test_a_thousand_ranks_and_layers_keep_the_limits(selection: Selection, normalizer: Normalizer, state: str) -> None:
     picked = pick(costs_of(selection, normalizer, state=state))
     limit = 20e6 if selection is Selection.PER_LAYER else 0.1e6
@@ -60,7 +63,7 @@ def test_a_thousand_ranks_and_layers_keep_the_limits(selection: Selection, norma
 
 
 @pytest.mark.parametrize(("selection", "normalizer"), SELECTIONS)
-@pytest.mark.parametrize("state", CODE_SHIFTS)
+@pytest.mark.parametrize("state", StateFormat)
 def test_two_to_eight_collectives_whatever_the_layers(selection: Selection, normalizer: Normalizer, state: str) -> None:
     for num_layers, world_size in itertools.product((1, 35, 1000), (1, 2, 8, 1024)):
         costs = costs_of(selection, normalizer, state=state, num_layers=num_layers, world_size=world_size)

@@ -15,6 +15,7 @@ from epi_ds.errors import UserError
 from epi_ds.isolation.importance.remembered import Remembered
 from epi_ds.isolation.importance.stored import StoredImportance
 from epi_ds.isolation.layout import Parameter, build_layout
+from epi_ds.isolation.placement import Placement
 from epi_ds.isolation.search.selector import Selector
 from epi_ds.kernels import Stored, pack_bits
 from tests.support.engines import (
@@ -93,7 +94,8 @@ def test_hysteresis_changes_who_is_isolated_and_not_how_many(world_size: int) ->
 def test_hysteresis_acts_across_layers_under_every_normalizer() -> None:
     """Entries 1.2 times larger in another layer do not evict isolated ones at a factor of 2."""
     layout = build_layout([[Parameter("0.w", (6,)), Parameter("1.w", (6,))]], rank=0, world_size=1, layer="block")
-    importance = StoredImportance(layout, StateFormat.FP32, devices=[CPU], seed=0, purpose="importance")
+    placement = Placement(layout, (CPU,))
+    importance = StoredImportance(placement, StateFormat.FP32, seed=0, purpose="importance")
     values = {"0.w": [1.0, 0.97, 0.95, 0.9, 0.01, 0.0], "1.w": [1.0, 0.8, 0.75, 0.7, 0.01, 0.0]}
     for segment in layout.segments:
         importance.load(segment, Stored(torch.tensor(values[segment.name]), torch.zeros(0), 0), step=0)
@@ -103,11 +105,11 @@ def test_hysteresis_acts_across_layers_under_every_normalizer() -> None:
         kept = []
         for hysteresis in (1.0, 0.5):
             config = EPIConfig.model_validate({"ratio": 0.34, "hysteresis": hysteresis, **changes})
-            selector = Selector(layout, config, devices=[CPU])
+            selector = Selector(placement, config)
             candidates = selector.candidates(
                 importance,
                 CountingExchange(),
-                remembered=Remembered(layout, config, devices=[CPU]),
+                remembered=Remembered(placement, config),
                 masks=[bits],
                 step=1,
             )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
-import torch
+from collections.abc import Iterable
 
 from epi_ds.choices import Memory
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 from epi_ds.isolation.importance.stored import StoredImportance
 from epi_ds.isolation.importance.views import Importance
-from epi_ds.isolation.layout import Layout
+from epi_ds.isolation.placement import Placement
 
 MAXIMUM = "remembered"
 _TASK = "task/"
@@ -20,9 +18,8 @@ _TASK = "task/"
 class Remembered:
     """States of finished stages, as ``memory`` says: none, one maximum over all of them, or one of each."""
 
-    def __init__(self, layout: Layout, config: EPIConfig, *, devices: Sequence[torch.device]) -> None:
-        """``devices`` are the homes of the sub-groups' fp32 partitions."""
-        self._layout, self._config, self._devices = layout, config, devices
+    def __init__(self, placement: Placement, config: EPIConfig) -> None:
+        self._placement, self._config = placement, config
         self._states: dict[str, StoredImportance] = {}
         if config.memory is Memory.STAGE_MAX:
             self._state(MAXIMUM)
@@ -50,7 +47,7 @@ class Remembered:
                 "call finish_stage(name)"
             )
         state = self._state(MAXIMUM if self._config.memory is Memory.STAGE_MAX else f"{_TASK}{stage}")
-        for segment in self._layout.segments:
+        for segment in self._placement.layout.segments:
             state.raise_to(segment, importance, step=step)
 
     def restart(self, names: Iterable[str]) -> None:
@@ -63,7 +60,5 @@ class Remembered:
         """Return a state, made of zeros where there is none."""
         config = self._config
         if name not in self._states:
-            self._states[name] = StoredImportance(
-                self._layout, config.state, devices=self._devices, seed=config.seed, purpose=name
-            )
+            self._states[name] = StoredImportance(self._placement, config.state, seed=config.seed, purpose=name)
         return self._states[name]

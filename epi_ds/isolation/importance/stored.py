@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from epi_ds.choices import StateFormat
 from epi_ds.isolation.importance.views import Importance
-from epi_ds.isolation.layout import Layout, Segment
+from epi_ds.isolation.layout import Segment
+from epi_ds.isolation.placement import Placement
 from epi_ds.kernels import Run, Stored, chunks, decode, encode_, num_blocks, observe_, table_of
+from epi_ds.kernels.reference.codecs import PATTERN_SHIFT
 
 _DTYPES = {
     StateFormat.FP32: torch.float32,
@@ -21,14 +22,9 @@ _DTYPES = {
 }
 
 
-# The codes of a state, as fp32 patterns, are multiples of 1 << shift; see [Note: lattice] in threshold.py.
-CODE_SHIFTS: Mapping[StateFormat, int] = {
-    StateFormat.FP32: 0,
-    StateFormat.ADAM: 0,
-    StateFormat.U8: 0,
-    StateFormat.U16: 15,
-    StateFormat.BF16: 16,
-}
+def code_shift_of(state: StateFormat) -> int:
+    """Return the `Importance.code_shift` of what is stored in a format, before there is any."""
+    return PATTERN_SHIFT.get(_DTYPES.get(state, torch.float32), 0)
 
 
 def dither_key(name: str) -> int:
@@ -44,19 +40,17 @@ def _gap(start: int, stop: int) -> Run:
 class StoredImportance:
     """Importance of our own: one flat tensor of codes per sub-group, which begin as zeros. Covered entries only."""
 
-    def __init__(
-        self, layout: Layout, state: StateFormat, *, devices: Sequence[torch.device], seed: int, purpose: str
-    ) -> None:
-        """``devices`` are the homes of the sub-groups' fp32 partitions; ``purpose`` gives several states of one run
-        random numbers of their own.
-        """
-        dtype = _DTYPES[state]
+    def __init__(self, placement: Placement, state: StateFormat, *, seed: int, purpose: str) -> None:
+        """Make it of zeros. ``purpose`` gives several states of one run random numbers of their own."""
+        dtype, layout = _DTYPES[state], placement.layout
+        self.code_shift = code_shift_of(state)
         self._codes: list[Tensor] = []
         self._scales: list[Tensor] = []
         self._tables: list[Tensor] = []
         self._runs: dict[str, Run] = {}
         self._stored: dict[str, Stored] = {}
-        for segments, numel, device in zip(layout.by_sub_group, layout.sub_group_numel, devices, strict=True):
+        homes = zip(layout.by_sub_group, layout.sub_group_numel, placement.devices, strict=True)
+        for segments, numel, device in homes:
             runs, num_codes, num_scales, stop = [], 0, 0, 0
             for segment in segments:
                 key = dither_key(f"{seed}/{purpose}/{segment.name}")

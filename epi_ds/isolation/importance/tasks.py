@@ -21,7 +21,8 @@ from torch import Tensor
 
 from epi_ds.isolation.importance.codes import codes_of, decode
 from epi_ds.isolation.importance.views import Importance
-from epi_ds.isolation.layout import Layout, Segment
+from epi_ds.isolation.layout import Segment
+from epi_ds.isolation.placement import Placement
 from epi_ds.isolation.search.sketch import Extremes
 from epi_ds.isolation.search.threshold import Scale
 from epi_ds.kernels import chunks
@@ -49,16 +50,19 @@ class TaskShare(NamedTuple):
 class TaskScores:
     """Importance of several tasks as one: the largest of their scores. See [Note: shares]."""
 
-    def __init__(self, tasks: Sequence[Task], scale: Scale, *, layout: Layout, devices: Sequence[torch.device]) -> None:
-        """``scale`` is of ``[len(tasks) * num_layers]``, task after task; ``devices`` are those of the sub-groups."""
+    code_shift = 0
+    """See `Importance.code_shift`: scores are of all codes."""
+
+    def __init__(self, tasks: Sequence[Task], scale: Scale, placement: Placement) -> None:
+        """``scale`` is of ``[len(tasks) * num_layers]``, task after task."""
         self.names = [task.name for task in tasks]
         self._tasks = tasks
-        self._layout, self._devices = layout, devices
+        self._placement = placement
         self._minimum, self._factor = (column.view(len(tasks), -1) for column in scale)
 
     def read(self, segment: Segment, start: int, stop: int) -> Tensor:
         """See `Importance.read`."""
-        scores = torch.zeros(stop - start, device=self._devices[segment.sub_group])
+        scores = torch.zeros(stop - start, device=self._placement.home_of(segment))
         for index in range(len(self._tasks)):
             torch.maximum(scores, self._scores(index, segment, start, stop), out=scores)
         return scores
@@ -91,7 +95,7 @@ class TaskScores:
         """
         limits = [int(code) for code in threshold_codes]
         counts = torch.zeros((len(self._tasks),) * 2, dtype=torch.int64)
-        for segment in self._layout.segments:
+        for segment in self._placement.layout.segments:
             for start, stop in chunks(0, segment.real_numel):
                 scores = [self._scores(index, segment, start, stop) for index in range(len(self._tasks))]
                 # 0 and 1, and sums below 2^24: exact in fp32.

@@ -10,11 +10,16 @@ from torch import Tensor
 
 from epi_ds.isolation.importance.codes import codes_of
 from epi_ds.isolation.layout import Segment, pieces_of
+from epi_ds.isolation.placement import Placement
 from epi_ds.kernels import chunks, unpack_bits
 
 
 class Importance(Protocol):
     """Importance of this rank's covered entries, whoever keeps it."""
+
+    @property
+    def code_shift(self) -> int:
+        """All codes of the values are multiples of ``1 << code_shift``; see [Note: lattice] in threshold.py."""
 
     def read(self, segment: Segment, start: int, stop: int) -> Tensor:
         """Return entries ``[start, stop)`` of a segment: fp32 on the home device, finite, not to be written to."""
@@ -52,13 +57,16 @@ def partition_reader(importance: Importance, segments: Sequence[Segment], device
 class Nothing:
     """Importance of nothing: zeros, of which none is ever isolated."""
 
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        """``devices`` are the homes of the sub-groups' fp32 partitions."""
-        self._devices = devices
+    def __init__(self, placement: Placement, *, code_shift: int) -> None:
+        """Zeros lie on every lattice; ``code_shift`` is that of the importance that is to come, so that a search does
+        not change with it.
+        """
+        self._placement = placement
+        self.code_shift = code_shift
 
     def read(self, segment: Segment, start: int, stop: int) -> Tensor:
         """See `Importance.read`."""
-        return torch.zeros(stop - start, device=self._devices[segment.sub_group])
+        return torch.zeros(stop - start, device=self._placement.home_of(segment))
 
 
 class Larger:
@@ -66,6 +74,7 @@ class Larger:
 
     def __init__(self, one: Importance, other: Importance) -> None:
         self._one, self._other = one, other
+        self.code_shift = min(one.code_shift, other.code_shift)
 
     def read(self, segment: Segment, start: int, stop: int) -> Tensor:
         """See `Importance.read`."""
@@ -82,6 +91,7 @@ class Favoured:
     def __init__(self, importance: Importance, bits: Sequence[Tensor], hysteresis: float) -> None:
         """``bits`` are the masks in force, by sub-group."""
         self._importance = importance
+        self.code_shift = importance.code_shift
         self._bits = bits
         self._factor = 1.0 / hysteresis
 

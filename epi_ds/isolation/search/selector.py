@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from epi_ds.choices import ADAPTIVE, Memory, Protects, Selection, StateFormat
+from epi_ds.choices import ADAPTIVE, Memory, Protects, Selection
 from epi_ds.config import EPIConfig, RatioSchedule
 from epi_ds.isolation.importance.remembered import MAXIMUM, Remembered
-from epi_ds.isolation.importance.stored import CODE_SHIFTS, StoredImportance
+from epi_ds.isolation.importance.stored import StoredImportance
 from epi_ds.isolation.importance.tasks import Task, TaskScores
 from epi_ds.isolation.importance.views import Favoured, Importance, Larger, Nothing, code_chunks, isolated_code_chunks
 from epi_ds.isolation.layout import Layout
+from epi_ds.isolation.placement import Placement
 from epi_ds.isolation.schedule import ratio_at
 from epi_ds.isolation.search.adaptive import Drift, covering_budgets, drift_of
 from epi_ds.isolation.search.exchange import Exchange
@@ -50,15 +51,15 @@ class Decision(NamedTuple):
     """None where the mask stays."""
 
 
-def sketch_of(importance: Importance, layout: Layout, *, state: StateFormat) -> Sketch:
-    """Return the sketch of a rank's covered entries; ``state`` is the format of importance that is stored."""
+def sketch_of(importance: Importance, layout: Layout) -> Sketch:
+    """Return the sketch of a rank's covered entries."""
     num_layers = len(layout.layer_names)
     if isinstance(importance, StoredImportance) and importance.is_counted_by_code:
         pieces = [
             CodePiece(segment.layer, index, importance.stored(segment).codes)
             for index, segment in enumerate(layout.segments)
         ]
-        return HistogramSketch(pieces, num_layers=num_layers, code_shift=CODE_SHIFTS[state])
+        return HistogramSketch(pieces, num_layers=num_layers, code_shift=importance.code_shift)
     return _sketch_of([partial(code_chunks, importance, segment) for segment in layout.segments], layout)
 
 
@@ -72,9 +73,8 @@ def _sketch_of(codes: Sequence[Callable[[], Iterable[Tensor]]], layout: Layout) 
 class Selector:
     """Searches thresholds as one configuration says. Keeps where the last search ended, and nothing per entry."""
 
-    def __init__(self, layout: Layout, config: EPIConfig, *, devices: Sequence[torch.device]) -> None:
-        """``devices`` are the homes of the sub-groups' fp32 partitions."""
-        self._layout, self._config, self._devices = layout, config, devices
+    def __init__(self, placement: Placement, config: EPIConfig) -> None:
+        self._placement, self._layout, self._config = placement, placement.layout, config
         self.last_row_codes: Tensor | None = None
         """`Thresholds.row_codes` of the last search, around which a preview is fine; saved with a checkpoint."""
 
@@ -103,7 +103,8 @@ class Selector:
                 found = self._share(tasks, exchange, step)
             else:
                 # One task has the whole budget: selected as it would be without memory.
-                found = Candidates(*(tasks[0].importance if tasks else Nothing(self._devices),) * 2)
+                nothing = Nothing(self._placement, code_shift=importance.code_shift)
+                found = Candidates(*(tasks[0].importance if tasks else nothing,) * 2)
         else:
             found = Candidates(importance, importance)
         if config.hysteresis == 1.0:
@@ -126,18 +127,16 @@ class Selector:
             layer_numel=layout.layer_numel * len(tasks),
             selection=config.selection,
             normalizer=config.normalizer,
-            code_shift=CODE_SHIFTS[config.state],
+            code_shift=min(task.importance.code_shift for task in tasks),
             tasks=len(tasks),
         )
         ratio = config.max_ratio if isinstance(config.ratio, str) else self._ratio_at(config.ratio, step)
-        scores = TaskScores(
-            tasks, search.scale(search.budgets(ratio) // len(tasks)), layout=layout, devices=self._devices
-        )
+        scores = TaskScores(tasks, search.scale(search.budgets(ratio) // len(tasks)), self._placement)
         return Candidates(scores, scores, scores, scores.extremes(search.extremes))
 
     def sketch(self, importance: Importance) -> Sketch:
         """Return the sketch of this rank's covered entries."""
-        return sketch_of(importance, self._layout, state=self._config.state)
+        return sketch_of(importance, self._layout)
 
     def decide(
         self,
@@ -180,11 +179,10 @@ class Selector:
 
     def _search(self, candidates: Candidates, exchange: Exchange) -> ThresholdSearch:
         config = self._config
-        selection, state = config.selection, config.state
+        selection = config.selection
         if candidates.tasks is not None:
-            # Normalised already, and no code of the state.
+            # Normalised already.
             selection = selection if selection is Selection.PER_LAYER else Selection.RAW_GLOBAL
-            state = StateFormat.FP32
         # One sketch for both where they are the same: it may know already what it is asked.
         compared = self.sketch(candidates.compared)
         same = candidates.compared is candidates.importance
@@ -195,7 +193,7 @@ class Selector:
             layer_numel=self._layout.layer_numel,
             selection=selection,
             normalizer=config.normalizer,
-            code_shift=CODE_SHIFTS[state],
+            code_shift=candidates.compared.code_shift,
             extremes=candidates.extremes,
         )
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from epi_ds.choices import Normalizer, Selection, StateFormat, Transport
 from epi_ds.errors import UserError
-from epi_ds.isolation.importance.stored import CODE_SHIFTS
+from epi_ds.isolation.importance.stored import code_shift_of
 from epi_ds.isolation.search.bracket import count_dtype
 from epi_ds.isolation.search.threshold import search_widths
 
@@ -197,7 +197,7 @@ def estimate(
         [-(-parameters // num_layers)] * num_layers,
         selection=selection,
         normalizer=normalizer,
-        code_shift=CODE_SHIFTS[state],
+        code_shift=code_shift_of(state),
         kind_numel=[-(-parameters // TYPICAL_KINDS)] * TYPICAL_KINDS,
     )
     costs = compare(messages, selection=selection, world_size=world_size)
