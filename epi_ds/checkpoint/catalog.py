@@ -32,7 +32,7 @@ class Checkpoint(NamedTuple):
 
     path: Path
     manifest: Manifest | None
-    """None where it is missing or unreadable."""
+    """What it says of itself; None where the manifest is missing or unreadable."""
     problem: str | None
     """Why it is no checkpoint to resume from, as far as that can be said without reading the other files."""
 

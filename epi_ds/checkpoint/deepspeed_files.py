@@ -27,7 +27,7 @@ from epi_ds.errors import CheckpointError
 LATEST = "latest"
 """Name of the file beside the tags that says which was saved last."""
 SWAPPED_SUFFIX = ".tensor.swp"
-"""Of the files that NVMe offload keeps partitions in, named by DeepSpeed's id of the tensor."""
+"""How the names of the files end that NVMe offload keeps partitions in, behind DeepSpeed's id of the tensor."""
 WEIGHTS = "fp32"
 """What `SavedPartitions.read_into` calls the master weights, as DeepSpeed's universal format does."""
 
@@ -108,9 +108,9 @@ class Place(NamedTuple):
 
     sub_group: int
     offset: int
-    """In the flat partition."""
+    """Where its slice begins in the flat partition."""
     numel: int
-    """Of the whole parameter."""
+    """The entries of the whole parameter."""
     shape: tuple[int, ...]
 
 

@@ -123,22 +123,22 @@ class Manifest(BaseModel):
     format_version: int
     kind: Kind
     run_id: str
-    """See [Note: trust] in run.py."""
+    """The id of the run that saved; what it is good for says [Note: trust] in run.py."""
     incarnation: int = 0
-    """See `RunRecord`."""
+    """Which of the run's processes saved, counted as in `RunRecord`."""
     saved_at: str = ""
-    """UTC, to the second."""
+    """When it was saved: UTC, to the second."""
     versions: dict[str, str] = {}
-    """Of libraries, epi_ds among them, by name."""
+    """Versions of libraries, epi_ds among them, by name."""
     step: int
     """Optimizer steps before the save, skipped ones included, as DeepSpeed counts them."""
     batch: Batch
     model_dtype: str
-    """Of the parameters in the forward pass."""
+    """The dtype of the parameters in the forward pass, as torch calls it."""
     sub_groups: tuple[SavedSubGroup, ...]
     isolation: Isolation
     files: dict[str, FileRecord]
-    """All of them but this one, by path relative to the folder."""
+    """Every file but this one, by path relative to the folder."""
 
     @property
     def world_size(self) -> int:

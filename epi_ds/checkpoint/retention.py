@@ -1,4 +1,4 @@
-"""Which checkpoints are kept."""
+"""Which checkpoints stay and which are removed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Retention(NamedTuple):
     """Which of a folder's complete checkpoints stay when older ones are removed."""
 
     last: int | None
-    """How many of the newest, at least one; None keeps all."""
+    """How many of the newest stay, at least one; with None all of them do."""
     every: int | None = None
-    """Those of every so many steps, for good."""
+    """Those of every so many steps stay for good."""
     run_id: str | None = None
-    """Those of other runs are left alone; None sees no difference."""
+    """Checkpoints of other runs are left alone; None sees no difference."""
     paths: tuple[Path, ...] = ()
     """These stay in any case."""
 

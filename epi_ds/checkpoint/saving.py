@@ -40,15 +40,15 @@ class SaveTimes(NamedTuple):
 
     total: float
     digest: float
-    """In threads: of checksums."""
+    """Seconds of checksums, added up over the threads."""
     sync: float
-    """In threads: until files were on the disk."""
+    """Seconds until files were on the disk, added up over the threads."""
     wait: float
-    """For those threads, after the last file was written."""
+    """Seconds that were waited for those threads after the last file was written."""
     manifest: float
-    """Listing, writing the manifest, renaming."""
+    """Seconds of listing files, writing the manifest and renaming."""
     num_bytes: int
-    """Of all ranks."""
+    """The bytes of all ranks' files."""
 
 
 class _Done(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from epi_ds.checkpoint.manifest import FOLDER, written_later
+from epi_ds.checkpoint.random_states import RandomStates
 from epi_ds.checkpoint.tensor_file import write_tensor_file
 from epi_ds.errors import CheckpointError
 from epi_ds.isolation.layout import Layout, Segment
@@ -47,34 +48,31 @@ class Header(BaseModel):
     """Those of generators whose state is no tensor; see random_states.py."""
 
 
-def write_shard(
-    path: Path,
-    layout: Layout,
-    *,
-    rank: int,
-    world_size: int,
-    bits_of: Callable[[Segment], Tensor],
-    states: Mapping[str, Callable[[Segment], Stored]],
-    first_mask: Sequence[Tensor],
-    random_states: tuple[Mapping[str, Tensor], Mapping[str, Any]],
-) -> None:
-    """Write one rank's slices. All functions are asked for one segment at a time.
+class ShardContent(NamedTuple):
+    """What one rank's shard is written from. Its functions are asked for one segment at a time."""
 
-    bits_of        -> [ceil(real_numel / 8)] uint8
-    states         stored values by the name of the state; views will do
-    first_mask     sampled bytes of the run's first mask, by sub-group
-    random_states  of this rank's generators: tensors, and what is none
-    """
+    bits_of: Callable[[Segment], Tensor]
+    """Returns the mask of a segment, packed. [ceil(real_numel / 8)] uint8"""
+    states: Mapping[str, Callable[[Segment], Stored]]
+    """Functions that return what is stored of a segment, by the name of the state; views will do."""
+    first_mask: Sequence[Tensor]
+    """Sampled bytes of the run's first mask, by sub-group."""
+    random_states: RandomStates
+    """The states of this rank's random generators."""
+
+
+def write_shard(path: Path, layout: Layout, content: ShardContent, *, rank: int, world_size: int) -> None:
+    """Write one rank's slices of the parameters that its layout covers."""
     tensors: dict[str, Tensor] = {}
     for segment in layout.segments:
-        tensors[f"mask/{segment.name}"] = bits_of(segment)
-        for state, stored_of in states.items():
+        tensors[f"mask/{segment.name}"] = content.bits_of(segment)
+        for state, stored_of in content.states.items():
             stored = stored_of(segment)
             tensors[f"{state}/{segment.name}"] = stored.codes
             if stored.scales.numel():
                 tensors[f"scales/{state}/{segment.name}"] = stored.scales
-    tensors |= {f"first_mask/{sub_group}": sample for sub_group, sample in enumerate(first_mask)}
-    random_tensors, others = random_states
+    tensors |= {f"first_mask/{sub_group}": sample for sub_group, sample in enumerate(content.first_mask)}
+    random_tensors, others = content.random_states
     tensors |= {f"random/{name}": state for name, state in random_tensors.items()}
     header = Header(rank=rank, world_size=world_size, segments=layout.segments, random_states=dict(others))
     write_tensor_file(path, tensors, {"epi_ds": header.model_dump_json()})

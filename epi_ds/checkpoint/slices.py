@@ -15,14 +15,14 @@ class Piece(NamedTuple):
 
     rank: int
     start: int
-    """Offset in that rank's slice."""
+    """Where it begins in that rank's slice."""
     stop: int
     offset: int
-    """Offset in what was asked for."""
+    """Where it begins in what was asked for."""
 
     @property
     def numel(self) -> int:
-        """Entries."""
+        """The number of entries."""
         return self.stop - self.start
 
 

@@ -16,7 +16,7 @@ from epi_ds.checkpoint.loading import AllRanks
 from epi_ds.checkpoint.manifest import FOLDER, Batch, EngineState, Isolation, SavedSubGroup
 from epi_ds.checkpoint.random_states import random_states, restore_random_states
 from epi_ds.checkpoint.saving import TagWriter
-from epi_ds.checkpoint.shard import shard_name, write_shard
+from epi_ds.checkpoint.shard import ShardContent, shard_name, write_shard
 from epi_ds.checkpoint.shards import TagShards
 from epi_ds.checkpoint.tag import Tag, open_shards
 from epi_ds.checkpoint.verdict import agree, on_first_rank
@@ -43,19 +43,17 @@ def write_state(writer: TagWriter, controller: IsolationController) -> None:
     """Write this rank's shard."""
     rank, world_size = controller.exchange.rank, controller.exchange.world_size
     path = writer.folder / FOLDER / shard_name(rank)
-    writer.run(
-        path,
-        lambda: write_shard(
-            path,
-            controller.layout,
-            rank=rank,
-            world_size=world_size,
+
+    def write() -> None:
+        content = ShardContent(
             bits_of=controller.masks.segment_bits,
             states={name: state.stored for name, state in controller.states.items()},
             first_mask=controller.refresher.first_mask.sample,
             random_states=random_states(),
-        ),
-    )
+        )
+        write_shard(path, controller.layout, content, rank=rank, world_size=world_size)
+
+    writer.run(path, write)
 
 
 def isolation_of(controller: IsolationController, *, extra: EngineState) -> Isolation:

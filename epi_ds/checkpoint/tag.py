@@ -1,5 +1,4 @@
-"""The one way to a tag: it exists, its pickles may be read, its files are as they were saved, and it is found inside of
-a trainer's folder.
+"""The one way to a tag: it exists, may be read and is whole, and is found in a trainer's folder as well.
 
 [Note: opening] Whoever reads a tag opens it here: a command in one process, or an engine on all ranks at once, which
 share the files out and hear the same (see `Readers`). What is asked depends on what is to be read. DeepSpeed's files
