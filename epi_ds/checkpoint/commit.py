@@ -43,7 +43,7 @@ class Run:
     """The output folder of the trainer that drives the engine: its ``checkpoint-N`` are then what becomes whole."""
     verified: Path | None = None
     """A checkpoint whose files were read and found whole before the engine was made."""
-    keep_last: int | None = None
+    keep_last: int | None = field(init=False)
     """Complete checkpoints to keep; ``config.keep_last`` unless a trainer says otherwise."""
     last_checkpoint: Path | None = None
     """The newest one that was saved or loaded."""
@@ -53,7 +53,7 @@ class Run:
     """What the last save that failed was to write."""
     last_save: SaveTimes | None = None
     """Seconds of this rank's last save of a tag."""
-    _occupied: dict[Path, RunRecord] = field(default_factory=dict)
+    _occupied: dict[Path, RunRecord] = field(init=False, default_factory=dict)
     """The folders that this process has taken over, with what it wrote there."""
 
     def __post_init__(self) -> None:
