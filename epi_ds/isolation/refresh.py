@@ -22,7 +22,7 @@ from epi_ds.isolation.placement import Placement
 from epi_ds.isolation.refresh_report import FirstMask, GroupCounts, Refresh, layer_importance
 from epi_ds.isolation.search.bracket import count_dtype
 from epi_ds.isolation.search.collectives import GroupExchange
-from epi_ds.isolation.search.selector import Candidates, Decision, Selector
+from epi_ds.isolation.search.compare import Candidates, Decision, Selector
 from epi_ds.isolation.search.threshold import Thresholds
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from epi_ds.choices import PolicyName
 from epi_ds.evaluation.evaluator import Evaluator
 from epi_ds.hf import EPICallback
 from epi_ds.isolation.refresh_report import Refresh
-from epi_ds.isolation.search.selector import Decision
+from epi_ds.isolation.search.compare import Decision
 from epi_ds.recipe.models import Moments
 from epi_ds.train.accelerate_setup import check_trainer
 from epi_ds.train.metrics import MetricsWriter

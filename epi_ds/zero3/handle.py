@@ -17,7 +17,7 @@ from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.layout import Segment
 from epi_ds.isolation.refresh_report import Refresh, values_of
 from epi_ds.isolation.schedule import check_planned_steps, largest_ratio
-from epi_ds.isolation.search.selector import Decision
+from epi_ds.isolation.search.compare import Decision
 
 
 class IsolationStats(NamedTuple):

@@ -15,7 +15,7 @@ from epi_ds.isolation.importance.stored import StoredImportance
 from epi_ds.isolation.importance.tasks import TaskShare, task_shares
 from epi_ds.isolation.layout import Layout, Parameter, build_layout
 from epi_ds.isolation.placement import Placement
-from epi_ds.isolation.search.selector import Candidates, Decision, Selector
+from epi_ds.isolation.search.compare import Candidates, Decision, Selector
 from epi_ds.kernels import Stored
 from tests.support.worlds import CountingExchange
 

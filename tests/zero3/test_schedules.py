@@ -16,7 +16,7 @@ from epi_ds.isolation.importance.remembered import Remembered
 from epi_ds.isolation.importance.stored import StoredImportance
 from epi_ds.isolation.layout import Parameter, build_layout
 from epi_ds.isolation.placement import Placement
-from epi_ds.isolation.search.selector import Selector
+from epi_ds.isolation.search.compare import Selector
 from epi_ds.kernels import Stored, pack_bits
 from tests.support.engines import (
     assert_same,
