@@ -14,8 +14,7 @@ from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.choices import PolicyName
 from epi_ds.evaluation.evaluator import Evaluator
 from epi_ds.hf import EPICallback
-from epi_ds.isolation.refresh_report import Refresh
-from epi_ds.isolation.search.compare import Decision
+from epi_ds.isolation.refresh_report import Decision, RefreshReport
 from epi_ds.recipe.models import Moments
 from epi_ds.train.accelerate_setup import check_trainer
 from epi_ds.train.metrics import MetricsWriter
@@ -60,7 +59,7 @@ class RunCallback(TrainerCallback):
         self._started = 0.0
         self._seconds = 0.0
         self._isolated_in_force = 0
-        self._last_refresh: Refresh | None = None
+        self._last_refresh: RefreshReport | None = None
         self._last_decision: Decision | None = None
 
     @property
@@ -227,7 +226,7 @@ class RunCallback(TrainerCallback):
             refreshed = decision.thresholds is not None
             self._write("drift", step, stage, **decision.drift._asdict(), ratio=decision.ratio, refreshed=refreshed)
 
-    def _report_refresh(self, step: int, stage: str, refresh: Refresh) -> None:
+    def _report_refresh(self, step: int, stage: str, refresh: RefreshReport) -> None:
         layers = refresh.layers
         self._write(
             "refresh",
