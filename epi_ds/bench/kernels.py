@@ -26,7 +26,7 @@ from epi_ds.isolation.importance.codes import TOP_CODE
 from epi_ds.isolation.importance.stored import StoredImportance
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.placement import Placement
-from epi_ds.isolation.search.selector import sketch_of
+from epi_ds.isolation.search.sketches import sketch_of
 from epi_ds.isolation.search.threshold import find_thresholds
 from epi_ds.kernels import Run, Stored, chunks, encode_, num_blocks, pack_bits, table_of
 from epi_ds.kernels.reference.code_histogram import NUM_CODES

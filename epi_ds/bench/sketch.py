@@ -15,7 +15,7 @@ from epi_ds.bench.training import Trained
 from epi_ds.choices import Normalizer, Selection, StateFormat
 from epi_ds.isolation.importance.stored import code_shift_of
 from epi_ds.isolation.importance.views import Importance, code_chunks
-from epi_ds.isolation.search.selector import sketch_of
+from epi_ds.isolation.search.sketches import sketch_of
 from epi_ds.isolation.search.threshold import Thresholds, find_thresholds
 from epi_ds.isolation.search.traffic import compare, pick, refresh_messages
 

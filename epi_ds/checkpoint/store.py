@@ -58,7 +58,7 @@ def write_state(writer: TagWriter, controller: IsolationController) -> None:
 
 def isolation_of(controller: IsolationController, *, extra: EngineState) -> Isolation:
     """Return what the shards do not say. The same on every rank."""
-    codes, rows = controller.refresher.threshold_codes, controller.refresher.selector.last_row_codes
+    codes, rows = controller.refresher.threshold_codes, controller.refresher.last_row_codes
     names = controller.layout.layer_names
     return Isolation(
         config=_plain(controller.config),

@@ -18,11 +18,11 @@ from epi_ds.isolation.importance.remembered import Remembered
 from epi_ds.isolation.importance.stored import StoredImportance
 from epi_ds.isolation.importance.views import Importance
 from epi_ds.isolation.layout import Layout, Segment
-from epi_ds.isolation.mask import Masks
+from epi_ds.isolation.mask import MaskListener, Masks
 from epi_ds.isolation.placement import Placement
 from epi_ds.isolation.policy import Policy
-from epi_ds.isolation.refresh import MaskListener, Refresher
-from epi_ds.isolation.refresh_report import Refresh
+from epi_ds.isolation.refresh import Refresher
+from epi_ds.isolation.refresh_report import RefreshReport
 from epi_ds.isolation.schedule import largest_ratio
 from epi_ds.isolation.search.collectives import GroupExchange
 from epi_ds.kernels import Stored
@@ -142,7 +142,7 @@ class IsolationController:
         states          names of those to have, as in `states`
         stored_of       a state's name and a segment -> what is stored of it
         first_mask      see `FirstMask.sample`
-        last_row_codes  see `Selector`
+        last_row_codes  see `Refresher.last_row_codes`
 
         One segment after the other is asked for: what is loaded is never there twice.
         """
@@ -151,7 +151,7 @@ class IsolationController:
             for segment in self.layout.segments:
                 state.load(segment, stored_of(name, segment), step=counters.observations)
         self.refresher.first_mask.restore(first_mask, self.placement.devices)
-        self.refresher.selector.last_row_codes = last_row_codes
+        self.refresher.last_row_codes = last_row_codes
         self.refresher.threshold_codes = threshold_codes
         self.refresher.load(mask_of)
         self.counters = counters
@@ -221,7 +221,7 @@ class IsolationController:
             measured_steps=counters.measured_steps + 1,
         )
 
-    def finish_step(self) -> Refresh | None:
+    def finish_step(self) -> RefreshReport | None:
         """Count an applied step and refresh the mask where one is due. Collective when it is."""
         step = self.counters.applied_steps + 1
         if self.observes:
@@ -233,7 +233,7 @@ class IsolationController:
         )
         return self._select(may_stay=True) if self._policy.refreshes(step) else None
 
-    def finish_stage(self, name: str | None) -> Refresh | None:
+    def finish_stage(self, name: str | None) -> RefreshReport | None:
         """Remember the importance of the stage that ends, and select the mask that the next one begins with.
 
         Collective. Does nothing under ``memory: none``. See `Remembered.keep`.
@@ -242,13 +242,13 @@ class IsolationController:
             return None
         self._remembered.keep(name, self._importance(), step=self.counters.finished_stages)
         # What is compared changes.
-        self.refresher.selector.last_row_codes = None
+        self.refresher.last_row_codes = None
         self.counters = replace(self.counters, finished_stages=self.counters.finished_stages + 1)
         return self.refresh() if self.counters.applied_steps >= self.config.warmup_steps else None
 
     # --- a refresh ---
 
-    def refresh(self) -> Refresh:
+    def refresh(self) -> RefreshReport:
         """Select the mask from the importance as it is now. Collective; see [Note: when].
 
         Raises RuntimeError where nothing is measured.
@@ -258,7 +258,7 @@ class IsolationController:
             raise RuntimeError("a selection that must not keep the mask kept it")
         return refresh
 
-    def _select(self, *, may_stay: bool) -> Refresh | None:
+    def _select(self, *, may_stay: bool) -> RefreshReport | None:
         refresh = self.refresher.refresh(
             self._importance(), remembered=self._remembered, counters=self.counters, may_stay=may_stay
         )

@@ -31,12 +31,12 @@ class Counters:
 
     @property
     def mean_held_gradient_energy(self) -> float | None:
-        """See `Refresh.held_gradient_energy`."""
+        """See `RefreshReport.held_gradient_energy`."""
         return self.held_gradient_energy / self.held_steps if self.held_steps else None
 
     @property
     def mean_held_step_energy(self) -> float | None:
-        """See `Refresh.held_step_energy`."""
+        """See `RefreshReport.held_step_energy`."""
         return self.held_step_energy / self.measured_steps if self.measured_steps else None
 
     def after_refresh(self) -> Counters:

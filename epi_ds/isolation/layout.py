@@ -123,7 +123,7 @@ class Layout:
         return sum(self.layer_numel)
 
 
-def pieces_of(segments: Sequence[Segment], start: int, stop: int) -> Iterator[tuple[Segment, int, int]]:
+def parts_within(segments: Sequence[Segment], start: int, stop: int) -> Iterator[tuple[Segment, int, int]]:
     """Yield (segment, first, last) for the parts of ``segments`` that lie in ``[start, stop)`` of their partition."""
     for segment in segments:
         first, last = max(segment.start, start), min(segment.stop, stop)

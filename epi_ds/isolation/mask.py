@@ -1,18 +1,27 @@
-"""The isolation mask of a flat partition: selecting it from importance, and comparing it with the one before."""
+"""The isolation masks of this rank's flat partitions: which are in force, and how new ones are selected."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from epi_ds.isolation.importance.codes import codes_of
-from epi_ds.isolation.importance.views import Importance
-from epi_ds.isolation.layout import Segment
+from epi_ds.isolation.importance.views import Importance, ReadPartition, partition_reader
+from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.placement import Placement
 from epi_ds.kernels import chunks, count_bits, select_, set_bits, slice_bits, unpack_bits
+
+
+class MaskListener(Protocol):
+    """Told about every partition whose mask a refresh changes, before the new mask is in force. Masks that are loaded
+    come with the moments that belong to them.
+    """
+
+    def mask_changes(self, sub_group: int, *, before: Tensor, now: Tensor, importance: ReadPartition) -> None:
+        """``before`` and ``now`` are uint8 bits of the sub-group's flat partition, which ``importance`` reads."""
 
 
 class Masks:
@@ -41,10 +50,32 @@ class Masks:
         """Return a slice of a parameter's mask as bits of its own. [ceil(real_numel / 8)] uint8, on the device."""
         return slice_bits(self.bits[segment.sub_group], segment.start, segment.stop)
 
-    def replace(self, sub_group: int, selected: Selected) -> None:
-        """Put the mask of one partition in force."""
-        self.bits[sub_group] = selected.bits
-        self.isolated_here[sub_group] = selected.isolated
+    def select(
+        self,
+        compared: Importance,
+        threshold_codes: Tensor,
+        *,
+        measured: Importance,
+        listener: MaskListener | None,
+    ) -> Tensor:
+        """Put the masks in force that isolate what reaches its layer's threshold; return counts of this rank's entries.
+
+        compared         what is compared with the thresholds
+        threshold_codes  [num_layers]     int64 on the CPU
+        measured         what the listener may read
+        ->               [2, num_groups]  int64 on the CPU: isolated now, isolated before and now
+        """
+        layout = self.placement.layout
+        counts = torch.zeros((2, len(layout.group_numel)), dtype=torch.int64)
+        for sub_group, before in enumerate(self.bits):
+            selected = _select(compared, before, layout=layout, sub_group=sub_group, threshold_codes=threshold_codes)
+            if listener is not None:
+                reader = partition_reader(measured, self.placement, sub_group)
+                listener.mask_changes(sub_group, before=before, now=selected.bits, importance=reader)
+            self.bits[sub_group] = selected.bits
+            self.isolated_here[sub_group] = selected.isolated
+            counts += selected.counts
+        return counts
 
     def load(self, mask_of: Callable[[Segment], Tensor]) -> Tensor:
         """Put given masks in force; return this rank's isolated entries by layer and by kind ([num_groups] int64).
@@ -64,7 +95,7 @@ class Masks:
         return counts
 
 
-class Selected(NamedTuple):
+class _Selected(NamedTuple):
     """A new mask of one partition and how it compares with the old one, by group. Counts are this rank's."""
 
     bits: Tensor
@@ -80,40 +111,32 @@ def empty_bits(numel: int, device: torch.device) -> Tensor:
     return torch.zeros(-(-numel // 8), dtype=torch.uint8, device=device)
 
 
-def select_bits(
-    importance: Importance,
-    before: Tensor,
-    *,
-    segments: Sequence[Segment],
-    threshold_codes: Tensor,
-    groups_of: Mapping[str, tuple[int, ...]],
-    num_groups: int,
-) -> Selected:
-    """Select the entries of one partition whose code reaches its layer's threshold.
+def _select(
+    compared: Importance, before: Tensor, *, layout: Layout, sub_group: int, threshold_codes: Tensor
+) -> _Selected:
+    """Select the entries of one partition whose code reaches its layer's threshold; others stay plastic.
 
     before           [ceil(numel / 8)]  uint8, the mask in force, untouched
-    segments         the covered segments of this partition; entries outside them stay plastic
     threshold_codes  [num_layers]       int64 on the CPU
-    groups_of        the groups in which a parameter's entries are counted, by its name
     """
     limits = [int(code) for code in threshold_codes]
     bits = torch.zeros_like(before)
     found: dict[str, Tensor] = {}
-    for segment in segments:
+    for segment in layout.by_sub_group[sub_group]:
         for start, stop in chunks(0, segment.real_numel):
             counts = select_(
                 bits,
-                codes_of(importance.read(segment, start, stop)),
+                codes_of(compared.read(segment, start, stop)),
                 before,
                 threshold_code=limits[segment.layer],
                 first_entry=segment.start + start,
             )
             found[segment.name] = found[segment.name] + counts if start else counts
-    by_group, isolated = torch.zeros((2, num_groups), dtype=torch.int64), 0
+    by_group, isolated = torch.zeros((2, len(layout.group_numel)), dtype=torch.int64), 0
     if found:
         # Fetched at once: every look at a device waits for all that it has to do.
         for name, counts in zip(found, torch.stack(list(found.values())).cpu(), strict=True):
             isolated += int(counts[0])
-            for group in groups_of[name]:
+            for group in layout.groups_of[name]:
                 by_group[:, group] += counts
-    return Selected(bits, by_group, isolated)
+    return _Selected(bits, by_group, isolated)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from epi_ds.choices import ADAPTIVE
+from epi_ds.config import EPIConfig
+from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.importance.codes import decode
-from epi_ds.isolation.importance.tasks import TaskShare
+from epi_ds.isolation.importance.tasks import TaskShare, task_shares
+from epi_ds.isolation.layout import Layout
+from epi_ds.isolation.search.adaptive import Drift
+from epi_ds.isolation.search.bracket import count_dtype
+from epi_ds.isolation.search.compare import Comparison
+from epi_ds.isolation.search.exchange import Exchange, Traffic
 from epi_ds.isolation.search.sketch import Extremes
+from epi_ds.isolation.search.threshold import Thresholds
 
 
 class GroupCounts(NamedTuple):
@@ -50,7 +58,7 @@ class LayerImportance(NamedTuple):
     """Name of the parameter that holds the largest entry."""
 
 
-class Refresh(NamedTuple):
+class RefreshReport(NamedTuple):
     """What a refresh selected, over all ranks. The same on every rank. Counts are of entries."""
 
     step: int
@@ -94,6 +102,102 @@ class Refresh(NamedTuple):
         return kept / (before + self.isolated - kept) if before else None
 
 
+class Decision(NamedTuple):
+    """What a look at the importance led to. The same on every rank."""
+
+    ratio: float
+    """The one that is, or would be, requested."""
+    drift: Drift | None
+    """Of the mask in force; None unless ``refresh_interval: adaptive``, and where nothing is isolated."""
+    thresholds: Thresholds | None
+    """None where the mask stays."""
+
+
+class MaskCounts(NamedTuple):
+    """Entries of a change of masks: this rank's, or those of all ranks. int64 on the CPU."""
+
+    isolated: Tensor
+    """[num_groups]: isolated now, by layer and then by kind."""
+    kept: Tensor
+    """[num_groups]: isolated both before and now."""
+    first: Tensor
+    """[2]: `FirstMask.compare`."""
+    overlaps: Tensor
+    """[tasks, tasks]: `TaskScores.overlaps`; empty where no tasks share the budget."""
+
+    def total(self, exchange: Exchange, layout: Layout) -> MaskCounts:
+        """Return the sums over the ranks. Collective."""
+        largest = layout.covered_numel if len(self.overlaps) else max(layout.group_numel)
+        sums = exchange.total(torch.cat([part.flatten() for part in self]).to(count_dtype(largest))).long()
+        parts = torch.split(sums, [part.numel() for part in self])
+        return MaskCounts(*(total.view_as(part) for total, part in zip(parts, self, strict=True)))
+
+
+class Effort(NamedTuple):
+    """What a refresh took."""
+
+    seconds: float
+    traffic: Traffic
+
+
+def report_of(
+    comparison: Comparison,
+    thresholds: Thresholds,
+    counts: MaskCounts,
+    before: Tensor,
+    *,
+    ratio: float,
+    counters: Counters,
+    effort: Effort,
+) -> RefreshReport:
+    """Return what a refresh found.
+
+    counts    over all ranks
+    before    [num_groups] int64, CPU: entries isolated before, over all ranks
+    ratio     the one requested
+    counters  those of the window that ends
+    """
+    layout, tasks = comparison.layout, comparison.tasks
+    num_layers, names = len(layout.layer_names), (*layout.layer_names, *layout.kind_names)
+    columns = layout.group_numel, counts.isolated.tolist(), counts.kept.tolist(), before.tolist()
+    groups = tuple(GroupCounts(*row) for row in zip(names, *columns, strict=True))
+    both_first, either_first = counts.first.tolist()
+    parameter_names = tuple(segment.name for segment in layout.segments)
+    return RefreshReport(
+        step=counters.applied_steps,
+        ratio=ratio,
+        budget=thresholds.budget,
+        isolated=sum(group.isolated for group in groups[:num_layers]),
+        covered=layout.covered_numel,
+        tied_mass=thresholds.tied_mass,
+        layers=groups[:num_layers],
+        kinds=groups[num_layers:],
+        importance=layer_importance(thresholds.codes, thresholds.extremes, parameter_names),
+        tasks=() if tasks is None else task_shares(tasks.names, counts.overlaps),
+        jaccard_first=both_first / either_first if either_first else None,
+        held_gradient_energy=counters.mean_held_gradient_energy,
+        held_step_energy=counters.mean_held_step_energy,
+        seconds=effort.seconds,
+        collectives=effort.traffic.collectives,
+        sent_bytes=effort.traffic.sent_bytes,
+    )
+
+
+def drift_sentence(decision: Decision, config: EPIConfig) -> str | None:
+    """Return what an adaptive run decided, and why; None where nothing is adaptive."""
+    reasons = []
+    if decision.drift is not None:
+        low, high, growth = decision.drift
+        verdict = "stays" if decision.thresholds is None else "is refreshed"
+        reasons.append(
+            f"{low:.1%} to {high:.1%} of the isolated entries lie below the threshold of now, and a new mask would "
+            f"be larger by {growth:.1%} of it (max_drift {config.max_drift:.1%}): the mask {verdict}"
+        )
+    if config.ratio == ADAPTIVE:
+        reasons.append(f"ratio {decision.ratio:.4%} holds {config.coverage:.0%} of the importance")
+    return "; ".join(reasons) or None
+
+
 def layer_importance(
     threshold_codes: Tensor, extremes: Extremes, parameter_names: tuple[str, ...]
 ) -> tuple[LayerImportance, ...]:
@@ -111,45 +215,3 @@ def values_of(codes: Tensor) -> list[float]:
     """Return the values of int64 codes; inf for what no finite importance reaches."""
     # decode() reads the pattern of +inf as 2^128.
     return [value if value < 2.0**128 else math.inf for value in decode(codes).tolist()]
-
-
-class FirstMask:
-    """One entry in 16 of the first mask that isolated anything, to compare later ones with.
-
-    A whole copy would cost an eighth of a byte per parameter, as much as the mask itself.
-    """
-
-    STRIDE = 16
-
-    def __init__(self) -> None:
-        self._sample: list[Tensor] | None = None
-
-    def compare(self, masks: list[Tensor]) -> Tensor:
-        """Return how many sampled entries are isolated both times, and either time. [2] int64 on the CPU, this rank's.
-
-        masks  uint8 bits by sub-group
-        """
-        counts = torch.zeros(2, dtype=torch.int64)
-        for first, bits in zip(self._sample or (), masks, strict=False):
-            now = bits[:: self.STRIDE]
-            counts += torch.stack([_count(first & now), _count(first | now)]).cpu()
-        return counts
-
-    def keep(self, masks: list[Tensor]) -> None:
-        """Take the sample, unless there is one."""
-        if self._sample is None:
-            self._sample = [bits[:: self.STRIDE].clone() for bits in masks]
-
-    @property
-    def sample(self) -> list[Tensor]:
-        """The sampled bytes by sub-group; empty before the first mask."""
-        return self._sample or []
-
-    def restore(self, sample: Sequence[Tensor], devices: Sequence[torch.device]) -> None:
-        """Continue with a saved sample."""
-        self._sample = [bits.to(device) for bits, device in zip(sample, devices, strict=True)] if sample else None
-
-
-def _count(sampled: Tensor) -> Tensor:
-    ones = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.int64, device=sampled.device)
-    return ones[sampled.int()].sum()

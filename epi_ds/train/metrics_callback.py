@@ -13,8 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.evaluation.evaluator import Score
 from epi_ds.hf import EPICallback
-from epi_ds.isolation.refresh_report import Refresh
-from epi_ds.isolation.search.selector import Decision
+from epi_ds.isolation.refresh_report import Decision, RefreshReport
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.settings import Change
@@ -53,7 +52,7 @@ class MetricsCallback(TrainerCallback):
         self._started = 0.0
         self._seconds = 0.0
         self._isolated_in_force = 0
-        self._last_refresh: Refresh | None = None
+        self._last_refresh: RefreshReport | None = None
         self._last_decision: Decision | None = None
 
     @property
@@ -168,7 +167,7 @@ class MetricsCallback(TrainerCallback):
         metrics = self._metrics
         return on_first_rank(lambda: metrics is not None and metrics.holds("evaluation", step=step))
 
-    def write_refresh(self, step: int, stage: str, refresh: Refresh) -> None:
+    def write_refresh(self, step: int, stage: str, refresh: RefreshReport) -> None:
         """Write what a refresh found, once."""
         self._last_refresh = refresh
         layers = refresh.layers

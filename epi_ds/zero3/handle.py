@@ -15,9 +15,8 @@ from epi_ds.errors import UserError, nearest
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.layout import Segment
-from epi_ds.isolation.refresh_report import Refresh, values_of
+from epi_ds.isolation.refresh_report import Decision, RefreshReport, values_of
 from epi_ds.isolation.schedule import check_planned_steps, largest_ratio
-from epi_ds.isolation.search.selector import Decision
 
 
 class IsolationStats(NamedTuple):
@@ -27,7 +26,7 @@ class IsolationStats(NamedTuple):
     covered: int
     """Entries that can be isolated."""
     isolated: int
-    last_refresh: Refresh | None
+    last_refresh: RefreshReport | None
     last_decision: Decision | None
     """Of the last step after which a mask could be selected; with ``refresh_interval: adaptive`` it may have stayed."""
 
@@ -143,7 +142,7 @@ class EPI:
             self._controller.exchange.world_size,
         )
 
-    def refresh_now(self) -> Refresh:
+    def refresh_now(self) -> RefreshReport:
         """Select a new mask from the importance as it is, between two steps. Collective.
 
         Raises UserError under ``policy: none``, and RuntimeError where nothing is measured.
@@ -152,7 +151,7 @@ class EPI:
             raise UserError("policy: none isolates nothing, but a refresh selects a mask; set policy: evolving")
         return self._controller.refresh()
 
-    def finish_stage(self, name: str | None = None) -> Refresh | None:
+    def finish_stage(self, name: str | None = None) -> RefreshReport | None:
         """Remember what the stage that ends needed, and select the mask that the next one begins with. Collective.
 
         Between two steps; does nothing and returns None under ``memory: none``. ``memory: per_task`` wants the stage's
@@ -184,7 +183,7 @@ class EPI:
             )
         self._engine.optimizer.reset_optimizer_state()
 
-    def probe(self, losses: Iterable[Tensor]) -> Refresh:
+    def probe(self, losses: Iterable[Tensor]) -> RefreshReport:
         """Isolate by the mean squared gradient of ``losses``, taken without stepping. Collective.
 
         losses  one scalar loss per micro-batch, from the engine's forward; consumed one at a time, so a generator

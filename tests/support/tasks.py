@@ -14,8 +14,11 @@ from epi_ds.isolation.importance.remembered import Remembered
 from epi_ds.isolation.importance.stored import StoredImportance
 from epi_ds.isolation.importance.tasks import TaskShare, task_shares
 from epi_ds.isolation.layout import Layout, Parameter, build_layout
+from epi_ds.isolation.mask import Masks
 from epi_ds.isolation.placement import Placement
-from epi_ds.isolation.search.selector import Candidates, Decision, Selector
+from epi_ds.isolation.search.budget import find_budget
+from epi_ds.isolation.search.compare import compare
+from epi_ds.isolation.search.preview import take_preview
 from epi_ds.kernels import Stored
 from tests.support.worlds import CountingExchange
 
@@ -40,15 +43,14 @@ class WholeSelection:
         remembered = Remembered(self.placement, self.config)
         for stage, values in finished.items():
             remembered.keep(stage, self._state(values), step=0)
-        selector = Selector(self.placement, self.config)
         self.exchange = CountingExchange()
-        bits = torch.zeros(-(-self.layout.sub_group_numel[0] // 8), dtype=torch.uint8)
-        self.candidates: Candidates = selector.candidates(
-            self._state(present), self.exchange, remembered=remembered, masks=[bits], step=0
-        )
-        self.decision: Decision = selector.decide(
-            self.candidates, self.exchange, masks=[bits], isolated=0, step=0, may_stay=False
-        )
+        masks = Masks(self.placement)
+        measured = self._state(present)
+        self.comparison = compare(measured, remembered, masks, config=self.config, exchange=self.exchange, step=0)
+        search = self.comparison.search
+        preview = take_preview(self.comparison, masks, config=self.config, near=None, staying=0)
+        budget = find_budget(search, preview, config=self.config, step=0, staying=0)
+        self.thresholds = search.finish(budget.entries)
 
     def _state(self, values: Mapping[str, Tensor]) -> StoredImportance:
         state = StoredImportance(self.placement, self.config.state, seed=0, purpose="test")
@@ -58,14 +60,13 @@ class WholeSelection:
 
     @property
     def threshold_codes(self) -> Tensor:
-        assert self.decision.thresholds is not None
-        return self.decision.thresholds.codes
+        return self.thresholds.codes
 
     def scores(self) -> dict[str, Tensor]:
         """Return what was compared, by parameter."""
         segments = self.layout.by_name
         return {
-            name: self.candidates.compared.read(segment, 0, segment.real_numel).view(segment.shape)
+            name: self.comparison.compared.read(segment, 0, segment.real_numel).view(segment.shape)
             for name, segment in segments.items()
         }
 
@@ -79,6 +80,6 @@ class WholeSelection:
 
     def shares(self) -> tuple[TaskShare, ...]:
         """Return what every task has."""
-        tasks = self.candidates.tasks
+        tasks = self.comparison.tasks
         assert tasks is not None
         return task_shares(tasks.names, tasks.overlaps(self.threshold_codes))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from epi_ds.isolation.importance.codes import codes_of
 from epi_ds.isolation.search.bracket import Answers, choose
-from epi_ds.isolation.search.sketch import PartitionSketch, Piece
+from epi_ds.isolation.search.sketch import PartitionSketch, SegmentCodes
 from epi_ds.isolation.search.traffic import owned_rows
 
 
@@ -82,7 +82,7 @@ def cut(
     layers: Sequence[np.ndarray], num_ranks: int, rng: np.random.Generator, *, tree: bool = False, empty: float = 0.0
 ) -> World:
     """Cut every layer at random places; a share ``empty`` of the pieces, besides those of chance, is empty."""
-    pieces: list[list[Piece]] = [[] for _ in range(num_ranks)]
+    pieces: list[list[SegmentCodes]] = [[] for _ in range(num_ranks)]
     for index, values in enumerate(layers):
         holders = np.flatnonzero(rng.random(num_ranks) >= empty)
         if not len(holders):
@@ -92,7 +92,7 @@ def cut(
             codes = codes_of(torch.from_numpy(part.copy()))
             # In two chunks, of which the first may be empty.
             pieces[rank].append(
-                Piece(index, index, partial(torch.split, codes, [len(part) // 3, len(part) - len(part) // 3]))
+                SegmentCodes(index, index, partial(torch.split, codes, [len(part) // 3, len(part) - len(part) // 3]))
             )
     sketches = [PartitionSketch(p, num_layers=len(layers)) for p in pieces]
     return World(sketches, tree=rng if tree else None)

@@ -9,7 +9,7 @@ import torch
 from epi_ds.choices import Normalizer, Selection
 from epi_ds.isolation.importance.codes import TOP_CODE
 from epi_ds.isolation.search.adaptive import covering_budgets, drift_of
-from epi_ds.isolation.search.threshold import ThresholdSearch, find_thresholds, global_edges, layer_edges
+from epi_ds.isolation.search.threshold import SearchPlan, ThresholdSearch, find_thresholds, global_edges, layer_edges
 from tests.support.worlds import CountingExchange, World, cut
 
 CASES = [
@@ -36,10 +36,7 @@ def search_of(layers: list[np.ndarray], case: tuple[Selection, Normalizer], exch
     return ThresholdSearch(
         world_of(layers, 3),  # type: ignore[arg-type]
         exchange,
-        layer_numel=tuple(len(values) for values in layers),
-        selection=case[0],
-        normalizer=case[1],
-        code_shift=shift,
+        SearchPlan(tuple(len(values) for values in layers), *case, code_shift=shift),
     )
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from epi_ds.choices import Normalizer, Selection
-from epi_ds.isolation.search.histogram_sketch import CodePiece, HistogramSketch
-from epi_ds.isolation.search.sketch import PartitionSketch, Piece, Sketch, read_extremes
+from epi_ds.isolation.search.histogram_sketch import HistogramSketch, StoredCodes
+from epi_ds.isolation.search.sketch import PartitionSketch, SegmentCodes, Sketch, read_extremes
 from epi_ds.isolation.search.threshold import find_thresholds
 from epi_ds.kernels import Stored, decode
 from tests.support.worlds import CountingExchange, World
@@ -41,8 +41,8 @@ def sketches(dtype: torch.dtype) -> tuple[list[Sketch], list[Sketch]]:
     read: list[Sketch] = []
     for rank, sizes in enumerate(SIZES):
         codes = [codes_of(numel, dtype, seed=10 * rank + i) for i, (_, numel) in enumerate(sizes)]
-        by_code = [CodePiece(layer, i, codes[i]) for i, (layer, _) in enumerate(sizes)]
-        by_entry = [Piece(layer, i, partial(patterns_of, codes[i])) for i, (layer, _) in enumerate(sizes)]
+        by_code = [StoredCodes(layer, i, codes[i]) for i, (layer, _) in enumerate(sizes)]
+        by_entry = [SegmentCodes(layer, i, partial(patterns_of, codes[i])) for i, (layer, _) in enumerate(sizes)]
         counted.append(HistogramSketch(by_code, num_layers=4, code_shift=SHIFTS[dtype]))
         read.append(PartitionSketch(by_entry, num_layers=4))
     return counted, read

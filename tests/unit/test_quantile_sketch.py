@@ -20,7 +20,7 @@ from epi_ds.choices import Normalizer, Selection
 from epi_ds.errors import UserError
 from epi_ds.isolation.importance.codes import TOP_CODE, codes_of
 from epi_ds.isolation.layout import Parameter, build_layout
-from epi_ds.isolation.search.sketch import PartitionSketch, Piece
+from epi_ds.isolation.search.sketch import PartitionSketch, SegmentCodes
 from epi_ds.isolation.search.threshold import find_thresholds
 from tests.support.worlds import CountingExchange
 
@@ -201,7 +201,7 @@ def test_a_search_finds_what_a_refined_sketch_answers(ratio: str) -> None:
     for _ in range(2):
         sketch = sketch_of(values, like=sketch.refined(q))
     found = find_thresholds(
-        PartitionSketch([Piece(0, 0, lambda: [codes_of(values)])], num_layers=1),
+        PartitionSketch([SegmentCodes(0, 0, lambda: [codes_of(values)])], num_layers=1),
         CountingExchange(),
         ratio=float(ratio),
         layer_numel=(values.numel(),),

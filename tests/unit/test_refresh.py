@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from epi_ds.isolation.first_mask import FirstMask
 from epi_ds.isolation.layout import Parameter, build_layout, kind_of
-from epi_ds.isolation.refresh_report import FirstMask, GroupCounts, Refresh, layer_importance
+from epi_ds.isolation.refresh_report import GroupCounts, RefreshReport, layer_importance
 from epi_ds.isolation.search.sketch import Extremes
 from epi_ds.kernels import pack_bits
 
@@ -44,9 +45,9 @@ def test_groups_count_every_entry_once_by_layer_and_once_by_kind() -> None:
     assert layout.groups_of["h.1.down.weight"] == (2, 6)
 
 
-def refresh(layers: tuple[GroupCounts, ...]) -> Refresh:
+def refresh(layers: tuple[GroupCounts, ...]) -> RefreshReport:
     isolated = sum(layer.isolated for layer in layers)
-    return Refresh(
+    return RefreshReport(
         step=1,
         ratio=0.1,
         budget=50,

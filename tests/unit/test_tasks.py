@@ -66,7 +66,7 @@ def test_equal_tasks_share_the_whole_budget(selection: dict[str, str]) -> None:
     """However much larger the gradients of one of them are."""
     one = importance_of(3)
     alone = WholeSelection({"ratio": 0.1, **selection}, present=one, finished={})
-    assert alone.candidates.tasks is None
+    assert alone.comparison.tasks is None
     larger = {name: values * 1024 for name, values in one.items()}
     both = WholeSelection({"ratio": 0.1, **selection}, present=larger, finished={"a": one, "b": one})
     for name, mask in alone.masks().items():
@@ -93,8 +93,8 @@ def test_tasks_with_nothing_in_common_get_equal_shares(selection: dict[str, str]
     section = {"ratio": 0.1, **selection}
     for finished in ({"a": even}, {"a": even, "again": even}):
         found = WholeSelection(section, present=odd, finished=finished)
-        assert found.decision.thresholds is not None
-        budget, shares = found.decision.thresholds.budget, found.shares()
+        assert found.thresholds is not None
+        budget, shares = found.thresholds.budget, found.shares()
         assert shares[-1].name is None
         assert shares[0].jaccard[-1] == 0.0
         for share in shares:
@@ -125,7 +125,7 @@ def test_the_more_tasks_overlap_the_more_of_each_is_protected(selection: dict[st
 def test_shares_and_extremes_are_those_of_the_scores() -> None:
     values = {"a": importance_of(1), "b": importance_of(2)}
     found = WholeSelection({"ratio": 0.1}, present=importance_of(0), finished=values)
-    tasks, thresholds = found.candidates.tasks, found.decision.thresholds
+    tasks, thresholds = found.comparison.tasks, found.thresholds
     assert tasks is not None
     assert thresholds is not None
     scores, names = found.scores(), list(SHAPES)
@@ -162,14 +162,14 @@ def test_tasks_without_importance_take_nothing() -> None:
         tiny = {name: values for name, values in importance_of(9).items() if name == "1.b"}
         one = WholeSelection({"ratio": 0.5, **section}, present=tiny, finished={"a": tiny, "b": tiny})
         assert count(one.masks()) <= 1
-    assert none.candidates.tasks is not None
+    assert none.comparison.tasks is not None
 
 
 def test_the_past_alone_and_no_past() -> None:
     section = {"ratio": 0.1, "protects": "past", "selection": "raw_global"}
     present, past = importance_of(1), importance_of(2)
     nothing = WholeSelection(section, present=present, finished={})
-    assert isinstance(nothing.candidates.compared, Nothing)
+    assert isinstance(nothing.comparison.compared, Nothing)
     assert count(nothing.masks()) == 0
     assert (nothing.threshold_codes <= TOP_CODE).all()
     one = WholeSelection(section, present=present, finished={"a": past})

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from epi_ds.choices import Normalizer, Selection
 from epi_ds.isolation.importance.codes import TOP_CODE, codes_of
-from epi_ds.isolation.search.sketch import PartitionSketch, Piece, read_extremes
+from epi_ds.isolation.search.sketch import PartitionSketch, SegmentCodes, read_extremes
 from epi_ds.isolation.search.threshold import Thresholds, budget_of, find_thresholds
 from tests.support.oracle import oracle, oracle_masks
 from tests.support.worlds import CountingExchange, ScatteringExchange, World, cut
@@ -164,8 +164,10 @@ def test_pieces_of_a_layer_count_together(monkeypatch: pytest.MonkeyPatch) -> No
         rng = np.random.default_rng(index)
         borders = np.sort(rng.integers(0, len(values) + 1, 40))
         codes = [codes_of(torch.from_numpy(part.copy())) for part in np.split(values, borders)]
-        pieces += [Piece(index, 3 * index + number, partial(list, [part])) for number, part in enumerate(codes[:2])]
-        pieces.append(Piece(index, 3 * index + 2, partial(list, codes[2:])))
+        pieces += [
+            SegmentCodes(index, 3 * index + number, partial(list, [part])) for number, part in enumerate(codes[:2])
+        ]
+        pieces.append(SegmentCodes(index, 3 * index + 2, partial(list, codes[2:])))
     edges = torch.arange(1, 2040).mul(1 << 20).repeat(9, 1)
     largest = read_extremes(whole.extremes()).max_codes
     for chunk_numel in (1, 10, 25, 100, 1 << 20):

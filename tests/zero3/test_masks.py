@@ -15,7 +15,7 @@ from epi_ds.choices import Normalizer, Selection
 from epi_ds.errors import UserError
 from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.layout import Segment, block_of, kind_of
-from epi_ds.isolation.refresh_report import Refresh
+from epi_ds.isolation.refresh_report import RefreshReport
 from epi_ds.kernels import Stored
 from tests.support.engines import (
     PARTIAL_OFFLOAD,
@@ -153,7 +153,7 @@ def test_masks_do_not_depend_on_the_placement(changes: dict[str, Any]) -> None:
     _assert_equal(run_ranks(select_masks, 2, "auto", changes))
 
 
-def check_report(engine: Any, refresh: Refresh, selection: dict[str, Any], masks: dict[str, Tensor]) -> None:
+def check_report(engine: Any, refresh: RefreshReport, selection: dict[str, Any], masks: dict[str, Tensor]) -> None:
     """What the refresh says of layers and kinds is what the gathered tensors say."""
     importance = full_importance(engine)
     rows = {row.name: row.parameters for row in engine.epi.layers()}

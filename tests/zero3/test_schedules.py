@@ -15,8 +15,9 @@ from epi_ds.errors import UserError
 from epi_ds.isolation.importance.remembered import Remembered
 from epi_ds.isolation.importance.stored import StoredImportance
 from epi_ds.isolation.layout import Parameter, build_layout
+from epi_ds.isolation.mask import Masks
 from epi_ds.isolation.placement import Placement
-from epi_ds.isolation.search.selector import Selector
+from epi_ds.isolation.search.compare import compare
 from epi_ds.kernels import Stored, pack_bits
 from tests.support.engines import (
     assert_same,
@@ -105,19 +106,14 @@ def test_hysteresis_acts_across_layers_under_every_normalizer() -> None:
         kept = []
         for hysteresis in (1.0, 0.5):
             config = EPIConfig.model_validate({"ratio": 0.34, "hysteresis": hysteresis, **changes})
-            selector = Selector(placement, config)
-            candidates = selector.candidates(
-                importance,
-                CountingExchange(),
-                remembered=Remembered(placement, config),
-                masks=[bits],
-                step=1,
-            )
-            decision = selector.decide(candidates, CountingExchange(), masks=[bits], isolated=4, step=1, may_stay=False)
-            assert decision.thresholds is not None
+            masks, remembered = Masks(placement), Remembered(placement, config)
+            masks.bits[0] = bits
+            exchange = CountingExchange()
+            comparison = compare(importance, remembered, masks, config=config, exchange=exchange, step=1)
+            thresholds = comparison.search.finish(comparison.search.budgets(0.34))
             segment = layout.by_name["1.w"]
-            codes = candidates.compared.read(segment, 0, 6).view(torch.int32)
-            kept.append(int((codes[:4] >= decision.thresholds.codes[1]).sum()))
+            codes = comparison.compared.read(segment, 0, 6).view(torch.int32)
+            kept.append(int((codes[:4] >= thresholds.codes[1]).sum()))
         assert kept[0] < kept[1] == 4, changes
 
 
@@ -303,7 +299,7 @@ def check_tasks(folder: str, changes: dict[str, Any]) -> None:
             assert torch.equal(full_masks(engine)[name], mask), name
         refresh = engine.epi.stats().last_refresh
         assert refresh.collectives <= 8
-        assert refresh.tasks == (whole.shares() if whole.candidates.tasks is not None else ())
+        assert refresh.tasks == (whole.shares() if whole.comparison.tasks is not None else ())
         for layer, found in zip(engine.epi.layers(), refresh.importance, strict=True):
             assert found.largest_in in layer.parameters
 

@@ -28,8 +28,8 @@ from epi_ds.isolation.search.threshold import Scale
 from epi_ds.kernels import chunks
 
 
-class Task(NamedTuple):
-    """Something that was, or is being, trained for."""
+class TaskImportance(NamedTuple):
+    """Importance of something that was, or is being, trained for: what stages of one name have in common."""
 
     name: str | None
     """Of the finished stage; None for the running one."""
@@ -40,7 +40,7 @@ class TaskShare(NamedTuple):
     """What one task has of a mask, over all ranks."""
 
     name: str | None
-    """See `Task`."""
+    """See `TaskImportance`."""
     isolated: int
     """Isolated entries that the task's own score isolates."""
     jaccard: tuple[float | None, ...]
@@ -53,7 +53,7 @@ class TaskScores:
     code_shift = 0
     """See `Importance.code_shift`: scores are of all codes."""
 
-    def __init__(self, tasks: Sequence[Task], scale: Scale, placement: Placement) -> None:
+    def __init__(self, tasks: Sequence[TaskImportance], scale: Scale, placement: Placement) -> None:
         """``scale`` is of ``[len(tasks) * num_layers]``, task after task."""
         self.names = [task.name for task in tasks]
         self._tasks = tasks

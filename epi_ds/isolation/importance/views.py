@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from epi_ds.isolation.importance.codes import codes_of
-from epi_ds.isolation.layout import Segment, pieces_of
+from epi_ds.isolation.layout import Segment, parts_within
 from epi_ds.isolation.placement import Placement
 from epi_ds.kernels import chunks, unpack_bits
 
@@ -30,7 +30,7 @@ ReadPartition = Callable[[int, int], Tensor]
 
 
 def code_chunks(importance: Importance, segment: Segment) -> Iterator[Tensor]:
-    """Yield the codes of a segment in order, int32, in pieces that keep temporaries small."""
+    """Yield the codes of a segment in order, int32, in chunks that keep temporaries small."""
     for start, stop in chunks(0, segment.real_numel):
         yield codes_of(importance.read(segment, start, stop))
 
@@ -42,12 +42,13 @@ def isolated_code_chunks(importance: Importance, segment: Segment, bits: Tensor)
         yield codes_of(importance.read(segment, start, stop))[mask]
 
 
-def partition_reader(importance: Importance, segments: Sequence[Segment], device: torch.device) -> ReadPartition:
-    """Return a reader of the flat partition that ``segments`` are the covered parts of."""
+def partition_reader(importance: Importance, placement: Placement, sub_group: int) -> ReadPartition:
+    """Return a reader of the flat partition of a sub-group."""
+    segments, device = placement.layout.by_sub_group[sub_group], placement.devices[sub_group]
 
     def read(start: int, stop: int) -> Tensor:
         values = torch.zeros(stop - start, device=device)
-        for segment, first, last in pieces_of(segments, start, stop):
+        for segment, first, last in parts_within(segments, start, stop):
             values[first - start : last - start] = importance.read(segment, first - segment.start, last - segment.start)
         return values
 

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from epi_ds.choices import Transport
 from epi_ds.isolation.search.bracket import Answers, choose
+from epi_ds.isolation.search.exchange import Traffic
 from epi_ds.isolation.search.traffic import ANSWER_INTEGERS, Collective, owned_rows, rows_per_rank
-
-
-class Traffic(NamedTuple):
-    """What an exchange has sent since it was made."""
-
-    collectives: int
-    sent_bytes: int
-    """Bytes this rank sent, by the cost model of traffic.py."""
 
 
 class GroupExchange:
@@ -42,6 +33,7 @@ class GroupExchange:
         self.rank = dist.get_rank(group)
         self.transport = transport
         self.traffic = Traffic(0, 0)
+        """Since the exchange was made."""
 
     def maximum(self, values: Tensor) -> Tensor:
         """Element-wise maximum over the ranks, of the values' dtype."""
@@ -54,7 +46,7 @@ class GroupExchange:
         return self._total(values.clone())
 
     def answers(self, counts: Tensor, budgets: Tensor) -> Answers:
-        """Return `choose` of the sum of ``counts`` over the ranks, for all rows. See `threshold.Exchange`."""
+        """Return `choose` of the sum of ``counts`` over the ranks, for all rows. See `Exchange.answers`."""
         if self.transport is not Transport.REDUCE_SCATTER:
             return choose(self._total(counts), budgets)
         own = owned_rows(len(counts), rank=self.rank, world_size=self.world_size)

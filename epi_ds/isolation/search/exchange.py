@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from epi_ds.isolation.search.bracket import Answers
+
+
+class Traffic(NamedTuple):
+    """What a rank has sent."""
+
+    collectives: int
+    sent_bytes: int
+    """By the cost model of traffic.py."""
+
+    def since(self, before: Traffic) -> Traffic:
+        """Return what was sent after it was ``before``."""
+        return Traffic(self.collectives - before.collectives, self.sent_bytes - before.sent_bytes)
 
 
 class Exchange(Protocol):

@@ -22,8 +22,8 @@ from epi_ds.kernels import code_histogram_
 _NUM_CODES = 1 << 16
 
 
-class CodePiece(NamedTuple):
-    """Stored 16-bit codes of one layer on this rank."""
+class StoredCodes(NamedTuple):
+    """Stored 16-bit codes of one parameter on this rank."""
 
     layer: int
     parameter: int
@@ -49,11 +49,11 @@ class _Histograms(NamedTuple):
 class HistogramSketch:
     """Answers as `PartitionSketch` does. Reads the codes at the first question; they must not change after it."""
 
-    def __init__(self, pieces: Sequence[CodePiece], *, num_layers: int, code_shift: int) -> None:
-        """A layer may have no piece, one or many; a code is a pattern without its lowest ``code_shift`` bits."""
-        self._pieces: dict[int, list[CodePiece]] = {}
-        for piece in pieces:
-            self._pieces.setdefault(piece.layer, []).append(piece)
+    def __init__(self, segments: Sequence[StoredCodes], *, num_layers: int, code_shift: int) -> None:
+        """A layer may have no segment, one or many; a code is a pattern without its lowest ``code_shift`` bits."""
+        self._by_layer: dict[int, list[StoredCodes]] = {}
+        for segment in segments:
+            self._by_layer.setdefault(segment.layer, []).append(segment)
         self.num_layers = num_layers
         self._code_shift = code_shift
 
@@ -61,13 +61,13 @@ class HistogramSketch:
     def _histograms(self) -> _Histograms:
         by_layer, extremes = {}, empty_extremes(self.num_layers)
         bins = torch.zeros(_NUM_CODES, dtype=torch.int64)
-        for layer, pieces in self._pieces.items():
+        for layer, segments in self._by_layer.items():
             lowest, highest = _NUM_CODES, -1
-            for piece in pieces:
-                smallest, largest = code_histogram_(bins, piece.codes).tolist()
+            for segment in segments:
+                smallest, largest = code_histogram_(bins, segment.codes).tolist()
                 if largest >= 0:
                     shifted = smallest << self._code_shift, largest << self._code_shift
-                    take_extremes(extremes, *shifted, layer=layer, parameter=piece.parameter)
+                    take_extremes(extremes, *shifted, layer=layer, parameter=segment.parameter)
                 lowest, highest = min(lowest, smallest), max(highest, largest)
             if highest >= 0:
                 # Many layers are small: only what they may have touched is read and cleared.

@@ -29,14 +29,14 @@ LOW_BITS = 26
 _SIGNIFICAND_BITS = 24
 
 
-class Piece(NamedTuple):
-    """Codes of one layer on this rank."""
+class SegmentCodes(NamedTuple):
+    """Codes of one parameter on this rank."""
 
     layer: int
     parameter: int
     """Index of the parameter, the same on every rank."""
     codes: Callable[[], Iterable[Tensor]]
-    """Yields the codes, int32 without padding, in pieces of any size on any device; asked anew for every question."""
+    """Yields the codes, int32 without padding, in chunks of any size on any device; asked anew for every question."""
 
 
 class Extremes(NamedTuple):
@@ -104,22 +104,22 @@ def add_fixed_point(
 class PartitionSketch:
     """Answers questions about the codes of one rank's partitions, layer by layer. Reads them, keeps nothing."""
 
-    def __init__(self, pieces: Sequence[Piece], *, num_layers: int) -> None:
-        """A layer may have no piece, one or many."""
-        self._pieces: dict[int, list[Piece]] = {}
-        for piece in pieces:
-            self._pieces.setdefault(piece.layer, []).append(piece)
+    def __init__(self, segments: Sequence[SegmentCodes], *, num_layers: int) -> None:
+        """A layer may have no segment, one or many."""
+        self._by_layer: dict[int, list[SegmentCodes]] = {}
+        for segment in segments:
+            self._by_layer.setdefault(segment.layer, []).append(segment)
         self.num_layers = num_layers
 
     def _chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield (layer, codes) without empty ones. The only place that walks the pieces.
+        """Yield (layer, codes) without empty ones.
 
-        Small pieces of a layer are joined: with a thousand layers of a dozen parameters on a thousand ranks, most of
-        the time would go into calls for a few hundred entries each.
+        Small ones of a layer are joined: with a thousand layers of a dozen parameters on a thousand ranks, most of the
+        time would go into calls for a few hundred entries each.
         """
-        for layer, pieces in self._pieces.items():
+        for layer, segments in self._by_layer.items():
             small: list[Tensor] = []
-            for codes in (codes for piece in pieces for codes in piece.codes()):
+            for codes in (codes for segment in segments for codes in segment.codes()):
                 full = sum(part.numel() for part in small) + codes.numel() > CHUNK_NUMEL
                 if small and (full or small[0].device != codes.device):
                     yield layer, _joined(small)
@@ -132,11 +132,11 @@ class PartitionSketch:
     def extremes(self) -> Tensor:
         """Return ``[2, num_layers]`` int64 on the CPU, to merge by MAX and to read by `read_extremes`."""
         result = empty_extremes(self.num_layers)
-        for piece in (piece for pieces in self._pieces.values() for piece in pieces):
-            for codes in piece.codes():
+        for segment in (segment for segments in self._by_layer.values() for segment in segments):
+            for codes in segment.codes():
                 if codes.numel():
                     smallest, largest = (int(extreme) for extreme in torch.aminmax(codes))
-                    take_extremes(result, smallest, largest, layer=piece.layer, parameter=piece.parameter)
+                    take_extremes(result, smallest, largest, layer=segment.layer, parameter=segment.parameter)
         return result
 
     def fixed_point_sums(self, max_codes: Tensor) -> Tensor:

@@ -100,6 +100,31 @@ def search_widths(selection: Selection, *, code_shift: int) -> tuple[int, ...]:
     return round_widths(CODE_BITS - lattice_shift, most_bits=GLOBAL_ROUND_BITS)
 
 
+class SearchPlan(NamedTuple):
+    """What is searched: thresholds of which layers, over which entries, on which lattice."""
+
+    layer_numel: tuple[int, ...]
+    """Entries of every layer over all ranks."""
+    selection: Selection
+    normalizer: Normalizer
+    """Of ``normalized_global``; ignored elsewhere."""
+    code_shift: int = 0
+    """See `Importance.code_shift`: 0 for fp32, 16 for bf16."""
+    tasks: int = 1
+    """The layers are those of so many tasks, one task after another, each with a tau of its own."""
+
+    @property
+    def row_numel(self) -> Tensor:
+        """Entries of every row: of each layer for ``per_layer``, else of each task. [rows] int64 on the CPU."""
+        numel = torch.tensor(self.layer_numel, dtype=torch.int64)
+        return numel if self.selection is Selection.PER_LAYER else numel.view(self.tasks, -1).sum(dim=1)
+
+    @property
+    def unit(self) -> int:
+        """Distance of neighbouring codes that may be thresholds; tau of ``normalized_global`` is no entry's code."""
+        return 1 if self.selection is Selection.NORMALIZED_GLOBAL else 1 << self.code_shift
+
+
 class Preview(NamedTuple):
     """Counts of all ranks at the edges of a first grid, before a search has a budget. See [Note: previews].
 
@@ -121,22 +146,17 @@ class ThresholdSearch:
         self,
         sketch: Sketch,
         exchange: Exchange,
+        plan: SearchPlan,
         *,
-        layer_numel: tuple[int, ...],
-        selection: Selection,
-        normalizer: Normalizer,
-        code_shift: int = 0,
         normalized_by: Sketch | None = None,
         extremes: Extremes | None = None,
-        tasks: int = 1,
     ) -> None:
         """Exchange the extremes of the layers unless they are given, and their sums for the mean.
 
-        code_shift     the state's codes are multiples of ``1 << code_shift``: 0 for fp32, 16 for bf16
         normalized_by  whose extremes and sums normalise, where they are not those of ``sketch``
         extremes       of ``normalized_by`` over all ranks
-        tasks          the layers are those of so many tasks, one task after another, each with a tau of its own
         """
+        layer_numel, selection = plan.layer_numel, plan.selection
         self._sketch, self._exchange, self._layer_numel = sketch, exchange, layer_numel
         # Only the normalisers compute with them; the report of a refresh wants them for every selection.
         normalized_by = normalized_by or sketch
@@ -146,15 +166,22 @@ class ThresholdSearch:
             self._mapping = raw_map(len(layer_numel))
         elif selection is Selection.NORMALIZED_GLOBAL:
             self._mapping = normalizing_map(
-                normalized_by, exchange, self.extremes, normalizer=normalizer, layer_numel=layer_numel
+                normalized_by, exchange, self.extremes, normalizer=plan.normalizer, layer_numel=layer_numel
             )
-        totals = torch.tensor(layer_numel, dtype=torch.int64)
-        self._totals = totals if self._mapping is None else totals.view(tasks, -1).sum(dim=1)
-        # tau of `normalized_global` is no entry's code.
-        self._unit = 1 if selection is Selection.NORMALIZED_GLOBAL else 1 << code_shift
-        self._widths = search_widths(selection, code_shift=code_shift)
+        self._totals, self._unit = plan.row_numel, plan.unit
+        self._widths = search_widths(selection, code_shift=plan.code_shift)
         self._brackets = Brackets.whole(self._totals, top=TOP_CODE)
         self._preview: Preview | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Thresholds that are searched together: one of each layer for ``per_layer``, else one of each task."""
+        return len(self._totals)
+
+    @property
+    def numel(self) -> int:
+        """Entries over all ranks."""
+        return sum(self._layer_numel)
 
     def budgets(self, ratio: float) -> Tensor:
         """Return what a ratio allows: [num_layers] int64 for ``per_layer``, else [tasks]."""
@@ -277,7 +304,6 @@ def find_thresholds(
 
     Raises RuntimeError when the importance holds inf or nan.
     """
-    search = ThresholdSearch(
-        sketch, exchange, layer_numel=layer_numel, selection=selection, normalizer=normalizer, code_shift=code_shift
-    )
+    plan = SearchPlan(layer_numel, selection, normalizer, code_shift)
+    search = ThresholdSearch(sketch, exchange, plan)
     return search.finish(search.budgets(ratio))
