@@ -53,6 +53,15 @@ def test_every_line_says_which_stage_and_step(metrics: dict[str, list[dict[str, 
     assert [line["stage"] for line in metrics["evaluation"]] == ["start", *spans]
 
 
+def test_the_ratio_that_is_reported_is_the_achieved_one(metrics: dict[str, list[dict[str, Any]]]) -> None:
+    covered = metrics["run"][0]["covered"]
+    assert metrics["refresh"]
+    for line in metrics["refresh"]:
+        assert line["achieved_ratio"] == line["isolated"] / covered <= line["ratio"]
+    # Otherwise the one asked for would pass as well.
+    assert any(line["achieved_ratio"] < line["ratio"] for line in metrics["refresh"])
+
+
 def test_stages_learn_their_tasks(metrics: dict[str, list[dict[str, Any]]]) -> None:
     before, *after = (line["scores"] for line in metrics["evaluation"])
     gains = []

@@ -113,6 +113,8 @@ def check_resume(
     with engine_of(OddNet, config, **options) as engine:
         path, _ = engine.load_checkpoint(folder)
         assert path is not None
+        # Before the next refresh counts anew.
+        assert engine.epi.stats().isolated == sum(int(mask.sum()) for mask in full_masks(engine).values())
         resumed = [train_step(engine, step, odd_batch) for step in range(stop, 10)]
         final = _final(engine)
     assert torch.equal(torch.tensor(resumed), torch.tensor(losses[stop:]))
