@@ -50,7 +50,7 @@ def train_states(
     seed: int = 0,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Trained:
-    """Train a Llama of 1.1 million parameters on the built-in skills; AdamW's beta2 is ``ema_decay``.
+    """Train a Llama of 1.2 million parameters on the built-in skills; AdamW's beta2 is ``ema_decay``.
 
     report  called with (finished steps, loss) after every step
     """

@@ -23,7 +23,7 @@ class Rescale(NamedTuple):
     """What the gradients of one step are multiplied by."""
 
     norm: Tensor
-    """Of the step; kept, so that no other norm can be taken for it."""
+    """The norm of the step; kept, so that no other norm can be taken for it."""
     factor: float
 
 
@@ -45,7 +45,7 @@ class IsolationContext:
         self.offloaded_sumsq: dict[Any, Tensor] = {}
         """With offload, by ZeRO-3's parameter id: `masked_sumsq` of a gradient when it left the accelerator."""
         self.boundary_norm: Tensor | None = None
-        """Of the gradient that is leaving the accelerator just now, where it is known already."""
+        """The norm of the gradient that is leaving the accelerator just now, where it is known already."""
         self.rescale: Rescale | None = None
         # Under `apply: reduction` the update of isolated entries is not what they would have moved by.
         self.step_energy = None if self.masks_gradients else StepEnergy(get_accelerator().current_device_name())

@@ -56,7 +56,7 @@ class MemoryReport(NamedTuple):
     """``importance`` where it is ours; ``remembered`` under ``memory: stage_max``, or ``task/...`` for each finished
     stage under ``per_task``; ``masks``; and the sample of the ``first_mask``."""
     covered_numel: int
-    """Over all ranks."""
+    """Covered entries over all ranks."""
     world_size: int
 
     @property

@@ -34,7 +34,7 @@ class Run(NamedTuple):
     first_index: int
     """Index of the first entry in the flattened parameter."""
     key: int
-    """Of the parameter; see [Note: dither] in dither.py."""
+    """The 32 bits that the parameter's rounding is drawn from; see [Note: dither] in dither.py."""
 
     def stored_in(self, codes: Tensor, scales: Tensor) -> Stored:
         """Return what is stored of the run's importance; it must have some."""
