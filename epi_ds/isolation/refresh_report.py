@@ -108,7 +108,7 @@ class Decision(NamedTuple):
     ratio: float
     """The one that is, or would be, requested."""
     drift: Drift | None
-    """How far the mask in force has drifted; None unless ``refresh_interval: adaptive``, and where nothing is isolated."""
+    """How far the mask in force has drifted; None unless ``refresh_interval: adaptive``, or if nothing is isolated."""
     thresholds: Thresholds | None
     """None where the mask stays."""
 
