@@ -1,4 +1,4 @@
-"""The operations of a step and of a refresh, one name each, and `chunks`, in whose pieces they walk a tensor.
+"""The operations of a step and of a refresh, one name each, and `chunks`, in which they walk a tensor.
 
 Every operation has a plain torch implementation in `epi_ds.kernels.reference`, which is library code: the oracle of
 any faster one and what runs where none is available (`dispatch` decides). Callers import the names from here.

@@ -126,7 +126,7 @@ class _Entries(NamedTuple):
         """Return a part. It begins as the whole does, so that one compiled function serves all parts."""
         num_isolated = len(range(0, stop - start, _APART))
         return _Entries(
-            self.stored.piece(start, stop)._replace(first_index=0),
+            self.stored.part(start, stop)._replace(first_index=0),
             self.gradient[start:stop],
             self.values[start:stop],
             self.bits[: -(-(stop - start) // 8)],

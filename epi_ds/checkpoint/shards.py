@@ -45,11 +45,11 @@ class TagShards:
         """
         pieces = list(self._pieces(segment))
         if not pieces:
-            return self.shard(0).stored(state, segment.name).piece(0, 0)
+            return self.shard(0).stored(state, segment.name).part(0, 0)
         parts = [self.shard(rank).stored(state, segment.name) for rank, *_ in pieces]
         if len(pieces) == 1 and parts[0].codes.numel() == segment.real_numel:
             return parts[0]
-        cut = [part.piece(start, stop) for part, (_, start, stop, _) in zip(parts, pieces, strict=True)]
+        cut = [part.part(start, stop) for part, (_, start, stop, _) in zip(parts, pieces, strict=True)]
         if parts[0].scales.numel():
             return Stored(torch.cat([decode(part) for part in cut]), torch.zeros(0), segment.global_start)
         return Stored(_joined([part.codes for part in cut]), torch.zeros(0), segment.global_start)

@@ -73,7 +73,7 @@ class RefreshReport(NamedTuple):
     """Entries that the next smaller threshold would isolate on top; see `Thresholds.tied_mass`."""
     layers: tuple[GroupCounts, ...]
     kinds: tuple[GroupCounts, ...]
-    """By kind of matrix: all query projections, all norms, ..."""
+    """The same entries counted by kind of matrix: all query projections, all norms, ..."""
     importance: tuple[LayerImportance, ...]
     """In the order of ``layers``."""
     tasks: tuple[TaskShare, ...]
@@ -88,7 +88,7 @@ class RefreshReport(NamedTuple):
     seconds: float
     collectives: int
     sent_bytes: int
-    """By this rank, by the model of `epi-ds estimate`."""
+    """Bytes that this rank sent, by the model of `epi-ds estimate`."""
 
     @property
     def achieved_ratio(self) -> float:
@@ -108,7 +108,7 @@ class Decision(NamedTuple):
     ratio: float
     """The one that is, or would be, requested."""
     drift: Drift | None
-    """Of the mask in force; None unless ``refresh_interval: adaptive``, and where nothing is isolated."""
+    """How far the mask in force has drifted; None unless ``refresh_interval: adaptive``, or if nothing is isolated."""
     thresholds: Thresholds | None
     """None where the mask stays."""
 

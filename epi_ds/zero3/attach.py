@@ -15,7 +15,7 @@ from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.importance.stored import code_shift_of
-from epi_ds.isolation.layout import Layout, Parameter, build_layout
+from epi_ds.isolation.layout import Layout
 from epi_ds.isolation.placement import Placement
 from epi_ds.isolation.policy import make_policy
 from epi_ds.isolation.schedule import largest_ratio
@@ -23,6 +23,7 @@ from epi_ds.isolation.search.collectives import GroupExchange
 from epi_ds.isolation.search.threshold import budget_of
 from epi_ds.isolation.search.traffic import compare, pick, refresh_messages
 from epi_ds.zero3.context import IsolationContext
+from epi_ds.zero3.geometry import layout_of
 from epi_ds.zero3.guard import check_engine
 from epi_ds.zero3.handle import EPI
 from epi_ds.zero3.mixin import IsolationMixin
@@ -30,22 +31,6 @@ from epi_ds.zero3.persistence.engine import IsolationEngineMixin
 from epi_ds.zero3.second_moments import SecondMoments
 
 logger = logging.getLogger(__name__)
-
-
-def layout_of(optimizer: Any, config: EPIConfig) -> Layout:
-    """Read this rank's layout off a ZeRO-3 optimizer."""
-    sub_groups = [
-        [Parameter(optimizer.param_names[parameter], tuple(parameter.ds_shape)) for parameter in group]
-        for group in optimizer.fp16_groups
-    ]
-    return build_layout(
-        sub_groups,
-        rank=dist.get_rank(optimizer.dp_process_group),
-        world_size=dist.get_world_size(optimizer.dp_process_group),
-        layer=config.layer,
-        include=config.include,
-        exclude=config.exclude,
-    )
 
 
 def _check_partitioning(layout: Layout, optimizer: Any) -> None:
@@ -116,7 +101,7 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
         raise UserError("this engine has isolation attached already; use engine.epi")
     check_engine(engine, config)
     optimizer = engine.optimizer
-    layout = layout_of(optimizer, config)
+    layout = layout_of(optimizer, layer=config.layer, include=config.include, exclude=config.exclude)
     _check_partitioning(layout, optimizer)
     _check_budget(layout, config)
     moments = SecondMoments(optimizer) if config.state is StateFormat.ADAM else None
@@ -129,7 +114,7 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
             device=torch.device(get_accelerator().current_device_name()),
             transport=_transport_of(layout, config, world_size=dist.get_world_size(optimizer.dp_process_group)),
         ),
-        # The mixin's mask_changes; under `apply: update` the moments keep tracking, and no change of mask edits them.
+        # The mixin's mask_changes sets moments; under `apply: update` they keep tracking every gradient and stay.
         listener=optimizer if config.apply is Apply.REDUCTION else None,
         moments=moments,
     )

@@ -7,13 +7,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from epi_ds.choices import Apply
 from epi_ds.isolation.controller import IsolationController
-from epi_ds.isolation.layout import Parameter, Span, build_layout
+from epi_ds.isolation.layout import Span
+from epi_ds.zero3.geometry import layout_of
 from epi_ds.zero3.moments import ClippingAverage
 from epi_ds.zero3.skipped import SkippedSteps
 from epi_ds.zero3.step_energy import StepEnergy
@@ -54,12 +54,7 @@ class IsolationContext:
         self.step_energy = None if self.masks_gradients else StepEnergy(get_accelerator().current_device_name())
         self.names: dict[Any, str] = dict(optimizer.param_names)
         # Of every trainable parameter: the controller's layout has the covered ones only.
-        layout = build_layout(
-            [[Parameter(self.names[p], tuple(p.ds_shape)) for p in group] for group in optimizer.fp16_groups],
-            rank=dist.get_rank(optimizer.dp_process_group),
-            world_size=dist.get_world_size(optimizer.dp_process_group),
-            layer="tensor",
-        )
+        layout = layout_of(optimizer, layer="tensor")
         self.buffer_starts: list[int] = [0, *accumulate(layout.sub_group_numel)][:-1]
         """Offsets of the sub-groups in the accumulation buffer, which holds all partitions in order."""
         self.parameter_spans: list[list[tuple[Any, Span]]] = [

@@ -41,8 +41,8 @@ class IsolationStats(NamedTuple):
         return self.counters.active_steps / max(1, self.counters.applied_steps)
 
 
-class LayerRow(NamedTuple):
-    """One layer of the resolved layer table."""
+class ResolvedLayer(NamedTuple):
+    """A layer, and which parameters a pattern or a name has put into it."""
 
     name: str
     numel: int
@@ -56,7 +56,7 @@ class MemoryReport(NamedTuple):
     """``importance`` where it is ours; ``remembered`` under ``memory: stage_max``, or ``task/...`` for each finished
     stage under ``per_task``; ``masks``; and the sample of the ``first_mask``."""
     covered_numel: int
-    """Over all ranks."""
+    """Covered entries over all ranks."""
     world_size: int
 
     @property
@@ -112,14 +112,14 @@ class EPI:
             return {}
         return dict(zip(self._controller.layout.layer_names, values_of(codes), strict=True))
 
-    def layers(self) -> list[LayerRow]:
+    def layers(self) -> list[ResolvedLayer]:
         """Return the resolved layer table."""
         layout = self._controller.layout
         names: list[list[str]] = [[] for _ in layout.layer_names]
         for segment in layout.segments:
             names[segment.layer].append(segment.name)
         return [
-            LayerRow(name, numel, tuple(members))
+            ResolvedLayer(name, numel, tuple(members))
             for name, numel, members in zip(layout.layer_names, layout.layer_numel, names, strict=True)
         ]
 

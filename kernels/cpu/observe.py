@@ -9,6 +9,7 @@ from torch import Tensor
 
 from epi_ds.kernels.cpu.call import STATE_FORMATS, VALUE_FORMATS, operation, pointer, threads
 from epi_ds.kernels.reference.dither import phase
+from epi_ds.kernels.reference.runs import Column
 
 
 def observe_(
@@ -40,8 +41,7 @@ def observe_(
             "contiguous float32"
         )
     if gradient is not None:
-        # Columns of a table: see `epi_ds.kernels.reference.runs`.
-        covered = int((table[:, 1] + table[:, 2]).max()) if len(table) else 0
+        covered = int((table[:, Column.START] + table[:, Column.NUMEL]).max()) if len(table) else 0
         if covered > gradient.numel():
             raise ValueError(f"a gradient of {gradient.numel()} entries has not the {covered} that its table covers")
         gradient = (gradient if gradient.dtype in VALUE_FORMATS else gradient.float()).contiguous()

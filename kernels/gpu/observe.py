@@ -34,6 +34,14 @@ from epi_ds.kernels.reference import runs
 from epi_ds.kernels.reference.dither import phase
 
 _NUM_COLUMNS = tl.constexpr(runs.NUM_COLUMNS)
+# A kernel reads only such globals, and no members of an enumeration.
+_FIRST_TILE = tl.constexpr(int(runs.Column.FIRST_TILE))
+_START = tl.constexpr(int(runs.Column.START))
+_NUMEL = tl.constexpr(int(runs.Column.NUMEL))
+_FIRST_CODE = tl.constexpr(int(runs.Column.FIRST_CODE))
+_FIRST_BLOCK = tl.constexpr(int(runs.Column.FIRST_BLOCK))
+_FIRST_INDEX = tl.constexpr(int(runs.Column.FIRST_INDEX))
+_KEY = tl.constexpr(int(runs.Column.KEY))
 _GRADIENTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -95,17 +103,18 @@ def _observe(
     RESCALES: tl.constexpr,  # noqa: N803
 ):
     last_run = table + (num_runs - 1) * _NUM_COLUMNS
-    num_tiles = tl.load(last_run) + _num_tiles(tl.load(last_run + 5), tl.load(last_run + 2))
+    num_tiles = tl.load(last_run + _FIRST_TILE)
+    num_tiles += _num_tiles(tl.load(last_run + _FIRST_INDEX), tl.load(last_run + _NUMEL))
     # As a rule a program has one tile, and a few have none.
     for number in range(tl.program_id(0), num_tiles.to(tl.int32), tl.num_programs(0)):
         run = table + _run_of(table, num_runs, number) * _NUM_COLUMNS
-        tile = number - tl.load(run)
-        start = tl.load(run + 1)
-        numel = tl.load(run + 2)
-        first_code = tl.load(run + 3)
-        first_block = tl.load(run + 4)
-        first_index = tl.load(run + 5)
-        key = tl.load(run + 6)
+        tile = number - tl.load(run + _FIRST_TILE)
+        start = tl.load(run + _START)
+        numel = tl.load(run + _NUMEL)
+        first_code = tl.load(run + _FIRST_CODE)
+        first_block = tl.load(run + _FIRST_BLOCK)
+        first_index = tl.load(run + _FIRST_INDEX)
+        key = tl.load(run + _KEY)
 
         first, entry, covered, block, touched = tile_of(first_index, numel, tile)
         before = first - first_index
@@ -143,7 +152,7 @@ def _run_of(table, num_runs, number):
     high = num_runs
     while high - low > 1:
         middle = (low + high) // 2
-        if tl.load(table + middle * _NUM_COLUMNS) <= number:
+        if tl.load(table + middle * _NUM_COLUMNS + _FIRST_TILE) <= number:
             low = middle
         else:
             high = middle

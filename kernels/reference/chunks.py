@@ -1,15 +1,15 @@
-"""Walk a flat tensor in pieces, so that temporaries stay small whatever the partition's size."""
+"""Walk a flat tensor in chunks, so that temporaries stay small whatever the partition's size."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-# Multiple of 8, so that a piece begins at a byte of the mask; its temporaries stay within a few MB.
+# Multiple of 8, so that a chunk begins at a byte of the mask; its temporaries stay within a few MB.
 CHUNK_NUMEL = 1 << 20
 
 
 def chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Yield ``(start, stop)`` pieces of a range, cut at multiples of `CHUNK_NUMEL`."""
+    """Yield the ``(start, stop)`` of the chunks of a range, cut at multiples of `CHUNK_NUMEL`."""
     while start < stop:
         end = min(stop, (start // CHUNK_NUMEL + 1) * CHUNK_NUMEL)
         yield start, end

@@ -43,7 +43,7 @@ class Stored(NamedTuple):
     first_index: int
     """Index of the first entry in the flattened parameter."""
 
-    def piece(self, start: int, stop: int) -> Stored:
+    def part(self, start: int, stop: int) -> Stored:
         """Return entries ``[start, stop)`` of this run."""
         first_index = self.first_index + start
         scales = self.scales

@@ -19,11 +19,11 @@ def hold(values: Tensor, bits: Tensor, num_isolated: int) -> Tensor:
 
     Raises ValueError for another number where that shows, as it does here.
     """
-    # Sized beforehand: joining the pieces of chunks would need the room twice.
+    # Sized beforehand: joining what chunks hold would need the room twice.
     held = values.new_empty(num_isolated)
     start = 0
-    for piece, mask in _masked_chunks(bits, values.numel()):
-        found = values[piece][mask]
+    for chunk, mask in _masked_chunks(bits, values.numel()):
+        found = values[chunk][mask]
         if start + found.numel() <= num_isolated:
             held[start : start + found.numel()] = found
         start += found.numel()
@@ -35,9 +35,9 @@ def hold(values: Tensor, bits: Tensor, num_isolated: int) -> Tensor:
 def restore_(values: Tensor, bits: Tensor, held: Tensor) -> None:
     """Write the entries that `hold` saved back into ``values``, in place. ``bits`` must be the same."""
     start = 0
-    for piece, mask in _masked_chunks(bits, values.numel()):
+    for chunk, mask in _masked_chunks(bits, values.numel()):
         count = int(mask.sum())
-        values[piece].masked_scatter_(mask, held[start : start + count])
+        values[chunk].masked_scatter_(mask, held[start : start + count])
         start += count
 
 
@@ -49,8 +49,8 @@ def mask_(values: Tensor, bits: Tensor) -> None:
 
     Never a multiplication: NaN * 0 is NaN.
     """
-    for piece, mask in _masked_chunks(bits, values.numel()):
-        values[piece].masked_fill_(mask, 0)
+    for chunk, mask in _masked_chunks(bits, values.numel()):
+        values[chunk].masked_fill_(mask, 0)
 
 
 def count_bits(bits: Tensor) -> int:
@@ -62,7 +62,7 @@ def count_bits(bits: Tensor) -> int:
 
 
 def _masked_chunks(bits: Tensor, numel: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield ``(slice, bool mask)`` for the pieces that hold at least one isolated entry."""
+    """Yield ``(slice, bool mask)`` for the chunks that hold at least one isolated entry."""
     for first, last in chunks(0, numel):
         if bits[first // 8 : -(-last // 8)].any():
             yield slice(first, last), unpack_bits(bits, first, last)

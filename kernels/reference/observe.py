@@ -62,11 +62,11 @@ def observe_run_(
     first = stored.first_index
     # Cut at multiples of the global index, which are borders of uint8 blocks.
     for start, stop in chunks(first, first + stored.codes.numel()):
-        piece = stored.piece(start - first, stop - first)
-        values = decode(piece).mul_(ema_decay)
+        part = stored.part(start - first, stop - first)
+        values = decode(part).mul_(ema_decay)
         if gradient is not None:
             scaled = gradient[start - first : stop - first].float() * inverse_scale
             squared = torch.nan_to_num_(scaled.square_(), nan=0.0, posinf=largest)
             # Two roundings may lift d*max + (1-d)*max above the largest finite value: clamp again.
             values.add_(squared.mul_(1.0 - ema_decay)).clamp_(max=largest)
-        encode_(piece, values, key=key, step=step)
+        encode_(part, values, key=key, step=step)

@@ -9,6 +9,7 @@ first tile is not behind it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class Run(NamedTuple):
     first_index: int
     """Index of the first entry in the flattened parameter."""
     key: int
-    """Of the parameter; see [Note: dither] in dither.py."""
+    """The 32 bits that the parameter's rounding is drawn from; see [Note: dither] in dither.py."""
 
     def stored_in(self, codes: Tensor, scales: Tensor) -> Stored:
         """Return what is stored of the run's importance; it must have some."""
@@ -52,8 +53,19 @@ class Run(NamedTuple):
         return ((self.first_index + self.numel - 1) >> _TILE_BITS) - (self.first_index >> _TILE_BITS) + 1
 
 
-# Columns of a table: the first tile, and then a run.
-NUM_COLUMNS = 1 + len(Run._fields)
+class Column(IntEnum):
+    """Columns of a table: the first tile of a run, and then the fields of `Run` in their order."""
+
+    FIRST_TILE = 0
+    START = 1
+    NUMEL = 2
+    FIRST_CODE = 3
+    FIRST_BLOCK = 4
+    FIRST_INDEX = 5
+    KEY = 6
+
+
+NUM_COLUMNS = len(Column)
 
 
 def table_of(runs: Iterable[Run], *, device: torch.device) -> Tensor:
@@ -68,4 +80,4 @@ def table_of(runs: Iterable[Run], *, device: torch.device) -> Tensor:
 
 def runs_of(table: Tensor) -> list[Run]:
     """Return the runs of a table. Synchronises with its device."""
-    return [Run(*row[1:]) for row in table.tolist()]
+    return [Run(*row[Column.START :]) for row in table.tolist()]

@@ -22,10 +22,10 @@ def sketch_counts(codes: Tensor, edges: Tensor) -> Tensor:
     bins = torch.zeros(num_edges + 1, dtype=torch.int64, device=codes.device)
     lowest, highest = edges[0], edges[-1]
     for start, stop in chunks(0, codes.numel()):
-        piece = codes[start:stop]
-        above = piece >= highest
+        chunk = codes[start:stop]
+        above = chunk >= highest
         bins[-1] += above.sum()
-        inside = piece[(piece >= lowest) & ~above]
+        inside = chunk[(chunk >= lowest) & ~above]
         found = torch.searchsorted(edges, inside, right=True, out_int32=True)
         bins += torch.bincount(found, minlength=num_edges + 1)
     # bins[j] counts the codes that reach exactly the first j edges; a suffix sum counts those that reach edge j.

@@ -109,7 +109,7 @@ def test_the_order_of_codes_is_the_order_of_values(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("cut", [0, 1, 156, 157, 412, 999])
 def test_a_piece_decodes_as_part_of_the_whole(dtype: torch.dtype, cut: int) -> None:
     stored = encoded(dtype, hostile(1000, seed=3), first_index=100)
-    both = [decode(stored.piece(0, cut)), decode(stored.piece(cut, 1000))]
+    both = [decode(stored.part(0, cut)), decode(stored.part(cut, 1000))]
     assert torch.equal(torch.cat(both), decode(stored))
 
 

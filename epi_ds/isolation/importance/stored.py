@@ -81,7 +81,7 @@ class StoredImportance:
 
     def read(self, segment: Segment, start: int, stop: int) -> Tensor:
         """See `Importance.read`."""
-        return decode(self._stored[segment.name].piece(start, stop))
+        return decode(self._stored[segment.name].part(start, stop))
 
     def stored(self, segment: Segment) -> Stored:
         """Return a segment as it is stored. Not a copy."""
@@ -122,9 +122,9 @@ class StoredImportance:
         own, first = self._stored[segment.name], segment.global_start
         # Cut at multiples of the global index, which are borders of uint8 blocks.
         for start, stop in chunks(first, first + segment.real_numel):
-            piece = own.piece(start - first, stop - first)
-            values = torch.maximum(decode(piece), other.read(segment, start - first, stop - first))
-            encode_(piece, values, key=self._runs[segment.name].key, step=step)
+            part = own.part(start - first, stop - first)
+            values = torch.maximum(decode(part), other.read(segment, start - first, stop - first))
+            encode_(part, values, key=self._runs[segment.name].key, step=step)
 
     def load(self, segment: Segment, saved: Stored, *, step: int) -> None:
         """Replace one segment: bit for bit where ``saved`` has the same format and blocks, else rounded to them."""

@@ -32,7 +32,7 @@ class TaskImportance(NamedTuple):
     """Importance of something that was, or is being, trained for: what stages of one name have in common."""
 
     name: str | None
-    """Of the finished stage; None for the running one."""
+    """The name of the finished stage; None for the running one."""
     importance: Importance
 
 

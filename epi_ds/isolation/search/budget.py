@@ -21,7 +21,7 @@ class Budget(NamedTuple):
     entries: Tensor
     """[rows] int64: most entries by row of the search, see `ThresholdSearch.budgets`."""
     drift: Drift | None
-    """Of a mask that may stay; None where it may not."""
+    """How far a mask that may stay has drifted; None where it may not stay."""
     mask_stays: bool
     """Whether it has drifted so little that no new one is selected."""
 

@@ -14,7 +14,7 @@ class Traffic(NamedTuple):
 
     collectives: int
     sent_bytes: int
-    """By the cost model of traffic.py."""
+    """Bytes that the rank sent, by the cost model of traffic.py."""
 
     def since(self, before: Traffic) -> Traffic:
         """Return what was sent after it was ``before``."""

@@ -40,7 +40,7 @@ class SegmentCodes(NamedTuple):
 
 
 class Extremes(NamedTuple):
-    """Of every layer over all ranks; all ``[num_layers]`` int64 on the CPU, -1 for a layer without entries."""
+    """The extremes of every layer over all ranks: ``[num_layers]`` int64 on the CPU, -1 for a layer without entries."""
 
     max_codes: Tensor
     min_codes: Tensor

@@ -107,7 +107,7 @@ class SearchPlan(NamedTuple):
     """Entries of every layer over all ranks."""
     selection: Selection
     normalizer: Normalizer
-    """Of ``normalized_global``; ignored elsewhere."""
+    """What makes layers comparable under ``normalized_global``; ignored elsewhere."""
     code_shift: int = 0
     """See `Importance.code_shift`: 0 for fp32, 16 for bf16."""
     tasks: int = 1
@@ -136,7 +136,7 @@ class Preview(NamedTuple):
     entries: Tensor
     """Entries at or above every edge."""
     isolated: Tensor
-    """Of those, entries isolated now."""
+    """Those of ``entries`` that are isolated now."""
 
 
 class ThresholdSearch:
