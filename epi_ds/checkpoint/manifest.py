@@ -112,6 +112,9 @@ class Isolation(BaseModel):
     def _counters_are_known(cls, counters: dict[str, int | float]) -> dict[str, int | float]:
         if not counters.keys() <= {known.name for known in fields(Counters)}:
             raise PydanticKnownError("extra_forbidden")
+        if counters.get("observations", 0) and not counters.get("importance_weight"):
+            # Released moments are divided by it, and its default is true only where nothing was observed.
+            raise ValueError("importance_weight is missing or 0, and importance was observed; restore the manifest")
         return counters
 
 

@@ -55,6 +55,9 @@ OPTIONAL = {
     "isolation.extra.swapped": {},
     **{f"isolation.counters.{name}": value for name, value in Counters().to_dict().items()},
 }
+# Its default is true of importance that nothing was observed of, and this one was.
+WEIGHT = "isolation.counters.importance_weight"
+del OPTIONAL[WEIGHT]
 
 
 def keys_of(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -95,7 +98,12 @@ def read(folder: Path) -> Manifest:
 
 
 def test_every_key_is_either_required_or_has_a_default() -> None:
-    assert set(KEYS) == REQUIRED | OPTIONAL.keys()
+    assert set(KEYS) == REQUIRED | OPTIONAL.keys() | {WEIGHT}
+
+
+def test_the_weight_of_observed_importance_has_no_default(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"isolation\.counters: importance_weight is missing or 0"):
+        read(written(tmp_path / "a", without=WEIGHT))
 
 
 @pytest.mark.parametrize("key", sorted(OPTIONAL))
