@@ -4,8 +4,8 @@
 number of threads. Bytes of an operation are those that it cannot do without: every input read once, every output
 written once. Sizes are odd: powers of two alias in the caches of some processors.
 
-[Note: pieces] The plain torch implementations, eager and under torch.compile, walk a tensor in pieces that stay in the
-caches, as they do in use; the compiled ones are compiled for one piece, or its code would be as long as the tensor.
+[Note: chunks] The plain torch implementations, eager and under torch.compile, walk a tensor in chunks that stay in the
+caches, as they do in use; the compiled ones are compiled for one chunk, or its code would be as long as the tensor.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class _Entries(NamedTuple):
     held: Tensor
     table: Tensor
 
-    def piece(self, start: int, stop: int) -> _Entries:
+    def chunk(self, start: int, stop: int) -> _Entries:
         """Return a part. It begins as the whole does, so that one compiled function serves all parts."""
         num_isolated = len(range(0, stop - start, _APART))
         return _Entries(
@@ -230,7 +230,7 @@ def _cases(numel: int, device: torch.device) -> Iterator[_Case]:
     ours = "cpu" if device.type == "cpu" else "gpu"
     for state in _STATES:
         entries = _entries(state, numel, device)
-        pieces = [entries.piece(start, stop) for start, stop in chunks(0, numel)]
+        cut = [entries.chunk(start, stop) for start, stop in chunks(0, numel)]
         for operation in _operations(state, device):
             for backend in (ours, "reference", _COMPILED):
                 module = importlib.import_module(
@@ -238,10 +238,10 @@ def _cases(numel: int, device: torch.device) -> Iterator[_Case]:
                 )
                 if backend == _COMPILED:
                     call = torch.compile(operation.compiled_call or operation.call)
-                    run: Callable[[], object] = partial(_each, call, module, pieces)
+                    run: Callable[[], object] = partial(_each, call, module, cut)
                 elif operation.name in ("decode", "encode_"):
                     # As they are in use: whole, most of the time would go into the pages of new memory.
-                    run = partial(_each, operation.call, module, pieces)
+                    run = partial(_each, operation.call, module, cut)
                 else:
                     run = partial(operation.call, module, entries)
                 yield _Case(operation.name, state, backend, operation.bytes_per_entry, run)
@@ -249,9 +249,9 @@ def _cases(numel: int, device: torch.device) -> Iterator[_Case]:
     yield from _optimizers(numel, device)
 
 
-def _each(call: Callable[[Any, _Entries], object], module: Any, pieces: Sequence[_Entries]) -> None:
-    for piece in pieces:
-        call(module, piece)
+def _each(call: Callable[[Any, _Entries], object], module: Any, cut: Sequence[_Entries]) -> None:
+    for chunk in cut:
+        call(module, chunk)
 
 
 def _importance(state: str, numel: int, device: torch.device) -> tuple[StoredImportance, Layout]:

@@ -21,13 +21,13 @@ Trust = Annotated[bool, typer.Option("--trust", help="Read a checkpoint that lie
 @app.command("list")
 def list_(path: Run) -> None:
     """List checkpoints and what interrupted saves left. Reads nothing but manifests."""
-    from epi_ds.inspect.overview import rows_of
+    from epi_ds.inspect.overview import lines_of
 
     table = Table("name", "step", "saved", "ranks", "GB", "")
-    for row in rows_of(path):
-        size = "" if row.num_bytes is None else f"{row.num_bytes / 1e9:.3f}"
-        step, ranks = ("" if number is None else str(number) for number in (row.step, row.ranks))
-        table.add_row(row.name, step, row.saved_at, ranks, size, row.state)
+    for line in lines_of(path):
+        size = "" if line.num_bytes is None else f"{line.num_bytes / 1e9:.3f}"
+        step, ranks = ("" if number is None else str(number) for number in (line.step, line.ranks))
+        table.add_row(line.name, step, line.saved_at, ranks, size, line.state)
     # As wide as it is: names are to be copied from here.
     Console(width=200).print(table)
 

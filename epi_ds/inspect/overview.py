@@ -13,7 +13,7 @@ from epi_ds.checkpoint.run import is_own
 from epi_ds.errors import UserError
 
 
-class Row(NamedTuple):
+class Line(NamedTuple):
     """One checkpoint, or what is left of one."""
 
     name: str
@@ -42,21 +42,21 @@ def found_at(path: Path) -> list[Checkpoint]:
     return found
 
 
-def rows_of(path: Path) -> list[Row]:
+def lines_of(path: Path) -> list[Line]:
     """Describe the checkpoints of a folder, and what interrupted saves left. Reads no file but manifests."""
     folder = folder_of(path)
-    rows = []
+    lines = []
     for found in checkpoints_in(folder):
         manifest = found.manifest
         if manifest is None:
-            rows.append(Row(found.path.name, None, "", None, None, str(found.problem)))
+            lines.append(Line(found.path.name, None, "", None, None, str(found.problem)))
         else:
             state = "complete" if is_own(found.path, manifest.run_id) else f"complete, of run {manifest.run_id[:8]}"
-            rows.append(
-                Row(found.path.name, manifest.step, manifest.saved_at, manifest.world_size, manifest.num_bytes, state)
+            lines.append(
+                Line(found.path.name, manifest.step, manifest.saved_at, manifest.world_size, manifest.num_bytes, state)
             )
     left = "left by an interrupted save or removal; put right when the run saves again"
-    return [*rows, *(Row(path.name, None, "", None, None, left) for path in leftovers_in(folder))]
+    return [*lines, *(Line(path.name, None, "", None, None, left) for path in leftovers_in(folder))]
 
 
 def verify(path: Path, report: Callable[[Checkpoint, list[str]], None]) -> bool:

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t NUM_CODES = 1 << 16;
 // Entries that are walked at once, and from how many on tables of their own are worth clearing and adding up.
-constexpr int64_t PIECE = 4096;
+constexpr int64_t CHUNK = 4096;
 constexpr int64_t MANY = 1 << 18;
 
 struct Extremes {
@@ -55,8 +55,8 @@ EPI_EXPORT(code_histogram)(int64_t *bins, const uint16_t *codes, int64_t numel, 
       Extremes own;
       std::vector<uint32_t> even(NUM_CODES), odd(NUM_CODES);
 #pragma omp for schedule(static)
-      for (int64_t first = 0; first < numel; first += PIECE) {
-        const int64_t size = std::min(PIECE, numel - first);
+      for (int64_t first = 0; first < numel; first += CHUNK) {
+        const int64_t size = std::min(CHUNK, numel - first);
         own.take(codes + first, size);
         count(codes + first, size, even.data(), odd.data());
       }

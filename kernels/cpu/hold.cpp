@@ -7,19 +7,19 @@
 
 namespace {
 
-// Call `visit(entry)` for every isolated entry of a piece, in order.
+// Call `visit(entry)` for every isolated entry of a chunk, in order.
 template <class Visit>
 inline void each_isolated(const Words &mask, int64_t first, int64_t numel, const Visit &visit) {
   for (int64_t word = 0; word < (numel + 63) / 64; word++)
     for (uint64_t left = mask.words[word]; left; left &= left - 1) visit(first + word * 64 + __builtin_ctzll(left));
 }
 
-// Isolated entries in front of every piece, and of all.
+// Isolated entries in front of every chunk, and of all.
 std::vector<int64_t> offsets_of(const uint8_t *bits, int64_t numel) {
   std::vector<int64_t> offsets;
   int64_t before = 0;
-  for (int64_t first = 0; first < numel; first += PIECE) {
-    const int64_t size = std::min(PIECE, numel - first);
+  for (int64_t first = 0; first < numel; first += CHUNK) {
+    const int64_t size = std::min(CHUNK, numel - first);
     const Words mask(bits, first, size);
     offsets.push_back(before);
     for (int64_t word = 0; word < (size + 63) / 64; word++) before += __builtin_popcountll(mask.words[word]);
@@ -33,10 +33,10 @@ int64_t hold(const void *values, const uint8_t *bits, int64_t numel, void *held,
   const std::vector<int64_t> offsets = offsets_of(bits, numel);
   if (offsets.back() != num_held) return offsets.back();
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t piece = 0; piece < int64_t(offsets.size()) - 1; piece++) {
-    const int64_t first = piece * PIECE, size = std::min(PIECE, numel - first);
+  for (int64_t chunk = 0; chunk < int64_t(offsets.size()) - 1; chunk++) {
+    const int64_t first = chunk * CHUNK, size = std::min(CHUNK, numel - first);
     const Entry *from = static_cast<const Entry *>(values);
-    Entry *to = static_cast<Entry *>(held) + offsets[piece];
+    Entry *to = static_cast<Entry *>(held) + offsets[chunk];
     each_isolated(Words(bits, first, size), first, size, [&](int64_t entry) { *to++ = from[entry]; });
   }
   return num_held;
@@ -47,9 +47,9 @@ int64_t restore(void *values, const uint8_t *bits, int64_t numel, const void *he
   const std::vector<int64_t> offsets = offsets_of(bits, numel);
   if (offsets.back() != num_held) return offsets.back();
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t piece = 0; piece < int64_t(offsets.size()) - 1; piece++) {
-    const int64_t first = piece * PIECE, size = std::min(PIECE, numel - first);
-    const Entry *from = static_cast<const Entry *>(held) + offsets[piece];
+  for (int64_t chunk = 0; chunk < int64_t(offsets.size()) - 1; chunk++) {
+    const int64_t first = chunk * CHUNK, size = std::min(CHUNK, numel - first);
+    const Entry *from = static_cast<const Entry *>(held) + offsets[chunk];
     Entry *to = static_cast<Entry *>(values);
     each_isolated(Words(bits, first, size), first, size, [&](int64_t entry) { to[entry] = *from++; });
   }
@@ -59,8 +59,8 @@ int64_t restore(void *values, const uint8_t *bits, int64_t numel, const void *he
 template <class Entry>
 void mask(void *values, const uint8_t *bits, int64_t numel, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t piece = 0; piece < (numel + PIECE - 1) / PIECE; piece++) {
-    const int64_t first = piece * PIECE, size = std::min(PIECE, numel - first);
+  for (int64_t chunk = 0; chunk < (numel + CHUNK - 1) / CHUNK; chunk++) {
+    const int64_t first = chunk * CHUNK, size = std::min(CHUNK, numel - first);
     Entry *to = static_cast<Entry *>(values);
     each_isolated(Words(bits, first, size), first, size, [&](int64_t entry) { to[entry] = 0; });
   }
@@ -93,9 +93,9 @@ EPI_EXPORT(mask)(int entry_bytes, void *values, const uint8_t *bits, int64_t num
 EPI_EXPORT(count_bits)(const uint8_t *bits, int64_t num_bytes, int64_t *count, int threads) {
   int64_t found = 0;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : found)
-  for (int64_t piece = 0; piece < (num_bytes * 8 + PIECE - 1) / PIECE; piece++) {
-    const int64_t size = std::min(PIECE, num_bytes * 8 - piece * PIECE);
-    const Words mask(bits, piece * PIECE, size);
+  for (int64_t chunk = 0; chunk < (num_bytes * 8 + CHUNK - 1) / CHUNK; chunk++) {
+    const int64_t size = std::min(CHUNK, num_bytes * 8 - chunk * CHUNK);
+    const Words mask(bits, chunk * CHUNK, size);
     for (int64_t word = 0; word < (size + 63) / 64; word++) found += __builtin_popcountll(mask.words[word]);
   }
   *count = found;

@@ -10,12 +10,12 @@ namespace {
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bytes of a mask are read as words");
 
 // Entries that are walked at once.
-constexpr int64_t PIECE = 4096;
+constexpr int64_t CHUNK = 4096;
 
 struct Words {
-  uint64_t words[PIECE / 64];
+  uint64_t words[CHUNK / 64];
 
-  // Entries [first, first + numel) of a mask, at most PIECE of them; what follows in the last word is zero. Only bytes
+  // Entries [first, first + numel) of a mask, at most CHUNK of them; what follows in the last word is zero. Only bytes
   // that hold one of these entries are read.
   Words(const uint8_t *bits, int64_t first, int64_t numel) {
     const uint8_t *from = bits + (first >> 3);

@@ -1,7 +1,7 @@
 // The squares of a gradient, with and without its isolated entries; see ../reference/masked_sumsq.py.
 //
-// Sums are made in one order, whatever the instruction set and the number of threads: of the entries of a piece whose
-// index has the same remainder by 16, of these 16, and of the pieces.
+// Sums are made in one order, whatever the instruction set and the number of threads: of the entries of a chunk whose
+// index has the same remainder by 16, of these 16, and of the chunks.
 
 #include <vector>
 
@@ -70,15 +70,15 @@ Sums sums_of(const typename Value::Entry *values, int64_t numel, const Words &ma
 template <class Value>
 void masked_sumsq(const void *values, int64_t numel, const uint8_t *bits, int64_t first_entry, double *result,
                   int threads) {
-  std::vector<Sums> pieces((numel + PIECE - 1) / PIECE);
+  std::vector<Sums> chunks((numel + CHUNK - 1) / CHUNK);
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t piece = 0; piece < int64_t(pieces.size()); piece++) {
-    const int64_t first = piece * PIECE, size = std::min(PIECE, numel - first);
-    pieces[piece] = sums_of<Value>(static_cast<const typename Value::Entry *>(values) + first, size,
+  for (int64_t chunk = 0; chunk < int64_t(chunks.size()); chunk++) {
+    const int64_t first = chunk * CHUNK, size = std::min(CHUNK, numel - first);
+    chunks[chunk] = sums_of<Value>(static_cast<const typename Value::Entry *>(values) + first, size,
                                    Words(bits, first_entry + first, size));
   }
   Sums total;
-  for (const Sums &sums : pieces) {
+  for (const Sums &sums : chunks) {
     total.all += sums.all;
     total.plastic += sums.plastic;
   }

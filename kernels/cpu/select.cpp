@@ -11,15 +11,15 @@
 EPI_EXPORT(select)(uint8_t *bits, const int32_t *codes, int64_t numel, const uint8_t *before, int32_t threshold_code,
                    int64_t first_entry, int64_t *counts, int threads) {
   int64_t now = 0, kept = 0;
-  // Pieces are cut at multiples of an entry's number, which are borders of bytes: no two threads write to one.
-  const int64_t first_piece = first_entry / PIECE, last_piece = (first_entry + numel + PIECE - 1) / PIECE;
+  // Chunks are cut at multiples of an entry's number, which are borders of bytes: no two threads write to one.
+  const int64_t first_chunk = first_entry / CHUNK, last_chunk = (first_entry + numel + CHUNK - 1) / CHUNK;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : now, kept)
-  for (int64_t piece = first_piece; piece < last_piece; piece++) {
-    const int64_t begin = std::max(first_entry, piece * PIECE) - first_entry;
-    const int64_t end = std::min(first_entry + numel, (piece + 1) * PIECE) - first_entry;
-    // One word more: the first entries of the piece may be another parameter's.
+  for (int64_t chunk = first_chunk; chunk < last_chunk; chunk++) {
+    const int64_t begin = std::max(first_entry, chunk * CHUNK) - first_entry;
+    const int64_t end = std::min(first_entry + numel, (chunk + 1) * CHUNK) - first_entry;
+    // One word more: the first entries of the chunk may be another parameter's.
     const int64_t offset = (first_entry + begin) & 7;
-    uint64_t found[PIECE / 64 + 1] = {};
+    uint64_t found[CHUNK / 64 + 1] = {};
     int64_t entry = begin;
     for (; entry + LANES <= end; entry += LANES) {
       const uint64_t lanes = bits_of(load<i32>(codes + entry) >= splat(threshold_code));

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t PIECE = 4096;
+constexpr int64_t CHUNK = 4096;
 constexpr int BUCKET_BITS = 12;
 
 // Finds the edges that a code reaches. Codes and edges are below 2^31.
@@ -48,11 +48,11 @@ int64_t filter(const int32_t *codes, int64_t numel, int32_t lowest, int32_t high
 #if defined(EPI_AVX512)
   const __m512i low = _mm512_set1_epi32(lowest), high = _mm512_set1_epi32(highest);
   for (; entry + LANES <= numel; entry += LANES) {
-    const __m512i piece = _mm512_loadu_si512(codes + entry);
-    const __mmask16 reaches_last = _mm512_cmpge_epi32_mask(piece, high);
-    const __mmask16 is_inside = _mm512_cmpge_epi32_mask(piece, low) & ~reaches_last;
+    const __m512i chunk = _mm512_loadu_si512(codes + entry);
+    const __mmask16 reaches_last = _mm512_cmpge_epi32_mask(chunk, high);
+    const __mmask16 is_inside = _mm512_cmpge_epi32_mask(chunk, low) & ~reaches_last;
     above += __builtin_popcount(reaches_last);
-    _mm512_storeu_si512(inside + found, _mm512_maskz_compress_epi32(is_inside, piece));
+    _mm512_storeu_si512(inside + found, _mm512_maskz_compress_epi32(is_inside, chunk));
     found += __builtin_popcount(is_inside);
   }
 #endif
@@ -79,11 +79,11 @@ EPI_EXPORT(sketch_counts)(const int32_t *codes, int64_t numel, const int32_t *ed
   {
     // Neighbouring codes often lie in one bin, and an addition must not wait for the one before.
     std::vector<int64_t> own[2] = {std::vector<int64_t>(num_edges + 1, 0), std::vector<int64_t>(num_edges + 1, 0)};
-    int32_t inside[PIECE + LANES];
+    int32_t inside[CHUNK + LANES];
     int64_t above = 0;
 #pragma omp for schedule(static)
-    for (int64_t piece = 0; piece < (numel + PIECE - 1) / PIECE; piece++) {
-      const int64_t first = piece * PIECE, size = std::min(PIECE, numel - first);
+    for (int64_t chunk = 0; chunk < (numel + CHUNK - 1) / CHUNK; chunk++) {
+      const int64_t first = chunk * CHUNK, size = std::min(CHUNK, numel - first);
       const int64_t found = filter(codes + first, size, lowest, highest, inside, above);
       int64_t entry = 0;
       for (; entry + 2 <= found; entry += 2) {
