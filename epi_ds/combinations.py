@@ -35,6 +35,38 @@ def stage_problem(stage: int, ds_config: Mapping[str, Any]) -> str:
     )
 
 
+def reduction_optimizer_problem(optimizer: str) -> str:
+    """Return what to say of ``apply: reduction`` with an optimizer that is no Adam."""
+    return (
+        f"apply: reduction sets the moments of Adam at release and does not know those of {optimizer}; use AdamW, or "
+        "apply: update"
+    )
+
+
+def adam_state_optimizer_problem(optimizer: str) -> str:
+    """Return what to say of ``state: adam`` with an optimizer that is no Adam."""
+    return (
+        f"state: adam reads the second moments of Adam, and {optimizer} keeps none that are averages of squared "
+        "gradients; use AdamW, or state: u8"
+    )
+
+
+def adam_state_ratio_problem(ratio: float) -> str:
+    """Return what to say of ``state: adam`` with an offload of a part of the optimizer."""
+    return (
+        f"offload_optimizer.ratio is {ratio}, and DeepSpeed saves no moments of the part that stays on the "
+        "accelerator, which are the importance under state: adam; set state: u8, or offload_optimizer.ratio: 1.0"
+    )
+
+
+def adam_state_nvme_problem() -> str:
+    """Return what to say of ``state: adam`` with moments on NVMe."""
+    return (
+        "offload_optimizer.device: nvme keeps the second moments on the disk, and state: adam reads them several "
+        "times a refresh; set state: u8, or offload_optimizer.device: cpu"
+    )
+
+
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = values.get(name)
     return section if isinstance(section, Mapping) else {}
@@ -48,15 +80,9 @@ def _zero_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> Iterator[
     offload = _section(zero, "offload_optimizer")
     device, share = offload.get("device"), offload.get("ratio", 1.0)
     if device == "cpu" and config.state is StateFormat.ADAM and isinstance(share, (int, float)) and share != 1.0:
-        yield (
-            f"offload_optimizer.ratio is {share}, and DeepSpeed saves no moments of the part that stays on the "
-            "accelerator, which are the importance under state: adam; set state: u8, or offload_optimizer.ratio: 1.0"
-        )
+        yield adam_state_ratio_problem(share)
     if device == "nvme" and config.state is StateFormat.ADAM:
-        yield (
-            "offload_optimizer.device: nvme keeps the second moments on the disk, and state: adam reads them several "
-            "times a refresh; set state: u8, or offload_optimizer.device: cpu"
-        )
+        yield adam_state_nvme_problem()
 
 
 def _path_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
@@ -78,9 +104,6 @@ def _optimizer_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> Iter
         return
     if name.lower() not in _ADAMS:
         if config.apply is Apply.REDUCTION:
-            yield (
-                f"apply: reduction sets the moments of Adam at release, and optimizer.type is {name}; use AdamW, or "
-                "apply: update"
-            )
+            yield reduction_optimizer_problem(name)
         if config.state is StateFormat.ADAM:
-            yield f"state: adam reads the second moments of Adam, and optimizer.type is {name}; use AdamW, or state: u8"
+            yield adam_state_optimizer_problem(name)

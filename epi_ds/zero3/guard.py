@@ -14,7 +14,13 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from epi_ds.choices import Apply, StateFormat
-from epi_ds.combinations import stage_problem
+from epi_ds.combinations import (
+    adam_state_nvme_problem,
+    adam_state_optimizer_problem,
+    adam_state_ratio_problem,
+    reduction_optimizer_problem,
+    stage_problem,
+)
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 
@@ -120,23 +126,14 @@ def _optimizer_reasons(optimizer: Any, config: EPIConfig) -> Iterator[str]:
     if config.state is StateFormat.ADAM:
         yield from _adam_reasons(base)
         if optimizer.offload_optimizer and optimizer.partial_offload != 1.0:
-            yield (
-                "state: adam with partial offload would lose the importance of the sub-groups on the accelerator at a "
-                "resume, because DeepSpeed saves none of their moments; set state: u8, or offload_optimizer.ratio: 1.0"
-            )
+            yield adam_state_ratio_problem(optimizer.partial_offload)
         if optimizer.swap_optimizer:
-            yield (
-                "state: adam reads second moments several times a refresh, and NVMe offload would fetch all of them "
-                "from the disk each time; set state: u8, or offload_optimizer.device: cpu"
-            )
+            yield adam_state_nvme_problem()
 
 
 def _reduction_reasons(base: Any) -> Iterator[str]:
     if type(base) not in ADAM_FAMILY:
-        yield (
-            f"apply: reduction sets the moments of Adam at release and does not know those of {type(base).__name__}; "
-            "use apply: update"
-        )
+        yield reduction_optimizer_problem(type(base).__name__)
         return
     if any(group.get("amsgrad") for group in base.param_groups):
         yield "apply: reduction does not know the running maximum of amsgrad; set amsgrad: false or use apply: update"
@@ -149,10 +146,7 @@ def _reduction_reasons(base: Any) -> Iterator[str]:
 
 def _adam_reasons(base: Any) -> Iterator[str]:
     if type(base) not in ADAM_FAMILY:
-        yield (
-            f"state: adam reads the second moments of Adam, and {type(base).__name__} keeps none that are averages of "
-            "squared gradients; use AdamW, or state: u8"
-        )
+        yield adam_state_optimizer_problem(type(base).__name__)
         return
     if any(group["weight_decay"] and _adds_decay_to_gradient(base, group) for group in base.param_groups):
         yield (
