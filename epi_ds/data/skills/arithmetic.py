@@ -78,6 +78,6 @@ class Arithmetic:
         return single_turn(problem.question, answer, reference=str(problem.result))
 
     def check(self, row: Row, answer: str) -> bool:
-        """Tell whether the last number in `answer` is the result."""
+        """Tell whether the last number in ``answer`` is the result."""
         numbers = _NUMBER.findall(answer)
         return bool(numbers) and numbers[-1] == row.reference

@@ -21,12 +21,12 @@ class _Problem(NamedTuple):
 
 
 def _around(number: int) -> tuple[int, ...]:
-    """Return inputs that tell a comparison or an offset by `number` from its neighbours."""
+    """Return inputs that tell a comparison or an offset by ``number`` from its neighbours."""
     return (number - 1, number, number + 1, 2 * number, *_NUMBERS)
 
 
 def _counted(stop: int) -> Value:
-    """Return 0, 1, ... up to `stop`, long enough to tell a prefix or a sum from its neighbours."""
+    """Return 0, 1, ... up to ``stop``, long enough to tell a prefix or a sum from its neighbours."""
     return [*range(stop)]
 
 
@@ -93,7 +93,7 @@ class Code:
         return single_turn(question, answer, reference=json.dumps({"name": function, "cases": cases}))
 
     def check(self, row: Row, answer: str) -> bool:
-        """Tell whether `answer` is a function of the right name that returns the right values."""
+        """Tell whether ``answer`` is a function of the right name that returns the right values."""
         reference = json.loads(row.reference)
         try:
             function = parse_function(answer)

@@ -46,6 +46,6 @@ class Dialogue:
         return Row(messages=tuple(messages), reference=value)
 
     def check(self, row: Row, answer: str) -> bool:
-        """Tell whether `answer` names the value asked for and no other that somebody could have stated."""
+        """Tell whether ``answer`` names the value asked for and no other that somebody could have stated."""
         named = _VALUES.intersection(_WORD.findall(answer.lower()))
         return named == {row.reference.lower()}

@@ -88,5 +88,5 @@ class Instruct:
         return single_turn(f"{exercise.instruction}\n{exercise.given}", exercise.output, reference=exercise.output)
 
     def check(self, row: Row, answer: str) -> bool:
-        """Tell whether `answer` is the output, but for white space around it."""
+        """Tell whether ``answer`` is the output, but for white space around it."""
         return answer.strip() == row.reference

@@ -39,12 +39,7 @@ class Puzzle(NamedTuple):
 def entails(premises: Sequence[Premise], claim: Literal) -> bool:
     """Tell whether a claim is right under every truth assignment that makes all premises true.
 
-    Args:
-        premises: What is given.
-        claim: What might follow from it.
-
-    Returns:
-        Whether it follows. Premises that contradict each other entail everything.
+    Premises that contradict each other entail everything.
     """
     literals = [literal for premise in premises for literal in premise.any_of]
     statements = sorted({literal.statement for literal in [*literals, claim]})
@@ -101,7 +96,7 @@ def _transitivity(a: str, b: str, c: str, event: str) -> Puzzle:
 
 
 def _converse(a: str, b: str, c: str, event: str) -> Puzzle:
-    """Tempt to affirm the consequent: `c` would imply what is given, but does not follow from it."""
+    """Tempt to affirm the consequent: ``c`` would imply what is given, but does not follow from it."""
     return Puzzle((_implies(c, a), _implies(a, b), _fact(a, True)), asks_for=True)
 
 
@@ -132,5 +127,5 @@ class Logic:
         return single_turn("\n".join(lines), right, reference=right)
 
     def check(self, row: Row, answer: str) -> bool:
-        """Tell whether `answer` names the right letter and no other."""
+        """Tell whether ``answer`` names the right letter and no other."""
         return set(_LETTER.findall(answer)) == {row.reference}

@@ -19,17 +19,7 @@ SKILLS: Mapping[str, Skill] = MappingProxyType({skill.name: skill for skill in _
 
 
 def get_skill(name: str) -> Skill:
-    """Return the task family of a given name.
-
-    Args:
-        name: A key of `SKILLS`.
-
-    Returns:
-        The skill.
-
-    Raises:
-        ValueError: If there is no such skill.
-    """
+    """Return the task family of that name in ``SKILLS``. Raises ValueError where there is none."""
     if name in SKILLS:
         return SKILLS[name]
     nearest = difflib.get_close_matches(name, SKILLS, n=1, cutoff=0.0)[0]
@@ -39,19 +29,11 @@ def get_skill(name: str) -> Skill:
 def rows(skill_name: str, *, split: Split, size: int, seed: int) -> list[Row]:
     """Draw rows of one split of a task family.
 
-    The same arguments give the same rows on every machine, a larger size extends a smaller one, and no
-    prompt is in both splits, whatever the sizes and seeds.
+    skill_name  a key of ``SKILLS``
+    size        how many rows to return, exactly; test rows repeat only once no new one turns up any more
+    seed        selects the sequence of draws
 
-    Args:
-        skill_name: A key of `SKILLS`.
-        split: Whether to return training or test rows.
-        size: How many rows to return.
-        seed: Selects the sequence of draws.
-
-    Returns:
-        Exactly `size` rows; test rows repeat only once no new one turns up any more.
-
-    Raises:
-        ValueError: If there is no such skill, or `size` is negative.
+    The same arguments give the same rows on every machine, a larger size extends a smaller one, and no prompt is in
+    both splits, whatever the sizes and seeds. Raises ValueError if there is no such skill, or ``size`` is negative.
     """
     return draw_rows(get_skill(skill_name), split=split, size=size, seed=seed)

@@ -42,14 +42,8 @@ class Function(NamedTuple):
 def parse_function(source: str) -> Function:
     """Parse source code that must be one function with plain parameters and a single return.
 
-    Args:
-        source: The code; it is not trusted.
-
-    Returns:
-        The function, whose expression is checked only when `call` computes it.
-
-    Raises:
-        RefusedCodeError: If the source is too long, does not parse, or is anything else.
+    The source is not trusted; the function's expression is checked only when ``call`` computes it. Raises
+    RefusedCodeError if the source is too long, does not parse, or is anything else.
     """
     if len(source) > MAX_SOURCE:
         raise _refusal(f"source of {len(source)} characters", f"at most {MAX_SOURCE} are allowed")
@@ -71,16 +65,8 @@ def parse_function(source: str) -> Function:
 def call(function: Function, arguments: Sequence[Value]) -> Value:
     """Compute what a parsed function returns for some arguments.
 
-    Args:
-        function: The function to compute.
-        arguments: One value for each parameter.
-
-    Returns:
-        The returned value.
-
-    Raises:
-        RefusedCodeError: If the expression uses what is not allowed, exceeds a bound, or fails, as a division
-            by zero does.
+    There is one argument for each parameter. Raises RefusedCodeError if the expression uses what is not allowed,
+    exceeds a bound, or fails, as a division by zero does.
     """
     if len(arguments) != len(function.parameters):
         raise _refusal(
@@ -114,7 +100,7 @@ def _parameters(found: ast.FunctionDef) -> tuple[str, ...]:
 
 
 def _bounded(value: Any) -> Value:
-    """Return `value` if it is of an allowed type and within the bounds."""
+    """Return ``value`` if it is of an allowed type and within the bounds."""
     if type(value) is list and any(type(item) not in (bool, int, float, str) for item in value):
         raise _refusal("list", "only numbers and strings may be its items")
     if type(value) in (list, str):

@@ -29,7 +29,7 @@ class Row(NamedTuple):
     messages: tuple[Message, ...]
     """All turns; the last one is the assistant's reference answer."""
     reference: str
-    """What `Skill.check` compares an answer with; its form is up to the skill."""
+    """What ``Skill.check`` compares an answer with; its form is up to the skill."""
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -50,10 +50,10 @@ class Skill(Protocol):
         """The name users select the skill by."""
 
     def draw(self, rng: random.Random) -> Row:
-        """Draw one row; all of its randomness comes from `rng`."""
+        """Draw one row; all of its randomness comes from ``rng``."""
 
     def check(self, row: Row, answer: str) -> bool:
-        """Tell whether `answer`, a model's text for the last assistant turn, solves `row`."""
+        """Tell whether ``answer``, a model's text for the last assistant turn, solves ``row``."""
 
 
 class Split(Enum):
@@ -72,11 +72,7 @@ def single_turn(question: str, answer: str, *, reference: str) -> Row:
 def split_of(row: Row) -> Split:
     """Return the split a row belongs to, which its prompt alone decides.
 
-    Args:
-        row: The row to place.
-
-    Returns:
-        The split, the same on every machine and whatever size and seed the row was drawn with.
+    It is the same on every machine, and whatever size and seed the row was drawn with.
     """
     turns = [[message["role"], message["content"]] for message in row.prompt]
     digest = hashlib.sha256(json.dumps(turns).encode()).digest()
@@ -86,20 +82,12 @@ def split_of(row: Row) -> Split:
 def draw_rows(skill: Skill, *, split: Split, size: int, seed: int) -> list[Row]:
     """Draw rows of one split of a skill.
 
-    The same arguments give the same rows on every machine, and a larger size extends a smaller one.
-    Training rows may repeat; test rows repeat only once no new one turns up any more.
+    size  how many rows to return, exactly
+    seed  selects the sequence of draws
 
-    Args:
-        skill: The skill to draw from.
-        split: Whether to return training or test rows.
-        size: How many rows to return.
-        seed: Selects the sequence of draws.
-
-    Returns:
-        Exactly `size` rows.
-
-    Raises:
-        ValueError: If `size` is negative, or the skill has no row in the split.
+    The same arguments give the same rows on every machine, and a larger size extends a smaller one. Training rows may
+    repeat; test rows repeat only once no new one turns up any more. Raises ValueError if ``size`` is negative, or the
+    skill has no row in the split.
     """
     if size < 0:
         raise UserError(f"size={size} for skill {skill.name!r}: must be 0 or more; pass the number of rows")
@@ -128,21 +116,14 @@ def draw_rows(skill: Skill, *, split: Split, size: int, seed: int) -> list[Row]:
 
 
 def row_to_dict(row: Row) -> dict[str, Any]:
-    """Return a row as plain lists, dictionaries and strings, as JSON and `datasets.Dataset` keep it."""
+    """Return a row as plain lists, dictionaries and strings, as JSON and ``datasets.Dataset`` keep it."""
     return {"messages": [dict(message) for message in row.messages], "reference": row.reference}
 
 
 def row_from_dict(record: Mapping[str, Any]) -> Row:
-    """Rebuild a row from what `row_to_dict` returned; other keys are ignored.
+    """Rebuild a row from what ``row_to_dict`` returned; other keys are ignored.
 
-    Args:
-        record: A mapping with the keys `messages` and `reference`.
-
-    Returns:
-        The row.
-
-    Raises:
-        ValueError: If a key is missing.
+    Raises ValueError if ``messages`` or ``reference`` is missing.
     """
     missing = [key for key in ("messages", "reference") if key not in record]
     if missing:

@@ -1,4 +1,4 @@
-"""Train the packaged tokenizer: `python -m epi_ds.data.skills.train_tokenizer [OUT_DIR]`.
+"""Train the packaged tokenizer: ``python -m epi_ds.data.skills.train_tokenizer [OUT_DIR]``.
 
 The result is the same on every run, so that the packaged files can be checked against their source.
 """
@@ -65,11 +65,7 @@ def train() -> "Tokenizer":
 
 
 def write(folder: Path) -> None:
-    """Train the tokenizer and write it as transformers does.
-
-    Args:
-        folder: Where to write; made if missing.
-    """
+    """Train the tokenizer and write it, as transformers does, into a folder that is made if it is missing."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
