@@ -7,6 +7,8 @@ from datetime import timedelta
 from typing import Any
 
 import accelerate
+from deepspeed.utils import groups
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from epi_ds.launch.environment import accelerator_name, is_rank
 
@@ -21,7 +23,7 @@ def prepare_accelerate(*, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> d
     on the same rows.
 
     timeout_seconds  how long a collective waits for a rank that is behind; transformers calls it ``ddp_timeout``, and
-                     applies it only where it makes the process group itself
+                     applies it only where it makes the process group itself. It holds for ZeRO-3's collectives too
     """
     if not is_rank():
         raise RuntimeError("a recipe runs inside ranks; start it with epi-ds train or the deepspeed launcher")
@@ -31,6 +33,10 @@ def prepare_accelerate(*, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> d
         # On a machine with GPUs accelerate would move the batches there, away from DeepSpeed's weights.
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
         accelerate.PartialState(backend="gloo", timeout=timeout)
-        return {"accelerator_config": {"use_configured_state": True}, "dataloader_pin_memory": False}
-    accelerate.PartialState(timeout=timeout)
-    return {}
+        arguments = {"accelerator_config": {"use_configured_state": True}, "dataloader_pin_memory": False}
+    else:
+        accelerate.PartialState(timeout=timeout)
+        arguments = {}
+    # ZeRO-3 gathers and reduces over a copy of the default group, which DeepSpeed makes with torch's own time-out.
+    _set_pg_timeout(timeout, groups._clone_world_group())
+    return arguments
