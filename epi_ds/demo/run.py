@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,18 +23,22 @@ from epi_ds.errors import RemedyError
 from epi_ds.launch.local import start_child
 from epi_ds.launch.stop_signals import REQUEUE_EXIT_CODE
 from epi_ds.recipe.loading import load_recipe
+from epi_ds.recipe.models import Recipe
 from epi_ds.train.run_folder import RunFolder
 
 RECIPE = "demo"
 # Enough to know all five skills a little and two of them well, in about a minute.
-_BASE_STEPS = 600
-# In the second of the recipe's three stages, with masks in force.
-_INTERRUPT_FROM_STEP = 72
+BASE_STEPS = 600
+# Of all steps, from where on it is told to stop: in the second of three stages, with masks in force.
+_INTERRUPT_FROM_SHARE = 0.4
 _POLL_SECONDS = 0.2
 
 
-def run_demo(output: Path, console: Console) -> None:
+def run_demo(output: Path, console: Console, *, overrides: Sequence[str] = (), base_steps: int = BASE_STEPS) -> None:
     """Run the shipped demo recipe into ``output``; what an earlier demo left there is thrown away.
+
+    overrides   as ``epi-ds train`` takes them
+    base_steps  how long the small model is pretrained
 
     Raises RemedyError when the run fails, or ends before it could be interrupted.
     """
@@ -41,21 +46,14 @@ def run_demo(output: Path, console: Console) -> None:
     folder, base = RunFolder(output), output / "base"
     folder.clear()
     shutil.rmtree(base, ignore_errors=True)
-    recipe = load_recipe(RECIPE, [f"output={output}", f"model.path={base}"])
+    overrides = [*overrides, f"output={output}", f"model.path={base}"]
+    recipe = load_recipe(RECIPE, overrides)
     _use_cpu_without_enough_devices(recipe.ranks or 1, console)
     console.print(f"[bold]1/3[/] pretraining a small Llama on {len(SKILLS)} skills, so that it has something to forget")
-    _pretrain(base, console)
-    command = [
-        sys.executable,
-        "-m",
-        "epi_ds.cli.main",
-        "train",
-        RECIPE,
-        f"output={output}",
-        f"model.path={base}",
-    ]
+    _pretrain(base, base_steps, console)
+    command = [sys.executable, "-m", "epi_ds.cli.main", "train", RECIPE, *overrides]
     console.print("[bold]2/3[/] fine-tuning in stages with evolving isolation; told to stop on the way")
-    _interrupt_after_checkpoint(command, folder, console)
+    _interrupt_after_checkpoint(command, folder, console, first_step=int(_INTERRUPT_FROM_SHARE * _steps_of(recipe)))
     console.print("[bold]3/3[/] the same command again: it resumes from the newest complete checkpoint")
     if exit_code := start_child(command).wait():
         raise RemedyError(f"the resumed run failed with exit code {exit_code}; its output is above")
@@ -68,7 +66,13 @@ def _use_cpu_without_enough_devices(ranks: int, console: Console) -> None:
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 
-def _pretrain(folder: Path, console: Console) -> None:
+def _steps_of(recipe: Recipe) -> int:
+    """Return about how many steps a recipe of skills trains."""
+    batch = recipe.train["per_device_train_batch_size"] * (recipe.ranks or 1)
+    return sum((stage.data.rows or 0) * stage.epochs for stage in recipe.stages) // batch
+
+
+def _pretrain(folder: Path, steps: int, console: Console) -> None:
     with Progress(
         TextColumn("pretraining"),
         BarColumn(),
@@ -78,24 +82,24 @@ def _pretrain(folder: Path, console: Console) -> None:
         console=console,
         disable=not console.is_terminal,
     ) as progress:
-        task = progress.add_task("", total=_BASE_STEPS, loss=float("nan"))
+        task = progress.add_task("", total=steps, loss=float("nan"))
 
         def report(step: int, loss: float) -> None:
             progress.update(task, completed=step, loss=loss)
             if not console.is_terminal and step % 100 == 0:
-                console.print(f"pretraining step {step}/{_BASE_STEPS}  loss {loss:.3f}", highlight=False)
+                console.print(f"pretraining step {step}/{steps}  loss {loss:.3f}", highlight=False)
 
-        pretrain_small_model(folder, skills=tuple(SKILLS), steps=_BASE_STEPS, batch_size=16, report=report)
+        pretrain_small_model(folder, skills=tuple(SKILLS), steps=steps, batch_size=16, report=report)
 
 
-def _interrupt_after_checkpoint(command: list[str], folder: RunFolder, console: Console) -> None:
-    """Start the run and have it stop some steps after a complete checkpoint."""
+def _interrupt_after_checkpoint(command: list[str], folder: RunFolder, console: Console, *, first_step: int) -> None:
+    """Start the run and have it stop some steps after a complete checkpoint, not before ``first_step``."""
 
     def newest() -> int:
         return max((checkpoint.step for checkpoint in folder.complete_checkpoints()), default=0)
 
     process = start_child(command)
-    while process.poll() is None and newest() < _INTERRUPT_FROM_STEP:
+    while process.poll() is None and newest() < first_step:
         time.sleep(_POLL_SECONDS)
     # Let it train on, so that it stops where no checkpoint was due.
     with contextlib.suppress(subprocess.TimeoutExpired):

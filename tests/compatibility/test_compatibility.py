@@ -47,7 +47,6 @@ def test_engine_resumes_a_saved_tag(copied: Path) -> None:
         )
 
 
-@pytest.mark.slow
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("copied", SETS, indirect=True)
 def test_trainer_resumes_a_saved_folder(copied: Path) -> None:
@@ -65,7 +64,6 @@ def test_trainer_resumes_a_saved_folder(copied: Path) -> None:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("copied", SETS, indirect=True)
 def test_recipe_resumes_a_saved_run(copied: Path) -> None:

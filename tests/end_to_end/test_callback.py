@@ -153,6 +153,7 @@ def refusals(folder: str) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_trainer_without_its_engine_says_why(tmp_path: Path) -> None:
     try:
         run_ranks(check_two_trainers, 1, str(tmp_path))

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from epi_ds.data.skills import Split, get_skill, rows
 from epi_ds.evaluation.tasks import TEST_SEED
 from epi_ds.recipe.loading import load_recipe
+from epi_ds.recipe.models import Recipe
 from tests.end_to_end.conftest import Demo
 from tests.support.processes import checked, run_command
 
@@ -25,6 +26,10 @@ pytestmark = pytest.mark.end_to_end
 @pytest.fixture(scope="session")
 def metrics(demo: Demo) -> dict[str, list[dict[str, Any]]]:
     """The lines of the demo's metrics by event."""
+    return metrics_of(demo)
+
+
+def metrics_of(demo: Demo) -> dict[str, list[dict[str, Any]]]:
     lines = [json.loads(line) for line in (demo.folder / "metrics.jsonl").read_text().splitlines()]
     return {event: [m for m in lines if m["event"] == event] for event in ("run", "step", "refresh", "evaluation")}
 
@@ -62,7 +67,9 @@ def test_the_ratio_that_is_reported_is_the_achieved_one(metrics: dict[str, list[
     assert any(line["achieved_ratio"] < line["ratio"] for line in metrics["refresh"])
 
 
-def test_stages_learn_their_tasks(metrics: dict[str, list[dict[str, Any]]]) -> None:
+@pytest.mark.slow
+def test_stages_learn_their_tasks(whole_demo: Demo) -> None:
+    metrics = metrics_of(whole_demo)
     before, *after = (line["scores"] for line in metrics["evaluation"])
     gains = []
     for stage, scores in zip(metrics["run"][0]["stages"], after, strict=True):
@@ -94,7 +101,7 @@ def test_it_ends_with_a_table_and_the_files_it_wrote(demo: Demo) -> None:
 
 def test_the_export_scores_what_the_last_evaluation_said(demo: Demo, metrics: dict[str, list[dict[str, Any]]]) -> None:
     """One process and transformers alone repeat what two ranks of ZeRO-3 measured, answer by answer."""
-    recipe = load_recipe("demo", [])
+    recipe = Recipe.model_validate_json((demo.folder / "recipe.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(demo.folder / "export").eval()
     tokenizer = AutoTokenizer.from_pretrained(demo.folder / "export", padding_side="left")
     skill_name = recipe.stages[-1].data.skill

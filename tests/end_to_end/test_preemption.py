@@ -182,6 +182,7 @@ def test_stages_are_trained_by_one_process_each(
     assert "no such stage; did you mean 'chat'" in checked(run_epi_ds("train", recipe, "--until", "chats"), 2)
 
 
+@pytest.mark.slow
 def test_a_stop_at_the_end_of_a_stage_leaves_its_evaluation_to_the_next_process(
     recipe_of: Callable[[Path], Path], undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -194,6 +195,7 @@ def test_a_stop_at_the_end_of_a_stage_leaves_its_evaluation_to_the_next_process(
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_a_trainer_s_script_stops_and_goes_on_by_itself(small_base: Path, plain_script: Path, tmp_path: Path) -> None:
     command = ("launch", "local", SCRIPT, "--ranks", str(RANKS), "--", str(small_base), str(tmp_path))
     first = run_epi_ds(*command, "--newest", "3")

@@ -182,6 +182,7 @@ def test_ranks_that_start_at_once_on_a_cold_cache_all_compile(tmp_path: Path) ->
     assert libraries[0].stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_reference_runs_and_says_so(tmp_path: Path) -> None:
     found = run_in(tmp_path, PRINT_BACKEND, CXX="no-such-compiler")
     assert found.stdout == "reference\n"

@@ -62,6 +62,7 @@ def resume_step(recipe: Recipe, root: str, tag: str) -> int | str:
     return 0 if found is None else found.step
 
 
+@pytest.mark.slow
 def test_the_newest_whole_checkpoint_is_resumed_from(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert run_ranks(resume_step, 2, RECIPE, str(tmp_path), "auto") == [0, 0]

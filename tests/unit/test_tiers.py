@@ -27,7 +27,7 @@ COMPONENTS = {
     "Slurm, a preempted job": "tests/docker/test_slurm_cluster.py::test_an_urgent_job_requeues_one_of_main",
     "Slurm, a job that trains": "tests/slurm/test_slurm.py::test_a_job_that_is_cancelled_saves_and_does_not_come_back",
     "a browser": "tests/end_to_end/test_demo.py::test_the_report_opens_in_a_browser",
-    "a trainer": "tests/end_to_end/test_callback.py::test_a_trainer_without_its_engine_says_why",
+    "a trainer": "tests/compatibility/test_compatibility.py::test_trainer_resumes_a_saved_folder",
     "an adapter": "tests/zero3/test_models.py::test_an_adapter_alone_is_covered_and_that_is_said_once",
     "a mixture of experts": "tests/zero3/test_models.py::test_unused_experts_of_mixtral_only_decay",
     "an architecture of transformers": "tests/zero3/test_backbones.py::test_backbone[llama]",
@@ -57,13 +57,9 @@ PROMISES = {
     "a skipped step leaves no trace": "tests/zero3/test_skip.py::test_a_nan_leaves_no_trace",
     "released entries do not jump": "tests/zero3/test_release.py::test_released_entries_do_not_jump",
     "finished stages are remembered": "tests/zero3/test_schedules.py::test_tasks_share_the_budget",
-    "a recipe goes on at the row where it stopped": (
-        "tests/end_to_end/test_preemption.py::"
-        "test_a_stop_at_the_end_of_a_stage_leaves_its_evaluation_to_the_next_process"
-    ),
-    "a trainer's script stops and goes on": (
-        "tests/end_to_end/test_preemption.py::test_a_trainer_s_script_stops_and_goes_on_by_itself"
-    ),
+    "a recipe goes on at the row where it stopped": "tests/compatibility/test_compatibility.py::test_recipe_resumes_a_saved_run",
+    "a trainer's script goes on": "tests/compatibility/test_compatibility.py::test_trainer_resumes_a_saved_folder",
+    "who is told to end saves and stops": "tests/end_to_end/test_demo.py::test_it_was_stopped_and_repeated_no_step",
     "a lost rank ends the run": "tests/end_to_end/test_lost_ranks.py::test_a_lost_rank_ends_the_run[killed]",
     "an export is the model": "tests/end_to_end/test_checkpoints.py::test_export_is_the_model",
     "presets": "tests/unit/test_ds_configs.py::test_deepspeed_gets_what_was_read",

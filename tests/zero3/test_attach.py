@@ -228,6 +228,7 @@ def started_errors() -> dict[str, str]:
     return errors
 
 
+@pytest.mark.slow
 def test_variants_that_start_here_are_refused() -> None:
     try:
         for errors in run_ranks(started_errors, 2):
@@ -281,6 +282,7 @@ def shifted_partitions() -> None:
         epi_ds.attach(engine, {})
 
 
+@pytest.mark.slow
 def test_partitions_of_other_sizes_than_expected_are_an_error() -> None:
     run_ranks(shifted_partitions, 2)
 

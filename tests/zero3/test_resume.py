@@ -128,21 +128,20 @@ def test_resume_is_bit_exact(tmp_path: Path, world_size: int, apply: str) -> Non
     run_ranks(check_resume, world_size, str(tmp_path / "a"), apply, False, STOP)
 
 
-@pytest.mark.parametrize("stop", [4, 8], ids=["right-after-first-refresh", "right-after-second-refresh"])
+@pytest.mark.parametrize("stop", slow_but([4, 8], 8), ids=["right-after-first-refresh", "right-after-second-refresh"])
 def test_resume_right_after_a_refresh(tmp_path: Path, stop: int) -> None:
     # Entries were released and isolated at that step: their moments must have been set before the save.
     run_ranks(check_resume, 2, str(tmp_path), "reduction", True, stop)
 
 
-@pytest.mark.parametrize(
-    "groups", slow_but([None, decay_groups, decay_groups_with_own_betas], decay_groups_with_own_betas)
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [None, decay_groups, decay_groups_with_own_betas])
 def test_resume_with_offload_and_several_sub_groups(tmp_path: Path, groups: Callable[[nn.Module], Any] | None) -> None:
     # One DeepSpeedCPUAdam object steps them all, and keeps its bias correction in no checkpoint.
     run_ranks(check_resume, 2, str(tmp_path), "reduction", True, STOP, {"sub_group_size": 50}, groups)
 
 
-@pytest.mark.parametrize("offload", [False, True], ids=["device", "offload"])
+@pytest.mark.parametrize("offload", slow_but([False, True], False), ids=["device", "offload"])
 def test_resume_after_the_moments_began_anew(tmp_path: Path, offload: bool) -> None:
     run_ranks(check_resume_after_reset, 2, str(tmp_path), offload)
 
@@ -296,17 +295,17 @@ FIRST, SECOND = ({f"heads.{head}.weight", f"heads.{head}.bias"} for head in rang
     ("batch", "offload", "warned"),
     [
         (first_head_batch, False, set()),
-        (first_head_batch, True, set()),
-        (head_batch, False, FIRST | SECOND),
-        (head_batch, True, FIRST | SECOND),
+        pytest.param(first_head_batch, True, set(), marks=pytest.mark.slow),
+        pytest.param(head_batch, False, FIRST | SECOND, marks=pytest.mark.slow),
+        pytest.param(head_batch, True, FIRST | SECOND, marks=pytest.mark.slow),
         # The second head is first used in the second micro-batch, the first one overwrites its part of the buffer. With
         # offload the optimizer never gets the gradient of the first one, before the save or after.
         (late_batch, False, SECOND),
-        (late_batch, True, SECOND),
+        pytest.param(late_batch, True, SECOND, marks=pytest.mark.slow),
         # With offload the optimizer keeps the gradient that it got of the first head in the first step.
-        (parting_batch, False, SECOND),
+        pytest.param(parting_batch, False, SECOND, marks=pytest.mark.slow),
         (parting_batch, True, FIRST | SECOND),
-        (pausing_batch, False, FIRST | SECOND),
+        pytest.param(pausing_batch, False, FIRST | SECOND, marks=pytest.mark.slow),
     ],
 )
 def test_a_save_warns_by_name_where_a_resume_is_not_bit_exact(

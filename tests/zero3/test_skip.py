@@ -143,6 +143,7 @@ def test_a_non_finite_isolated_entry_leaves_no_trace_with_partial_offload() -> N
     run_ranks(check_skip, 2, "reduction", float("inf"), True, PARTIAL_OFFLOAD)
 
 
+@pytest.mark.slow
 @needs_libaio
 def test_a_non_finite_isolated_entry_leaves_no_trace_with_nvme(tmp_path: Path) -> None:
     run_ranks(check_skip, 2, "reduction", float("nan"), True, nvme(str(tmp_path)), WideNet)
