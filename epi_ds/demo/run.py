@@ -68,7 +68,7 @@ def _use_cpu_without_enough_devices(ranks: int, console: Console) -> None:
 
 def _steps_of(recipe: Recipe) -> int:
     """Return about how many steps a recipe of skills trains."""
-    batch = recipe.train["per_device_train_batch_size"] * (recipe.ranks or 1)
+    batch: int = recipe.train["per_device_train_batch_size"] * (recipe.ranks or 1)
     return sum((stage.data.rows or 0) * stage.epochs for stage in recipe.stages) // batch
 
 

@@ -7,7 +7,7 @@ its padding) with the same rows: scores are equal at every number of ranks, not 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from trl.models import unwrap_model_for_generation
 
+from epi_ds.data.conversation import Conversation
+from epi_ds.data.rendering import Encoded, Learnt, Renderer
+from epi_ds.errors import UserError
 from epi_ds.evaluation.tasks import Task
 from epi_ds.zero3.local_forwards import local_forwards
 
@@ -23,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 Weights = Literal["auto", "gathered", "partitioned"]
 
+# Logits of a batch that is scored by its loss, at most, but for a single row that has more: 256 MB in fp32.
+_LOGITS = 1 << 26
 # Gathered weights, and as much again for activations and the cache of generated tokens.
 _ROOM_FACTOR = 2.0
 
@@ -43,13 +48,28 @@ class TaskBatch(NamedTuple):
     rows: tuple[int, ...]
 
 
-def cut_batches(tasks: Sequence[Task], *, batch_size: int) -> list[TaskBatch]:
-    """Cut every task's rows into batches, in order."""
-    return [
-        TaskBatch(index, tuple(range(first, min(first + batch_size, len(task.conversations)))))
-        for index, task in enumerate(tasks)
-        for first in range(0, len(task.conversations), batch_size)
-    ]
+def cut_batches(
+    tasks: Sequence[Task], answers: Mapping[int, Sequence[Encoded]], *, batch_size: int, batch_tokens: int
+) -> list[TaskBatch]:
+    """Cut every task's rows into batches, in order, the same on all ranks.
+
+    answers       the tokens of the rows of tasks that are scored by their loss, by task
+    batch_tokens  the most tokens of such a batch, padding included: their logits are the largest tensor of all
+    """
+    batches = []
+    for index, task in enumerate(tasks):
+        rows: list[int] = []
+        longest = 0
+        for row in range(len(task.conversations)):
+            length = len(answers[index][row].input_ids) if index in answers else 0
+            if len(rows) == batch_size or (rows and max(longest, length) * (len(rows) + 1) > batch_tokens):
+                batches.append(TaskBatch(index, tuple(rows)))
+                rows, longest = [], 0
+            rows.append(row)
+            longest = max(longest, length)
+        if rows:
+            batches.append(TaskBatch(index, tuple(rows)))
+    return batches
 
 
 class Evaluator:
@@ -58,9 +78,15 @@ class Evaluator:
     def __init__(
         self, trainer: Any, tasks: Sequence[Task], *, batch_size: int, max_new_tokens: int, weights: Weights
     ) -> None:
+        """Raises UserError for a task with a row that the chat template refuses."""
         self._trainer = trainer
         self._tasks = list(tasks)
-        self._batches = cut_batches(tasks, batch_size=batch_size)
+        self._renderer = Renderer(trainer.processing_class, learnt=Learnt.LAST_TURN)
+        self._answers = {index: self._encoded(task) for index, task in enumerate(tasks) if task.check is None}
+        vocabulary = trainer.model.config.get_text_config().vocab_size
+        self._batches = cut_batches(
+            tasks, self._answers, batch_size=batch_size, batch_tokens=max(_LOGITS // vocabulary, 1)
+        )
         self._max_new_tokens = max_new_tokens
         self._weights = weights
         self._announced: bool | None = None
@@ -142,30 +168,40 @@ class Evaluator:
         """Score a batch: (task, row, points, weight) per row."""
         task = self._tasks[batch.task]
         if task.check is None:
-            return self._teacher_forced(model, batch, task)
-        answers = self._generate(model, [task.conversations[row][:-1] for row in batch.rows], synced=synced)
+            return self._teacher_forced(model, batch)
+        answers = self._generate(model, [task.conversations[row] for row in batch.rows], synced=synced)
         return [
             (batch.task, row, float(task.check(row, answer)), 1.0)
             for row, answer in zip(batch.rows, answers, strict=True)
         ]
 
-    def _encode(self, conversations: Sequence[Any], *, side: str, generate: bool) -> Any:
-        tokenizer = self._trainer.processing_class
-        previous, tokenizer.padding_side = tokenizer.padding_side, side
-        try:
-            return tokenizer.apply_chat_template(
-                [list(messages) for messages in conversations],
-                add_generation_prompt=generate,
-                padding=True,
-                return_tensors="pt",
-                return_dict=True,
-            ).to(self._trainer.accelerator.device)
-        finally:
-            tokenizer.padding_side = previous
+    def _encoded(self, task: Task) -> list[Encoded]:
+        """Return the tokens of a task that is scored by its loss, cut as training rows are."""
+        longest, keeps_end = self._trainer.args.max_length, self._trainer.args.truncation_mode == "keep_end"
+        kept = slice(None) if longest is None else slice(-longest, None) if keeps_end else slice(longest)
+        found = []
+        for number, row in enumerate(task.conversations, 1):
+            try:
+                whole = self._renderer.encode(row)
+            except UserError as error:
+                raise UserError(f"evaluation of {task.name}, conversation {number}: {error}") from error
+            found.append(Encoded(whole.input_ids[kept], whole.learnt[kept]))
+        if lost := sum(not any(row.learnt) for row in found):
+            told = f"evaluation of {task.name}: the answers of {lost} of {len(found)} rows lie beyond train.max_length"
+            if lost == len(found):
+                raise UserError(f"{told} ({longest} tokens), so there is nothing to score; set it higher")
+            if dist.get_rank() == 0:
+                logger.warning("%s (%s tokens) and are not scored", told, longest)
+        return found
 
-    def _generate(self, model: Any, prompts: Sequence[Any], *, synced: bool) -> list[str]:
+    def _padded(self, rows: Sequence[Sequence[int]], *, side: str) -> Any:
+        return self._trainer.processing_class.pad(
+            {"input_ids": [list(row) for row in rows]}, padding_side=side, return_tensors="pt"
+        ).to(self._trainer.accelerator.device)
+
+    def _generate(self, model: Any, rows: Sequence[Conversation], *, synced: bool) -> list[str]:
         tokenizer = self._trainer.processing_class
-        encoded = self._encode(prompts, side="left", generate=True)
+        encoded = self._padded([self._renderer.ids(row.prompt, row, prompt=True) for row in rows], side="left")
         stops = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)}
         generated = model.generate(
             input_ids=encoded["input_ids"],
@@ -180,21 +216,20 @@ class Evaluator:
         decoded: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
         return decoded
 
-    def _teacher_forced(self, model: Any, batch: TaskBatch, task: Task) -> list[tuple[int, int, float, float]]:
+    def _teacher_forced(self, model: Any, batch: TaskBatch) -> list[tuple[int, int, float, float]]:
         """Return the summed negative log-likelihood and the number of tokens of every reference answer."""
-        conversations = [task.conversations[row] for row in batch.rows]
-        encoded = self._encode(conversations, side="right", generate=False)
-        prompts = self._encode([c[:-1] for c in conversations], side="right", generate=True)
+        rows = [self._answers[batch.task][row] for row in batch.rows]
+        encoded = self._padded([row.input_ids for row in rows], side="right")
         logits = model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
-        starts = prompts["attention_mask"].sum(dim=1).tolist()
-        stops = encoded["attention_mask"].sum(dim=1).tolist()
         scored = []
         # Row by row and answers only: a whole batch of logits in fp32 can be larger than the model.
-        for index, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        for index, row in enumerate(rows):
+            # A token is predicted by the one before it, which the first has not.
+            learnt = torch.tensor(row.learnt[1:], dtype=torch.bool, device=logits.device).nonzero().flatten()
             losses = torch.nn.functional.cross_entropy(
-                logits[index, start - 1 : stop - 1].float(), encoded["input_ids"][index, start:stop], reduction="none"
+                logits[index, learnt].float(), encoded["input_ids"][index, learnt + 1], reduction="none"
             )
-            scored.append((batch.task, batch.rows[index], float(losses.double().sum()), float(stop - start)))
+            scored.append((batch.task, batch.rows[index], float(losses.double().sum()), float(learnt.numel())))
         return scored
 
     def _merge(self, results: list[tuple[int, int, float, float]]) -> dict[str, Score]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from epi_ds.data.conversations import Columns
-from epi_ds.data.scoring import exact_match, same_final_number
-from epi_ds.data.skills import Message, Split, get_skill, rows
-from epi_ds.data.sources import skill_conversations, table_conversations
+from epi_ds.data.conversation import Conversation, conversation_of
+from epi_ds.data.scoring import exact_match, final_number, same_final_number
+from epi_ds.data.skills import Split, get_skill, rows
+from epi_ds.data.sources import SkillRows, skill_conversations
+from epi_ds.data.table import Reading, describe, read_table
+from epi_ds.errors import UserError
 from epi_ds.recipe.models import DataSource, EvaluationData, Metric, Recipe, Stage
+
+logger = logging.getLogger(__name__)
 
 # Test rows do not depend on the seed of a run: scores of different seeds are of the same questions.
 TEST_SEED = 0
@@ -19,7 +24,7 @@ class Task(NamedTuple):
     """Rows of one task and their scoring."""
 
     name: str
-    conversations: Sequence[Sequence[Message]]
+    conversations: Sequence[Conversation]
     """Ending with the reference answer."""
     check: Callable[[int, str], bool] | None
     """Whether an answer solves the row of this index; None for teacher-forced loss."""
@@ -30,13 +35,16 @@ class Task(NamedTuple):
         return self.check is not None
 
 
-def load_conversations(source: DataSource, *, seed: int) -> list[list[Message]]:
+def load_conversations(source: DataSource, *, seed: int) -> list[Conversation]:
     """Read or generate the rows of a data source."""
-    if source.skill is not None:
-        return skill_conversations(source.skill, split=source.split, size=source.rows or 0, seed=seed)
-    prompt = (source.prompt,) if isinstance(source.prompt, str) else source.prompt or ()
-    columns = Columns(source.messages, prompt, source.completion)
-    return table_conversations(source.path or "", columns, split=source.split, subset=source.subset, limit=source.rows)
+    found = source.resolve(seed=seed)
+    if isinstance(found, SkillRows):
+        return list(skill_conversations(found))
+    reading = Reading()
+    conversations = [row for _, row in read_table(found, reading)]
+    for level, text in describe(found, reading):
+        logger.log(level, "%s", text)
+    return conversations
 
 
 def build_tasks(recipe: Recipe) -> list[Task]:
@@ -60,13 +68,22 @@ def _stage_task(stage: Stage, recipe: Recipe) -> Task | None:
 def _skill_task(name: str, skill_name: str, size: int) -> Task:
     skill = get_skill(skill_name)
     drawn = rows(skill_name, split=Split.TEST, size=size, seed=TEST_SEED)
-    return Task(name, [row.messages for row in drawn], lambda index, answer: skill.check(drawn[index], answer))
+    return Task(
+        name, [conversation_of(row.messages) for row in drawn], lambda index, answer: skill.check(drawn[index], answer)
+    )
 
 
 def _table_task(name: str, source: EvaluationData) -> Task:
     conversations = load_conversations(source, seed=TEST_SEED)
+    if any(row.text is not None for row in conversations) and source.metric is not Metric.LOSS:
+        raise UserError(f"evaluation of {name}: plain texts have no answers to compare; set metric: loss")
     if source.metric is Metric.LOSS:
         return Task(name, conversations, None)
+    references = [row.answer for row in conversations]
     compare = same_final_number if source.metric is Metric.FINAL_NUMBER else exact_match
-    references = [messages[-1]["content"] for messages in conversations]
+    if source.metric is Metric.FINAL_NUMBER and (without := [r for r in references if final_number(r) is None]):
+        raise UserError(
+            f"metric final_number of {name}: {len(without)} of {len(references)} reference answers hold no number, for "
+            f"example {without[0]!r:.80}; no answer could be right, so use exact_match or loss, or other rows"
+        )
     return Task(name, conversations, lambda index, answer: compare(answer, references[index]))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from epi_ds.choices import Protects, StateFormat
 from epi_ds.config import EPIConfig
+from epi_ds.data.formats import Columns, Format
 from epi_ds.data.skills import SKILLS
-from epi_ds.data.sources import is_file_path
+from epi_ds.data.sources import SkillRows, find_files, is_local
+from epi_ds.data.table import Table, files_matching
 from epi_ds.errors import UserError, nearest
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
@@ -48,14 +49,17 @@ class ModelSection(BaseModel):
 
 
 class DataSource(BaseModel):
-    """Rows of a built-in skill, a JSON, JSONL or Parquet file, or a hub data set."""
+    """Rows of a built-in skill, of files (JSON, CSV, Parquet, Arrow, as they are or compressed), or of the hub."""
 
     model_config = _FROZEN
 
     skill: str | None = None
     """Name of a built-in skill."""
     path: str | None = None
-    """A ``.json``, ``.jsonl`` or ``.parquet`` file, or a hub id."""
+    """A file, whose content decides how it is read, or a hub id. What exists as a file is never taken for an id, and
+    no character of a path stands for others."""
+    glob: str | None = None
+    """Files by a pattern, as one table in the order of their names: ``shards/*.jsonl``, ``data/**/*.parquet``."""
     split: str = "train"
     """``train`` or ``test`` of a skill; else a split in the notation of ``datasets``, such as ``train[-200:]``. A file
     is one split called ``train``."""
@@ -63,8 +67,12 @@ class DataSource(BaseModel):
     """Configuration name of a hub data set."""
     rows: int | None = Field(None, ge=1)
     """Take the first rows only; for a skill, how many to generate (required)."""
+    format: Format | None = None
+    """What rows look like, where that is not to be found by their shape, or can be read in two ways."""
+    where: dict[str, Any] = {}
+    """Rows to take: the value, or a list of values, that a column must have, such as ``{label: true}``."""
     messages: str | None = None
-    """Column of conversations in ``[{role, content}, ...]`` form, ending with the assistant's turn."""
+    """Column of conversations, ``[{role, content}, ...]`` or ``[{from, value}, ...]``, that end with the assistant."""
     prompt: str | tuple[str, ...] | None = None
     """Column of prompts; several are joined by a blank line, empty ones left out."""
     completion: str | None = None
@@ -79,14 +87,18 @@ class DataSource(BaseModel):
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSource:
-        if (self.skill is None) == (self.path is None):
-            raise UserError("give either skill or path")
+        if [self.skill, self.path, self.glob].count(None) != 2:
+            raise UserError("give one of skill, path and glob")
         if self.skill is not None:
             if self.rows is None:
                 raise UserError(f"skill {self.skill} is generated, so rows must say how many")
             if self.split not in ("train", "test"):
                 raise UserError(f"split of a skill must be train or test, got {self.split!r}")
-            ignored = [name for name in ("messages", "prompt", "completion", "subset") if getattr(self, name)]
+            ignored = [
+                name
+                for name in ("messages", "prompt", "completion", "subset", "format", "where")
+                if getattr(self, name)
+            ]
             if ignored:
                 raise UserError(
                     f"skill {self.skill} has conversations, so {', '.join(ignored)} would be ignored; remove it"
@@ -95,9 +107,32 @@ class DataSource(BaseModel):
             raise UserError("prompt and completion name two columns of one file: give both or neither")
         elif self.messages is not None and self.prompt is not None:
             raise UserError("give messages, or prompt and completion, not both")
-        elif is_file_path(self.path or "") and not Path(self.path or "").is_file():
-            raise UserError(f"there is no data file {self.path}")
+        elif self.format is not None and (self.messages is not None or self.prompt is not None):
+            raise UserError("format says how columns are called, so it goes without messages, prompt and completion")
+        elif self.path is not None and is_local(self.path):
+            find_files(self.path, split=self.split)
+        elif self.glob is not None:
+            files_matching(self.glob)
         return self
+
+    def resolve(self, *, seed: int) -> Table | SkillRows:
+        """Return what to read. Downloads what the hub has and this machine lacks; raises what `find_files` raises."""
+        if self.skill is not None:
+            return SkillRows(self.skill, self.split, self.rows or 0, seed)
+        if self.glob is not None:
+            files = files_matching(self.glob)
+        else:
+            files = find_files(self.path or "", subset=self.subset, split=self.split)
+        prompt = (self.prompt,) if isinstance(self.prompt, str) else self.prompt or ()
+        return Table(
+            name=self.glob or self.path or "",
+            files=files,
+            columns=Columns(self.messages, prompt, self.completion),
+            format=self.format,
+            split=self.split,
+            where=self.where,
+            limit=self.rows,
+        )
 
 
 class EvaluationData(DataSource):

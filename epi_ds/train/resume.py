@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from epi_ds.checkpoint.catalog import Checkpoint
@@ -18,6 +18,8 @@ from epi_ds.train.run_folder import RunFolder
 
 MARKER = "recipe.json"
 """Name of the file in a checkpoint that `marker_of` is written to."""
+DATA = "data"
+"""Key of the marker under which stands what the sources held."""
 
 # Arguments of how a run is watched, saved and fed, which change neither the rows of a step nor the arithmetic.
 _HARMLESS_ARGUMENTS = re.compile(
@@ -42,8 +44,10 @@ def is_harmless(argument: str) -> bool:
     return _HARMLESS_ARGUMENTS.match(argument) is not None
 
 
-def marker_of(recipe: Recipe) -> dict[str, Any]:
+def marker_of(recipe: Recipe, data: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """Return what decides which row is trained when and how, as it is written into every checkpoint.
+
+    data  what every stage's source held, and the probe's behind them
 
     How a step's rows are dealt to ranks is not among it: their number is in the manifest.
     """
@@ -52,7 +56,29 @@ def marker_of(recipe: Recipe) -> dict[str, Any]:
         "method": recipe.method.model_dump(mode="json", include={"probe"}),
         "stages": [stage.model_dump(mode="json", exclude={"evaluation"}) for stage in recipe.stages],
         "train": {name: value for name, value in recipe.train.items() if not is_harmless(name)},
+        DATA: list(data),
     }
+
+
+def check_data(found: Checkpoint, recipe: Recipe, data: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UserError where a source holds other rows than when a checkpoint was saved, by name."""
+    # A checkpoint of an earlier release says nothing of its data.
+    saved = json.loads((found.path / MARKER).read_text()).get(DATA)
+    if saved is None:
+        return
+    names = [f"stage {stage.name}" for stage in recipe.stages] + ["the probe"]
+    changed = [
+        f"the data of {name}: it had {before['rows']} rows, has {now['rows']}"
+        + ("" if before["rows"] != now["rows"] else ", whose content is another")
+        for name, before, now in zip(names, saved, data, strict=False)
+        if before != now
+    ]
+    if changed:
+        raise UserError(
+            f"{found.path} was trained on other rows, and a resume would train some twice and some never:\n  - "
+            + "\n  - ".join(changed)
+            + "\nRestore the files, choose another output, or start over with --restart"
+        )
 
 
 def find_resume(recipe: Recipe, folder: RunFolder, *, tag: str) -> Checkpoint | None:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from datasets import Dataset
 from datasets import disable_progress_bars as disable_dataset_bars
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers import AutoModelForCausalLM, PrinterCallback
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 from trl import SFTConfig
 
@@ -22,23 +21,24 @@ from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.config import SECTION
 from epi_ds.errors import UserError
 from epi_ds.evaluation.evaluator import Evaluator
-from epi_ds.evaluation.tasks import Task, build_tasks, load_conversations
+from epi_ds.evaluation.tasks import Task, build_tasks
 from epi_ds.hf import EPICallback
 from epi_ds.launch.environment import accelerator_name
 from epi_ds.recipe.arguments import deepspeed_config
-from epi_ds.recipe.models import DataSource, Recipe
+from epi_ds.recipe.models import Recipe
 from epi_ds.trackers import continue_runs
 from epi_ds.train.accelerate_setup import DEFAULT_TIMEOUT_SECONDS, prepare_accelerate
 from epi_ds.train.export import export_model
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.metrics_callback import MetricsCallback
 from epi_ds.train.progress import ProgressDisplay
-from epi_ds.train.resume import DEFAULT_ARGUMENTS, find_resume, marker_of
+from epi_ds.train.resume import DEFAULT_ARGUMENTS, check_data, find_resume, marker_of
+from epi_ds.train.rows import digests_of, load_tokenizer, prepare_rows
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.settings import END, Change, changes_since, end_of
 from epi_ds.train.stage_callback import StageCallback
 from epi_ds.train.start import Start
-from epi_ds.train.trainer import StageTrainer, to_dataset
+from epi_ds.train.trainer import StageTrainer
 
 
 class _Run(NamedTuple):
@@ -139,19 +139,14 @@ def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, 
         }
     )
     # The cheap things first: a wrong column is found before a large model is read.
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.path, revision=recipe.model.revision)
-    if tokenizer.chat_template is None and args.chat_template_path is None:
-        raise UserError(
-            f"{recipe.model.path} has no chat template, so conversations cannot be written as text; set "
-            "train.chat_template_path to a template file or to a model that has one"
-        )
-
-    def dataset_of(source: DataSource) -> Dataset:
-        rows = load_conversations(source, seed=args.seed)
-        return to_dataset(rows, assistant_only_loss=args.assistant_only_loss)
-
-    stage_data = [dataset_of(stage.data) for stage in recipe.stages]
-    probe_data = dataset_of(recipe.method.probe) if recipe.method.probe is not None else None
+    tokenizer = load_tokenizer(recipe.model.path, args, revision=recipe.model.revision)
+    sources = [stage.data for stage in recipe.stages]
+    probe = [] if recipe.method.probe is None else [recipe.method.probe]
+    found = prepare_rows([*sources, *probe], args, tokenizer)
+    if run.resume is not None:
+        check_data(run.resume, recipe, digests_of(found))
+    # What is learnt of a row stands in its labels; TRL would look for the turns that are no longer there.
+    args.assistant_only_loss = False
     # After the arguments: they tell from_pretrained that ZeRO-3 partitions the weights as they are loaded.
     model = AutoModelForCausalLM.from_pretrained(
         recipe.model.path,
@@ -161,9 +156,9 @@ def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, 
     )
     trainer = StageTrainer(
         stages=recipe.stages,
-        stage_data=stage_data,
-        probe_data=probe_data,
-        marker=marker_of(recipe),
+        stage_data=[one.rows for one in found[: len(sources)]],
+        probe_data=found[-1].rows if probe else None,
+        marker=marker_of(recipe, digests_of(found)),
         args=args,
         model=model,
         processing_class=tokenizer,

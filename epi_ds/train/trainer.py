@@ -12,24 +12,10 @@ from transformers import get_scheduler
 from trl import SFTConfig, SFTTrainer
 
 from epi_ds.checkpoint.durable import write_json
-from epi_ds.data.skills import Message
 from epi_ds.errors import UserError
 from epi_ds.recipe.models import Stage
 from epi_ds.train.resume import MARKER
 from epi_ds.train.stages import StageRows, StageSpan, laid_end_to_end, plan_stages, row_order
-
-
-def to_dataset(conversations: Sequence[Sequence[Message]], *, assistant_only_loss: bool) -> Dataset:
-    """Return conversations in the form TRL tokenises.
-
-    By default the loss is on the last turn, which is a completion of all turns before it. With ``assistant_only_loss``
-    it is on every turn of the assistant, which the chat template has to mark.
-    """
-    if assistant_only_loss:
-        return Dataset.from_list([{"messages": list(messages)} for messages in conversations])
-    return Dataset.from_list(
-        [{"prompt": list(messages[:-1]), "completion": [messages[-1]]} for messages in conversations]
-    )
 
 
 class StageTrainer(SFTTrainer):
@@ -45,7 +31,7 @@ class StageTrainer(SFTTrainer):
         args: SFTConfig,
         **kwargs: Any,
     ) -> None:
-        """``stage_data`` and ``probe_data`` are rows as `to_dataset` gives them; the other arguments are SFTTrainer's.
+        """``stage_data`` and ``probe_data`` are tokenised rows with labels; the other arguments are SFTTrainer's.
 
         Without ``probe_data`` a probe reads the rows of the run. ``marker`` is written into every checkpoint, see
         `marker_of`.
@@ -57,7 +43,7 @@ class StageTrainer(SFTTrainer):
         self.spans: list[StageSpan] = []
         self.probe_dataset: Any = None
         """Tokenised rows that a probe reads from the front."""
-        # TRL looks at this one to learn the rows' form, then asks `_prepare_dataset` for what is trained.
+        # TRL looks at this one to learn the rows' form, and then asks `_prepare_dataset` for what is trained.
         super().__init__(args=args, train_dataset=self._stage_data[0], **kwargs)
 
     @property
@@ -69,20 +55,16 @@ class StageTrainer(SFTTrainer):
         return batch
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: SFTConfig, *rest: Any) -> Any:
-        """Tokenise (and pack) every stage on its own, so that no sequence spans two, and put the rows in order."""
+        """Put the rows of all stages in order. They are tokenised already: no sequence spans two stages."""
         self.args = args
-
-        def prepare(data: Dataset) -> Any:
-            return super(StageTrainer, self)._prepare_dataset(data, processing_class, args, *rest)
-
-        prepared = [prepare(data) for data in self._stage_data]
         counts = [
-            StageRows(stage.name, len(data), stage.epochs) for stage, data in zip(self.stages, prepared, strict=True)
+            StageRows(stage.name, len(data), stage.epochs)
+            for stage, data in zip(self.stages, self._stage_data, strict=True)
         ]
         self.spans = plan_stages(counts, global_batch=self.global_batch)
         order = row_order(counts, self.spans, global_batch=self.global_batch, seed=args.seed)
-        rows = concatenate_datasets(prepared).select(order)
-        self.probe_dataset = rows if self._probe_data is None else prepare(self._probe_data)
+        rows = concatenate_datasets(self._stage_data).select(order)
+        self.probe_dataset = rows if self._probe_data is None else self._probe_data
         return rows
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

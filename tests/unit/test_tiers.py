@@ -57,7 +57,9 @@ PROMISES = {
     "a skipped step leaves no trace": "tests/zero3/test_skip.py::test_a_nan_leaves_no_trace",
     "released entries do not jump": "tests/zero3/test_release.py::test_released_entries_do_not_jump",
     "finished stages are remembered": "tests/zero3/test_schedules.py::test_tasks_share_the_budget",
-    "a recipe goes on at the row where it stopped": "tests/compatibility/test_compatibility.py::test_recipe_resumes_a_saved_run",
+    "a recipe goes on at the row where it stopped": (
+        "tests/compatibility/test_compatibility.py::test_recipe_resumes_a_saved_run"
+    ),
     "a trainer's script goes on": "tests/compatibility/test_compatibility.py::test_trainer_resumes_a_saved_folder",
     "who is told to end saves and stops": "tests/end_to_end/test_demo.py::test_it_was_stopped_and_repeated_no_step",
     "a lost rank ends the run": "tests/end_to_end/test_lost_ranks.py::test_a_lost_rank_ends_the_run[killed]",

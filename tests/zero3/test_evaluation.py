@@ -13,12 +13,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
 from epi_ds import ds_configs
+from epi_ds.data.conversation import conversation_of
 from epi_ds.data.skills import Split, get_skill, rows
 from epi_ds.evaluation.evaluator import Evaluator, Score
 from epi_ds.evaluation.tasks import Task
 from epi_ds.train.accelerate_setup import prepare_accelerate
-from epi_ds.train.trainer import to_dataset
 from tests.support.ranks import run_ranks
+from tests.support.tables import prompts_and_completions
 
 pytestmark = pytest.mark.zero3
 
@@ -37,12 +38,12 @@ CASES = {
 def tasks_of(answers: int, losses: int) -> list[Task]:
     skill = get_skill("dialogue")
     drawn = rows("dialogue", split=Split.TEST, size=answers + losses, seed=0)
+    conversations = [conversation_of(row.messages) for row in drawn]
     tasks = []
     if answers:
-        own = drawn[:answers]
-        tasks.append(Task("answers", [row.messages for row in own], lambda index, text: skill.check(own[index], text)))
+        tasks.append(Task("answers", conversations[:answers], lambda index, text: skill.check(drawn[index], text)))
     if losses:
-        tasks.append(Task("losses", [row.messages for row in drawn[answers:]], None))
+        tasks.append(Task("losses", conversations[answers:], None))
     return tasks
 
 
@@ -89,7 +90,7 @@ def score(base: str, folder: str) -> tuple[dict[tuple[str, str, int], dict[str, 
         trainer = SFTTrainer(
             AutoModelForCausalLM.from_pretrained(base, dtype="float32"),
             args=args,
-            train_dataset=to_dataset(data, assistant_only_loss=False),
+            train_dataset=prompts_and_completions(data),
             processing_class=AutoTokenizer.from_pretrained(base),
             callbacks=[evaluate],
         )

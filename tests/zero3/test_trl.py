@@ -14,8 +14,8 @@ from epi_ds import ds_configs
 from epi_ds.data.skills import load_tokenizer
 from epi_ds.demo.base_model import small_llama
 from epi_ds.train.accelerate_setup import prepare_accelerate
-from epi_ds.train.trainer import to_dataset
 from tests.support.ranks import run_ranks
+from tests.support.tables import prompts_and_completions
 
 pytestmark = pytest.mark.zero3
 
@@ -49,7 +49,7 @@ def train(folder: str) -> list[float]:
             # Where the head is a weight of its own, TRL may fetch it chunk by chunk.
             small_llama(len(tokenizer), hidden_size=16, tie_word_embeddings=False),
             args=args,
-            train_dataset=to_dataset(conversations, assistant_only_loss=False),
+            train_dataset=prompts_and_completions(conversations),
             processing_class=tokenizer,
             callbacks=[epi_ds.EPICallback()],
         )

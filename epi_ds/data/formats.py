@@ -1,0 +1,322 @@
+"""The formats that training data comes in, each found by the shape of its rows, and what a row of each says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from epi_ds.data.cells import functions_of, is_turn, list_of, messages_of, text_of, trained_of, value_of
+from epi_ds.data.conversation import Conversation, Message
+from epi_ds.data.reading.record import plain
+from epi_ds.errors import UserError
+
+
+class Format(StrEnum):
+    """How rows say what they say."""
+
+    MESSAGES = "messages"
+    SHAREGPT = "sharegpt"
+    ULTRACHAT = "ultrachat"
+    ALPACA = "alpaca"
+    PROMPT_COMPLETION = "prompt_completion"
+    QUESTION_ANSWER = "question_answer"
+    LOGIQA = "logiqa"
+    TEXT = "text"
+
+
+class LeftOut(StrEnum):
+    """Why a row that is well formed is not trained on. Each is counted."""
+
+    NO_QUESTION = "no question"
+    NO_ANSWER = "no answer"
+    EMPTY_TURN = "a turn without content"
+    EMPTY_TEXT = "no text"
+    FILTERED = "where says so"
+
+
+class Columns(NamedTuple):
+    """Where rows keep what they say, if named by hand: one column of messages, or prompts and a completion."""
+
+    messages: str | None = None
+    prompt: tuple[str, ...] = ()
+    completion: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that are named."""
+        return tuple(name for name in (self.messages, *self.prompt, self.completion) if name is not None)
+
+
+class RowFormat(NamedTuple):
+    """How the rows of one source are read."""
+
+    format: Format
+    columns: Columns
+    used: tuple[str, ...]
+    """All columns that are read, those of the system's turn and of tools among them."""
+
+    def read(self, cells: Mapping[str, Any]) -> Conversation | LeftOut:
+        """Return what a row says, or why it is left out. Raises UserError for what is no conversation."""
+        found = _READERS[self.format](cells, self.columns)
+        if isinstance(found, LeftOut):
+            return found
+        if found.text is not None:
+            return found if found.text.strip() else LeftOut.EMPTY_TEXT
+        return _checked(_with_system_and_tools(found, cells))
+
+
+# Of the rows that a format is found by.
+SAMPLE_ROWS = 100
+# Columns that say something of how a row is to be trained on: whoever has them is told that they are not read.
+_TELLING = ("label", "labels", "weight", "train", "chosen", "rejected", "score", "reward")
+_NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
+_EXTRAS = ("system", "tools")
+_PAIRS = {Format.PROMPT_COMPLETION: ("prompt", "completion"), Format.QUESTION_ANSWER: ("question", "answer")}
+
+
+def find_format(
+    sample: Sequence[Mapping[str, Any]], *, given: Format | None, columns: Columns, place: str
+) -> RowFormat:
+    """Return how the rows of a source are read: as told, else by the shape of the first of them.
+
+    sample   the first rows; a column that none of them has is not there
+    given    what the recipe calls the format
+    columns  what the recipe names by hand
+
+    Raises UserError where nothing fits, where two formats do, and where named columns are missing.
+    """
+    names = tuple(dict.fromkeys(name for cells in sample for name in cells))
+    for name in _NOT_TEXT:
+        if any(cells.get(name) not in (None, [], "") for cells in sample):
+            raise UserError(f"{place} has a column {name}, and only text is trained on; use rows without it")
+    if columns.names:
+        if missing := [name for name in columns.names if name not in names]:
+            raise UserError(f"{place} has no column {', '.join(missing)}; there are {', '.join(names)}")
+        by_hand = Format.MESSAGES if columns.messages is not None else Format.PROMPT_COMPLETION
+        return _found(by_hand, columns, columns.names, names)
+    candidates = [] if given is None and _are_preferences(names) else _candidates(sample, names)
+    if given is not None:
+        candidates = [one for one in candidates if one.format is given]
+    # A table of LogiQA has a question and an answer too: who explains more of a row is meant.
+    candidates = [one for one in candidates if not any(set(one.used) < set(other.used) for other in candidates)]
+    if len(candidates) == 1:
+        (only,) = candidates
+        return _found(only.format, only.columns, only.used, names)
+    if len({one.format for one in candidates}) > 1:
+        ways = ", or ".join(f"format: {one.format} ({', '.join(one.used)})" for one in candidates)
+        raise UserError(f"{place} can be read in several ways; say which: {ways}")
+    if candidates:
+        columns_found = ", ".join(one.used[0] for one in candidates)
+        raise UserError(
+            f"{place} has several columns of conversations ({columns_found}); say which, for example messages: "
+            f"{candidates[0].used[0]}"
+        )
+    raise UserError(f"{place} has the columns {', '.join(names)}, {_hint(sample, names, given)}")
+
+
+def unread_columns(found: RowFormat, sample: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Return the columns that are not read: those that would change what is trained, and all others."""
+    names = dict.fromkeys(name for cells in sample for name in cells)
+    unread = [name for name in names if name not in found.used]
+    return [name for name in unread if name in _TELLING], [name for name in unread if name not in _TELLING]
+
+
+# --- which format ---
+
+
+def _found(form: Format, columns: Columns, used: Sequence[str], names: Sequence[str]) -> RowFormat:
+    extras = [name for name in _EXTRAS if name in names and name not in used and form is not Format.TEXT]
+    return RowFormat(form, columns, (*used, *extras))
+
+
+def _candidates(sample: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[RowFormat]:
+    found = [
+        RowFormat(_dialect_of(sample, name), Columns(messages=name), (name,))
+        for name in names
+        if name not in ("prompt", "completion", "chosen", "rejected") and _is_conversation(_first(sample, name))
+    ]
+    present = set(names)
+    if _is_texts(_first(sample, "data")):
+        found.append(RowFormat(Format.ULTRACHAT, Columns(messages="data"), ("data",)))
+    if {"instruction", "output"} <= present:
+        used = [name for name in ("instruction", "input", "output", "history") if name in present]
+        found.append(RowFormat(Format.ALPACA, Columns(), tuple(used)))
+    if {"text", "question", "options", "answer"} <= present:
+        found.append(RowFormat(Format.LOGIQA, Columns(), ("text", "question", "options", "answer")))
+    for form, (prompt, completion) in _PAIRS.items():
+        if {prompt, completion} <= present:
+            found.append(RowFormat(form, Columns(None, (prompt,), completion), (prompt, completion)))
+    if isinstance(_first(sample, "text"), str):
+        found.append(RowFormat(Format.TEXT, Columns(), ("text",)))
+    return found
+
+
+def _are_preferences(names: Sequence[str]) -> bool:
+    """Whether rows hold two answers: a conversation among their columns is the question to both."""
+    return {"chosen", "rejected"} <= set(names)
+
+
+def _first(sample: Sequence[Mapping[str, Any]], name: str) -> Any:
+    """Return the first cell of a column that says anything."""
+    return next((list_of(cells[name]) for cells in sample if cells.get(name) not in (None, "", [])), None)
+
+
+def _is_conversation(cell: Any) -> bool:
+    return isinstance(cell, list) and bool(cell) and all(is_turn(turn) for turn in cell)
+
+
+def _is_texts(cell: Any) -> bool:
+    return isinstance(cell, list) and len(cell) > 1 and all(type(one) is str for one in cell)
+
+
+def _dialect_of(sample: Sequence[Mapping[str, Any]], name: str) -> Format:
+    return Format.SHAREGPT if "from" in _first(sample, name)[0] else Format.MESSAGES
+
+
+def _hint(sample: Sequence[Mapping[str, Any]], names: Sequence[str], given: Format | None) -> str:
+    if given is not None:
+        return f"which are not those of format: {given}; remove the key, or name the columns to use"
+    conversations = [name for name in names if _is_conversation(_first(sample, name))]
+    if _are_preferences(names):
+        prompt = next((name for name in (*conversations, "prompt", "question", "instruction") if name in names), None)
+        remedy = f"prompt: {prompt}, completion: chosen" if prompt else "prompt: <column>, completion: chosen"
+        return f"which are preferences; to train on the answers that were preferred, set {remedy}"
+    # What can be meant are texts of several words.
+    texts = [name for name in names if isinstance(cell := _first(sample, name), str) and " " in cell.strip()]
+    if len(texts) == 2:
+        return (
+            f"of which no format is known; name the ones to use, for example prompt: {texts[0]}, completion: {texts[1]}"
+        )
+    return (
+        f"of which no format is known; name the ones to use, as prompt: <column>, completion: <column>, or messages: "
+        f"<column>. Known are {', '.join(Format)}"
+    )
+
+
+# --- what a row says ---
+
+
+def _messages(cells: Mapping[str, Any], columns: Columns) -> Conversation | LeftOut:
+    cell = list_of(cells.get(str(columns.messages)))
+    if cell in (None, [], ""):
+        return LeftOut.NO_QUESTION
+    messages = messages_of(cell, str(columns.messages))
+    turns = [cell] if isinstance(cell, Mapping) else cell
+    trained = tuple(trained_of(turn, f"{columns.messages}, turn {number}") for number, turn in enumerate(turns, 1))
+    return Conversation(tuple(messages), trained=trained if any(one is not None for one in trained) else ())
+
+
+def _pair(cells: Mapping[str, Any], columns: Columns) -> Conversation | LeftOut:
+    prompts = [(name, value_of(cells.get(name))) for name in columns.prompt]
+    completion = value_of(cells.get(str(columns.completion)))
+    if len(prompts) > 1 and any(_is_list(cell) for _, cell in prompts):
+        raise UserError(f"{', '.join(columns.prompt)} cannot be joined where one of them holds turns; name that alone")
+    if _is_list(prompts[0][1]):
+        question = messages_of(prompts[0][1], prompts[0][0])
+    else:
+        texts = [text_of(cells.get(name), name) for name in columns.prompt]
+        question = [{"role": "user", "content": "\n\n".join(text for text in texts if text)}]
+    if _is_list(completion):
+        answer = messages_of(completion, str(columns.completion))
+    else:
+        answer = [{"role": "assistant", "content": text_of(completion, str(columns.completion))}]
+    return Conversation((*question, *answer))
+
+
+def _is_list(cell: Any) -> bool:
+    return isinstance(cell, (list, dict))
+
+
+def _alpaca(cells: Mapping[str, Any], columns: Columns) -> Conversation:
+    turns: list[Message] = []
+    for number, pair in enumerate(list_of(cells.get("history")) or (), 1):
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise UserError(f"history, entry {number} must be a pair of a question and an answer, got {pair!r:.100}")
+        turns += _question_and_answer(text_of(pair[0], "history"), text_of(pair[1], "history"))
+    given = [text_of(cells.get(name), name) for name in ("instruction", "input")]
+    answer = text_of(cells.get("output"), "output")
+    return Conversation((*turns, *_question_and_answer("\n\n".join(text for text in given if text), answer)))
+
+
+def _ultrachat(cells: Mapping[str, Any], columns: Columns) -> Conversation | LeftOut:
+    texts = list_of(cells.get(str(columns.messages)))
+    if not texts:
+        return LeftOut.NO_QUESTION
+    if not _is_list(texts):
+        raise UserError(f"{columns.messages} must be a list of turns that alternate, got {texts!r:.100}")
+    return Conversation(
+        tuple(
+            {
+                "role": "assistant" if index % 2 else "user",
+                "content": text_of(text, f"{columns.messages}, turn {index + 1}"),
+            }
+            for index, text in enumerate(texts)
+        )
+    )
+
+
+def _logiqa(cells: Mapping[str, Any], columns: Columns) -> Conversation | LeftOut:
+    options, answer = list_of(cells.get("options")), plain(cells.get("answer"))
+    if answer is None:
+        return LeftOut.NO_ANSWER
+    if not isinstance(options, list) or not isinstance(answer, int) or not 0 <= answer < len(options) <= 26:
+        raise UserError(
+            f"answer must be the position of one of the options, from 0, got {answer!r} of {options!r:.100}"
+        )
+    letters = [chr(ord("A") + index) for index in range(len(options))]
+    listed = "\n".join(f"{letter}. {text_of(text, 'options')}" for letter, text in zip(letters, options, strict=True))
+    parts = [text_of(cells.get("text"), "text"), text_of(cells.get("question"), "question"), listed]
+    return Conversation(_question_and_answer("\n\n".join(part for part in parts if part), letters[answer]))
+
+
+def _text(cells: Mapping[str, Any], columns: Columns) -> Conversation:
+    return Conversation(text=text_of(cells.get("text"), "text"))
+
+
+def _question_and_answer(question: str, answer: str) -> tuple[Message, Message]:
+    return {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+
+
+_READERS: Mapping[Format, Callable[[Mapping[str, Any], Columns], Conversation | LeftOut]] = {
+    Format.MESSAGES: _messages,
+    Format.SHAREGPT: _messages,
+    Format.ULTRACHAT: _ultrachat,
+    Format.ALPACA: _alpaca,
+    Format.PROMPT_COMPLETION: _pair,
+    Format.QUESTION_ANSWER: _pair,
+    Format.LOGIQA: _logiqa,
+    Format.TEXT: _text,
+}
+
+
+def _with_system_and_tools(found: Conversation, cells: Mapping[str, Any]) -> Conversation:
+    messages, trained = found.messages, found.trained
+    if system := text_of(cells.get("system"), "system"):
+        if messages and messages[0]["role"] == "system":
+            raise UserError("the column system and the first turn both say what the system says; remove one of them")
+        messages = ({"role": "system", "content": system}, *messages)
+        trained = (None, *trained) if trained else ()
+    return Conversation(messages, functions_of(cells.get("tools"), "tools"), trained)
+
+
+def _checked(found: Conversation) -> Conversation | LeftOut:
+    """Return a conversation that can be learnt from. Raises UserError where the assistant does not speak last."""
+    roles = [message["role"] for message in found.messages]
+    if len(roles) < 2 or roles[-1] != "assistant":
+        raise UserError(
+            "a conversation must have a prompt and end with the assistant, this one has "
+            f"{', '.join(roles) or 'nothing'}"
+        )
+    silent = [index for index, message in enumerate(found.messages) if not _says_something(message)]
+    if not silent:
+        return found
+    last = len(roles) - 1
+    return {last: LeftOut.NO_ANSWER, last - 1: LeftOut.NO_QUESTION}.get(silent[-1], LeftOut.EMPTY_TURN)
+
+
+def _says_something(message: Message) -> bool:
+    """Whether a turn has content. A function may return nothing, and a system may say nothing."""
+    if message["role"] not in ("user", "assistant"):
+        return True
+    return bool(str(message["content"]).strip()) or "tool_calls" in message

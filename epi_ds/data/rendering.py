@@ -1,0 +1,208 @@
+"""From conversations to tokens, and which of them are learnt: the one rule of training and evaluation.
+
+An answer begins where the prompt with its generation prompt and the whole conversation part, token by token. Where a
+template renders a prompt alone as it does inside the whole, that is behind the generation prompt; where it does not (a
+generation prompt may end in an empty thought that no conversation has), it is where the model is asked to differ.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from epi_ds.data.conversation import Conversation, Message
+from epi_ds.errors import UserError
+
+
+class Learnt(StrEnum):
+    """Which tokens of a conversation the loss is on. A row that marks its turns decides for those itself."""
+
+    LAST_TURN = "last turn"
+    ASSISTANT_TURNS = "assistant's turns"
+    EVERYTHING = "everything"
+
+
+class Encoded(NamedTuple):
+    """One row as it is trained on."""
+
+    input_ids: list[int]
+    learnt: list[bool]
+    """For every token whether the loss is on it."""
+
+
+class _Span(NamedTuple):
+    """Characters ``[start, stop)`` of a rendered text."""
+
+    start: int
+    stop: int
+
+
+# No template takes it away as white space, and no text has it.
+_MARK = "\u2063epi-ds\u2063"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Keys of rows and turns that a template has to know by name to say anything of them.
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+_NAMED_IN_TEMPLATE = ("tools", "tool_calls", *_THOUGHTS)
+
+
+class Renderer:
+    """Writes conversations with the chat template of one tokenizer.
+
+    tokenizer  a fast tokenizer of transformers; it is not changed
+    learnt     what the loss is on where a row does not say
+    template   another template than the tokenizer's own
+    """
+
+    def __init__(self, tokenizer: Any, *, learnt: Learnt, template: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._learnt = learnt
+        self._template: str = template if template is not None else tokenizer.get_chat_template()
+        self._marks_answers = has_marks(self._template)
+
+    def encode(self, conversation: Conversation) -> Encoded:
+        """Return a row's tokens and which of them are learnt.
+
+        Raises UserError for a row that the template refuses or would say in part only, and for one of which nothing is
+        learnt because its turns say so.
+        """
+        if conversation.text is not None:
+            ids = self._tokenizer(conversation.text)["input_ids"]
+            if not ids or ids[-1] != self._tokenizer.eos_token_id:
+                ids = [*ids, self._tokenizer.eos_token_id]
+            return Encoded(ids, [True] * len(ids))
+        if self._learnt is Learnt.EVERYTHING and not conversation.trained:
+            ids = self.ids(conversation.messages, conversation)
+            return Encoded(ids, [True] * len(ids))
+        if self._learnt is Learnt.LAST_TURN and not conversation.trained:
+            ids = self.ids(conversation.messages, conversation)
+            start = self.answer_start(conversation, ids)
+            return Encoded(ids, [False] * start + [True] * (len(ids) - start))
+        return self._encode_turns(conversation)
+
+    def ids(self, messages: Sequence[Message], row: Conversation, *, prompt: bool = False) -> list[int]:
+        """Return the tokens of some turns of a row; with ``prompt`` the assistant is asked to go on."""
+        return list(self._tokenizer(self.text(messages, row, prompt=prompt), add_special_tokens=False)["input_ids"])
+
+    def answer_start(self, conversation: Conversation, ids: Sequence[int]) -> int:
+        """Return which of a row's tokens is the first of its last turn."""
+        prompt = self.ids(conversation.prompt, conversation, prompt=True)
+        return common_prefix_length(prompt, ids)
+
+    def text(self, messages: Sequence[Message], row: Conversation, *, prompt: bool = False) -> str:
+        """Return what the template writes for some turns of a row. Raises UserError where it refuses them."""
+        self._check_names(messages, row)
+        try:
+            written = str(
+                self._tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    tools=[dict(tool) for tool in row.tools] or None,
+                    chat_template=self._template,
+                    add_generation_prompt=prompt,
+                    tokenize=False,
+                )
+            )
+        except Exception as error:
+            # Templates are programs: theirs fail with jinja2's errors, TypeError, KeyError and what else they call.
+            raise UserError(f"the chat template refuses the row: {error}") from error
+        for number, message in enumerate(messages, 1):
+            if message["role"] == "user" and str(message["content"]).strip() not in written:
+                raise UserError(
+                    f"the chat template leaves out what the user says in turn {number}; it is made for another form of "
+                    "content, so set train.chat_template_path to one for plain texts"
+                )
+        return written
+
+    def _check_names(self, messages: Sequence[Message], row: Conversation) -> None:
+        keys = {key for message in messages for key in message} | ({"tools"} if row.tools else set())
+        for key in _NAMED_IN_TEMPLATE:
+            if key in keys and not self._knows(key):
+                raise UserError(
+                    f"the chat template has no place for {key}, and the row would be trained without; use a model "
+                    f"whose template has one, train.chat_template_path, or rows without {key}"
+                )
+        if any(message["role"] == "developer" for message in messages) and "developer" not in self._template:
+            raise UserError("the chat template knows no role developer; call it system in the data")
+
+    def _knows(self, key: str) -> bool:
+        # transformers gives a thought under all of its names.
+        names = _THOUGHTS if key in _THOUGHTS else (key,)
+        return any(name in self._template for name in names)
+
+    # --- turns ---
+
+    def _encode_turns(self, row: Conversation) -> Encoded:
+        if not self._tokenizer.is_fast:
+            raise UserError(
+                "a loss on single turns needs to know which text a token stands for, and this tokenizer is a slow one "
+                "that does not say; use its fast version, or leave out train.assistant_only_loss and weights of turns"
+            )
+        marks = row.trained or (None,) * len(row.messages)
+        wanted = [self._is_learnt(index, mark, row) for index, mark in enumerate(marks)]
+        if not any(wanted):
+            raise UserError("none of the row's turns is to be learnt, because of its weights; remove the row")
+        whole = self.text(row.messages, row)
+        spans = self._marked_spans(row, whole) if self._marks_answers else None
+        if spans is None:
+            spans = {index: self._span(index, row, whole) for index, learn in enumerate(wanted) if learn}
+        chosen = [span for index, span in spans.items() if wanted[index]]
+        encoded = self._tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        learnt = [
+            any(start < span.stop and stop > span.start for span in chosen) for start, stop in encoded["offset_mapping"]
+        ]
+        return Encoded(list(encoded["input_ids"]), learnt)
+
+    def _is_learnt(self, index: int, mark: bool | None, row: Conversation) -> bool:
+        if mark is not None:
+            return mark
+        if self._learnt is Learnt.LAST_TURN:
+            return index == len(row.messages) - 1
+        return self._learnt is Learnt.EVERYTHING or row.messages[index]["role"] == "assistant"
+
+    def _marked_spans(self, row: Conversation, whole: str) -> dict[int, _Span] | None:
+        """Return what a template with generation marks says are the assistant's turns; None if it marks others too."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered, marked = render_jinja_template(
+            [[dict(message) for message in row.messages]],
+            tools=[dict(tool) for tool in row.tools] or None,
+            chat_template=self._template,
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+        )
+        turns = [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
+        if rendered[0] != whole or len(marked[0]) != len(turns):
+            return None
+        return {index: _Span(*span) for index, span in zip(turns, marked[0], strict=True)}
+
+    def _span(self, index: int, row: Conversation, whole: str) -> _Span:
+        """Return where in the whole text a turn stands, its end mark included, found by rendering what leads to it."""
+        messages = row.messages
+        before = self.text(messages[:index], row, prompt=messages[index]["role"] == "assistant") if index else ""
+        start = common_prefix_length(before, whole)
+        until = self.text(messages[: index + 1], row)
+        if whole.startswith(until):
+            return _Span(start, len(until))
+        # A template that writes a turn otherwise once others follow, such as without its thoughts: a mark at the end of
+        # what the turn says tells where that is, and what follows it where the turn is the last.
+        marked = {**messages[index], "content": f"{messages[index]['content']}{_MARK}"}
+        _, found, rest = self.text((*messages[:index], marked, *messages[index + 1 :]), row).partition(_MARK)
+        _, found_alone, end = self.text((*messages[:index], marked), row).partition(_MARK)
+        if not (found and found_alone and whole.endswith(rest)):
+            raise UserError(
+                f"the chat template does not let us tell where turn {index + 1} ends; mark what the assistant says by "
+                "{% generation %} in it, or leave out train.assistant_only_loss and weights of turns"
+            )
+        return _Span(start, len(whole) - len(rest) + common_prefix_length(end, rest))
+
+
+def has_marks(template: str) -> bool:
+    """Whether a template marks by itself what the assistant says."""
+    return _GENERATION.search(template) is not None
+
+
+def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return how many items two sequences begin with in common."""
+    shorter = min(len(one), len(other))
+    return next((index for index in range(shorter) if one[index] != other[index]), shorter)
