@@ -23,6 +23,7 @@ from epi_ds.cli import (
     export,
     launch,
     operators,
+    preview_data,
     recipes,
     report,
     train,
@@ -59,6 +60,7 @@ def options(
 
 
 app.command("train")(train.train)
+app.command("preview-data")(preview_data.preview_data)
 app.add_typer(launch.app, name="launch")
 app.command("demo")(demo.demo)
 app.command("audit")(audit.audit)

@@ -91,7 +91,7 @@ def read_table(table: Table, reading: Reading) -> Iterator[tuple[str, Conversati
             if isinstance(found, LeftOut):
                 reading.left_out_counts[found] = reading.left_out_counts.get(found, 0) + 1
                 if len(places := reading.left_out.setdefault(found, [])) < _SHOWN:
-                    places.append(place)
+                    places.append(place if len(table.files) > 1 else place.rpartition(", ")[2])
             else:
                 reading.num_read += 1
                 yield place, found
@@ -111,7 +111,7 @@ def describe(table: Table, reading: Reading) -> Iterator[tuple[int, str]]:
         f"{reading.num_read} rows",
     )
     for reason, count in reading.left_out_counts.items():
-        places = "; ".join(reading.left_out[reason])
+        places = ", ".join(reading.left_out[reason])
         level = logging.INFO if reason is LeftOut.FILTERED else logging.WARNING
         yield (
             level,

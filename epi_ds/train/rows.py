@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from epi_ds.data.preparing import Tokens
 from epi_ds.data.rendering import Learnt, has_marks
 from epi_ds.data.store import Summary, cache_folder, open_store, read_summary
 from epi_ds.errors import UserError
-from epi_ds.recipe.models import DataSource
+from epi_ds.recipe.models import DataSource, ModelSection, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +37,34 @@ class SourceRows(NamedTuple):
     summary: Summary
 
 
-def load_tokenizer(path: str, args: SFTConfig, *, revision: str | None) -> Any:
-    """Return the tokenizer that a run trains with: the model's, with the template and the end mark of ``args``.
+class RowArguments(NamedTuple):
+    """Those of a recipe's ``train`` that decide how conversations become tokens, by TRL's names and defaults."""
+
+    max_length: int | None
+    truncation_mode: str
+    packing: bool
+    packing_strategy: str
+    assistant_only_loss: bool
+    completion_only_loss: bool | None
+    chat_template_path: str | None
+    eos_token: str | None
+    dataset_num_proc: int | None
+    seed: int
+
+
+def row_arguments_of(recipe: Recipe) -> RowArguments:
+    """Return what a recipe's ``train`` says of rows, and TRL's default where it says nothing."""
+    defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
+    return RowArguments(*(recipe.train.get(name, defaults[name]) for name in RowArguments._fields))
+
+
+def load_tokenizer(model: ModelSection, arguments: RowArguments) -> Any:
+    """Return the tokenizer that a run trains with: the model's, with the template and the end mark of ``arguments``.
 
     Raises UserError for one without a chat template.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-    template = args.chat_template_path
+    tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
+    template = arguments.chat_template_path
     if template is not None and Path(template).is_file():
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     elif template is not None:
@@ -50,63 +73,73 @@ def load_tokenizer(path: str, args: SFTConfig, *, revision: str | None) -> Any:
         tokenizer.chat_template = other.get_chat_template()
         tokenizer.add_tokens([one for one in other.added_tokens_decoder.values() if one.content not in tokenizer.vocab])
         tokenizer.eos_token = other.eos_token
-    if args.eos_token is not None:
-        tokenizer.eos_token = args.eos_token
+    if arguments.eos_token is not None:
+        tokenizer.eos_token = arguments.eos_token
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{path} has no chat template, so conversations cannot be written as text; set train.chat_template_path to "
-            "a template file or to a model that has one"
+            f"{model.path} has no chat template, so conversations cannot be written as text; set "
+            "train.chat_template_path to a template file or to a model that has one"
         )
     return tokenizer
 
 
-def tokens_of(args: SFTConfig, tokenizer: Any) -> Tokens:
+def tokens_of(arguments: RowArguments, tokenizer: Any) -> Tokens:
     """Return how conversations become tokens under the arguments of a recipe."""
     template = None
-    if args.assistant_only_loss:
+    if arguments.assistant_only_loss:
         learnt = Learnt.ASSISTANT_TURNS
         if not has_marks(tokenizer.get_chat_template()):
-            try:
-                # Of known templates TRL has a version that marks what the assistant says; others are told by rendering.
+            # Of templates that TRL knows it has a version that marks answers; in others they are found by rendering.
+            with suppress(ValueError):
                 template = get_training_chat_template(tokenizer)
-            except ValueError:
-                template = None
     else:
-        learnt = Learnt.EVERYTHING if args.completion_only_loss is False else Learnt.LAST_TURN
+        learnt = Learnt.EVERYTHING if arguments.completion_only_loss is False else Learnt.LAST_TURN
     return Tokens(
         tokenizer=tokenizer,
         learnt=learnt,
         template=template,
-        max_length=args.max_length,
-        keeps_end=args.truncation_mode == "keep_end",
-        packing=args.packing_strategy if args.packing else None,
+        max_length=arguments.max_length,
+        keeps_end=arguments.truncation_mode == "keep_end",
+        packing=arguments.packing_strategy if arguments.packing else None,
     )
 
 
-def prepare_rows(sources: Sequence[DataSource], args: SFTConfig, tokenizer: Any) -> list[SourceRows]:
+def prepare_here(sources: Sequence[DataSource], arguments: RowArguments, tokenizer: Any) -> list[Path]:
+    """Return the folders of the sources' stores, which are written where they are not there yet. In this process alone.
+
+    Raises UserError for what the sources cannot be, and RemedyError for what is in the way.
+    """
+    num_processes = arguments.dataset_num_proc or min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
+    found = [source.resolve(seed=arguments.seed) for source in sources]
+    folders = prepare_all(found, tokens_of(arguments, tokenizer), cache=cache_folder(), num_processes=num_processes)
+    return [Path(folder) for folder in folders]
+
+
+def prepare_rows(sources: Sequence[DataSource], arguments: RowArguments, tokenizer: Any) -> list[SourceRows]:
     """Return the rows of sources, tokenised. Every rank of a launcher calls it; none waits in a collective meanwhile.
 
-    Raises, on all ranks of the node, UserError for what the sources cannot be, RemedyError for what is in the way, and
-    LostRankError where the process that prepares them died.
+    Raises, on all ranks of the node, what `prepare_here` raises, and LostRankError where the process that prepares the
+    rows died.
     """
-    cache = cache_folder()
     attempt: list[str] = [uuid.uuid4().hex]
     # Right away, while no rank is behind: it tells the files of this start from those of others.
     dist.broadcast_object_list(attempt)
-    num_processes = args.dataset_num_proc or min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
-
-    def work() -> list[str]:
-        found = [source.resolve(seed=args.seed) for source in sources]
-        return prepare_all(found, tokens_of(args, tokenizer), cache=cache, num_processes=num_processes)
-
-    is_worker = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    folders = [Path(folder) for folder in once_per_node(cache / "starts" / attempt[0], work, is_worker=is_worker)]
-    found = [SourceRows(open_store(folder), read_summary(folder)) for folder in folders]
+    folders = once_per_node(
+        cache_folder() / "starts" / attempt[0],
+        lambda: [str(folder) for folder in prepare_here(sources, arguments, tokenizer)],
+        is_worker=int(os.environ.get("LOCAL_RANK", 0)) == 0,
+    )
+    found = [rows_in(Path(folder)) for folder in folders]
     if dist.get_rank() == 0:
         for source in found:
             for level, text in source.summary.told:
                 logger.log(level, "%s", text)
     return found
+
+
+def rows_in(folder: Path) -> SourceRows:
+    """Return the rows of a store."""
+    return SourceRows(open_store(folder), read_summary(folder))
 
 
 def digests_of(found: Sequence[SourceRows]) -> list[dict[str, Any]]:

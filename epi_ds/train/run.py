@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from epi_ds.checkpoint.loading import AUTO
 from epi_ds.checkpoint.run import run_id_of
 from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.config import SECTION
+from epi_ds.data.rendering import Learnt, Renderer
 from epi_ds.errors import UserError
 from epi_ds.evaluation.evaluator import Evaluator
 from epi_ds.evaluation.tasks import Task, build_tasks
@@ -33,12 +35,14 @@ from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.metrics_callback import MetricsCallback
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.resume import DEFAULT_ARGUMENTS, check_data, find_resume, marker_of
-from epi_ds.train.rows import digests_of, load_tokenizer, prepare_rows
+from epi_ds.train.rows import digests_of, load_tokenizer, prepare_rows, row_arguments_of
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.settings import END, Change, changes_since, end_of
 from epi_ds.train.stage_callback import StageCallback
 from epi_ds.train.start import Start
 from epi_ds.train.trainer import StageTrainer
+
+logger = logging.getLogger(__name__)
 
 
 class _Run(NamedTuple):
@@ -139,10 +143,11 @@ def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, 
         }
     )
     # The cheap things first: a wrong column is found before a large model is read.
-    tokenizer = load_tokenizer(recipe.model.path, args, revision=recipe.model.revision)
+    arguments = row_arguments_of(recipe)
+    tokenizer = load_tokenizer(recipe.model, arguments)
     sources = [stage.data for stage in recipe.stages]
     probe = [] if recipe.method.probe is None else [recipe.method.probe]
-    found = prepare_rows([*sources, *probe], args, tokenizer)
+    found = prepare_rows([*sources, *probe], arguments, tokenizer)
     if run.resume is not None:
         check_data(run.resume, recipe, digests_of(found))
     # What is learnt of a row stands in its labels; TRL would look for the turns that are no longer there.
@@ -165,7 +170,25 @@ def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, 
         callbacks=[isolation],
     )
     trainer.remove_callback(PrinterCallback)
+    _stop_at_the_end_of_a_turn(trainer)
     return trainer
+
+
+def _stop_at_the_end_of_a_turn(trainer: StageTrainer) -> None:
+    """Have generation stop, in evaluation and in the export, at the token that the rows end an answer with."""
+    end = Renderer(trainer.processing_class, learnt=Learnt.LAST_TURN).end_of_turn()
+    config = trainer.model.generation_config
+    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if end is None:
+        if dist.get_rank() == 0:
+            logger.warning(
+                "the chat template ends an answer with no special token, so the model will not learn to stop"
+            )
+    elif end not in (*stops, trainer.processing_class.eos_token_id):
+        config.eos_token_id = [*(stop for stop in stops if stop is not None), end]
+        if dist.get_rank() == 0:
+            name = trainer.processing_class.convert_ids_to_tokens(end)
+            logger.warning("answers end with %s, at which the model did not stop; it does now, also as exported", name)
 
 
 def _train(run: _Run, trainer: StageTrainer, isolation: EPICallback, tasks: Sequence[Task]) -> None:

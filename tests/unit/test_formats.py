@@ -233,7 +233,7 @@ def test_rows_that_say_nothing_are_left_out_and_counted(tmp_path: Path) -> None:
     assert reading.left_out_counts == {LeftOut.NO_ANSWER: 2, LeftOut.NO_QUESTION: 1}
     table = Table("rows", (tmp_path / "rows.jsonl",))
     told = [text for level, text in describe(table, reading) if level == logging.WARNING]
-    assert any("left out 2 rows, because of no answer" in text and "line 1;" in text for text in told)
+    assert any("left out 2 rows, because of no answer" in text and "(line 1, line 3)" in text for text in told)
 
 
 @pytest.mark.parametrize(

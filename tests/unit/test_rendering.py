@@ -235,3 +235,19 @@ def test_any_texts_are_told_apart(tokenizer: Any, said: list[tuple[str, str]], n
     found = learnt_texts(tokenizer, encoded)
     assert len(found) == len(said)
     assert all(text.startswith(answer) for text, (_, answer) in zip(found, said, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("chatml", "<|im_end|>"),
+        ("llama3", "<|eot_id|>"),
+        ("gemma3", "<end_of_turn>"),
+        ("phi3", "<|end|>"),
+        ("none", None),
+    ],
+)
+def test_the_token_that_ends_a_turn_is_found(name: str, end: str | None, tokenizer: Any) -> None:
+    template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}" if name == "none" else template_of(name)
+    found = Renderer(tokenizer, learnt=Learnt.LAST_TURN, template=template).end_of_turn()
+    assert found == (None if end is None else tokenizer.convert_tokens_to_ids(end))

@@ -1,0 +1,73 @@
+"""``epi-ds preview-data``."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from epi_ds.train.preview import StagePreview
+
+_BAR_WIDTH = 40
+
+
+def preview_data(
+    recipe: Annotated[str, typer.Argument(help="A .yaml file, or the name of a shipped recipe (epi-ds recipes).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, as epi-ds train takes them.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows of every stage to show.")] = 2,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Ranks that will train; default those of the recipe.")
+    ] = None,
+) -> None:
+    """Show what a recipe would train on: rows as the chat template writes them, what the loss is on, lengths, tokens,
+    and rows that are cut or left out.
+
+    Prepares the rows as a run does, which then finds them. Needs no GPU, and the model's tokenizer only.
+    """
+    from epi_ds.launch.environment import prepare_environment
+
+    prepare_environment()
+    from epi_ds.recipe.loading import load_recipe
+    from epi_ds.train.preview import preview
+
+    loaded = load_recipe(recipe, overrides or [])
+    console = Console(soft_wrap=True, highlight=False)
+    for stage in preview(loaded, ranks=ranks or loaded.ranks or 1, num_samples=rows):
+        _show(stage, console)
+
+
+def _show(stage: StagePreview, console: Console) -> None:
+    summary = stage.summary
+    console.rule(f"stage {stage.name}")
+    for level, text in summary.told:
+        console.print(f"{logging.getLevelName(level).lower()}: {text}", markup=False)
+    packed = f", packed into {stage.num_rows}" if stage.num_rows != summary.num_rows else ""
+    console.print(
+        f"{summary.num_rows} rows{packed}: {stage.num_steps} steps, and {stage.left_over} rows left over "
+        f"(the last, incomplete batch)"
+    )
+    share = summary.num_learnt / max(summary.num_tokens, 1)
+    console.print(
+        f"{summary.num_tokens} tokens, the loss is on {summary.num_learnt} of them ({share:.0%}); "
+        f"{summary.num_cut} rows cut, {summary.num_unlearnt} left out because their answers were"
+    )
+    most = max(summary.lengths, default=0)
+    console.print("tokens of a row, before any was cut:")
+    for power, count in enumerate(summary.lengths):
+        if count:
+            bar = "#" * max(1, round(_BAR_WIDTH * count / most))
+            console.print(f"  {1 << power >> 1:>8} to {(1 << power) - 1:<8} {count:>9}  {bar}")
+    for number, sample in enumerate(stage.samples, 1):
+        console.print(f"\nrow {number}, the loss is on what stands between brackets:", style="bold")
+        text = Text()
+        for stretch in sample:
+            text.append(
+                f"[[{stretch.text}]]" if stretch.is_learnt else stretch.text, "green" if stretch.is_learnt else ""
+            )
+        console.print(text)
