@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union
+from typing import Annotated, Any, Literal, NamedTuple, Union
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -85,6 +85,8 @@ def _one_line(text: str) -> str:
 
 def type_of(annotation: Any, *, page: Page) -> str:
     """Return a type in a reader's words; models are links to where their keys stand."""
+    if typing.get_origin(annotation) is Annotated:
+        return type_of(typing.get_args(annotation)[0], page=page)
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):
         return " or ".join(type_of(part, page=page) for part in arguments if part is not type(None))

@@ -43,7 +43,8 @@ def problems_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """Return one sentence per problem: where, the value, the rule and, for unknown keys, the nearest valid name."""
     problems = []
     for item in error.errors():
-        path = item["loc"]
+        # Tags of a union are no part of what the user wrote.
+        path = tuple(part for part in item["loc"] if not str(part).startswith("<"))
         name = ".".join(str(part) for part in path) or "(whole)"
         if item["type"] == "extra_forbidden":
             valid = _fields_at(model, path[:-1])

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from epi_ds.train.preview import StagePreview
+    from epi_ds.train.preview import SourcePreview, StagePreview
 
 _BAR_WIDTH = 40
 
@@ -43,19 +43,23 @@ def preview_data(
 
 
 def _show(stage: StagePreview, console: Console) -> None:
-    summary = stage.summary
     console.rule(f"stage {stage.name}")
+    for source in stage.sources:
+        _show_source(source, console)
+    console.print(f"{stage.num_steps} steps, and {stage.left_over} rows left over (the last, incomplete batch)")
+
+
+def _show_source(source: SourcePreview, console: Console) -> None:
+    summary = source.summary
     for level, text in summary.told:
         console.print(f"{logging.getLevelName(level).lower()}: {text}", markup=False)
-    packed = f", packed into {stage.num_rows}" if stage.num_rows != summary.num_rows else ""
-    console.print(
-        f"{summary.num_rows} rows{packed}: {stage.num_steps} steps, and {stage.left_over} rows left over "
-        f"(the last, incomplete batch)"
-    )
+    packed = f", packed into {source.num_rows}" if source.num_rows != summary.num_rows else ""
     share = summary.num_learnt / max(summary.num_tokens, 1)
     console.print(
-        f"{summary.num_tokens} tokens, the loss is on {summary.num_learnt} of them ({share:.0%}); "
-        f"{summary.num_cut} rows cut, {summary.num_unlearnt} left out because their answers were"
+        f"{source.name}: {summary.num_rows} rows{packed}; {summary.num_tokens} tokens, the loss is on "
+        f"{summary.num_learnt} of them ({share:.0%}); {summary.num_cut} rows cut, {summary.num_unlearnt} left out "
+        "because their answers were",
+        markup=False,
     )
     most = max(summary.lengths, default=0)
     console.print("tokens of a row, before any was cut:")
@@ -63,11 +67,11 @@ def _show(stage: StagePreview, console: Console) -> None:
         if count:
             bar = "#" * max(1, round(_BAR_WIDTH * count / most))
             console.print(f"  {1 << power >> 1:>8} to {(1 << power) - 1:<8} {count:>9}  {bar}")
-    for number, sample in enumerate(stage.samples, 1):
+    for number, sample in enumerate(source.samples, 1):
         console.print(f"\nrow {number}, the loss is on what stands between brackets:", style="bold")
-        text = Text()
+        shown = Text()
         for stretch in sample:
-            text.append(
+            shown.append(
                 f"[[{stretch.text}]]" if stretch.is_learnt else stretch.text, "green" if stretch.is_learnt else ""
             )
-        console.print(text)
+        console.print(shown)

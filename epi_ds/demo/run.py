@@ -69,7 +69,7 @@ def _use_cpu_without_enough_devices(ranks: int, console: Console) -> None:
 def _steps_of(recipe: Recipe) -> int:
     """Return about how many steps a recipe of skills trains."""
     batch: int = recipe.train["per_device_train_batch_size"] * (recipe.ranks or 1)
-    return sum((stage.data.rows or 0) * stage.epochs for stage in recipe.stages) // batch
+    return sum((one.rows or 0) * stage.epochs for stage in recipe.stages for one in stage.sources) // batch
 
 
 def _pretrain(folder: Path, steps: int, console: Console) -> None:

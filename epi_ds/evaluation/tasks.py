@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -42,15 +43,17 @@ def load_conversations(source: DataSource, *, seed: int) -> list[Conversation]:
         return list(skill_conversations(found))
     reading = Reading()
     conversations = [row for _, row in read_table(found, reading)]
-    for level, text in describe(found, reading):
-        logger.log(level, "%s", text)
+    # All ranks read them, and find the same.
+    if os.environ.get("RANK", "0") == "0":
+        for level, text in describe(found, reading):
+            logger.log(level, "%s", text)
     return conversations
 
 
 def build_tasks(recipe: Recipe) -> list[Task]:
     """Return everything that is evaluated: stages that can be, then the other skills the recipe names."""
     tasks = [task for stage in recipe.stages if (task := _stage_task(stage, recipe)) is not None]
-    trained = {stage.data.skill for stage in recipe.stages}
+    trained = {stage.skill for stage in recipe.stages}
     tasks += [
         _skill_task(skill, skill, recipe.evaluation.rows) for skill in recipe.evaluation.skills if skill not in trained
     ]
@@ -60,8 +63,8 @@ def build_tasks(recipe: Recipe) -> list[Task]:
 def _stage_task(stage: Stage, recipe: Recipe) -> Task | None:
     if stage.evaluation is not None:
         return _table_task(stage.name, stage.evaluation)
-    if stage.data.skill is not None:
-        return _skill_task(stage.name, stage.data.skill, recipe.evaluation.rows)
+    if stage.skill is not None:
+        return _skill_task(stage.name, stage.skill, recipe.evaluation.rows)
     return None
 
 

@@ -21,7 +21,7 @@ _PRESET = "preset"
 _OWNED_ARGUMENTS = {
     "output_dir": "output",
     "num_train_epochs": "stages[].epochs",
-    "max_steps": "stages[].data.rows",
+    "max_steps": "stages[].steps",
     "resume_from_checkpoint": "nothing: a run continues from its newest complete checkpoint",
     "train_sampling_strategy": "nothing: rows are permuted per stage from train.seed",
     "shuffle_dataset": "nothing: rows are permuted per stage from train.seed",

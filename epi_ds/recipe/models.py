@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from epi_ds.choices import Protects, StateFormat
 from epi_ds.config import EPIConfig
@@ -135,6 +135,22 @@ class DataSource(BaseModel):
         )
 
 
+class TrainingData(DataSource):
+    """One of the sources of a stage."""
+
+    source: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$")
+    """What messages call it; default its skill, file or pattern."""
+    share: float | None = Field(None, gt=0)
+    """How much of the stage's rows are its own, in proportion to the other sources'; give all of them one, or none.
+    Every global batch then has its share, and a source that is exhausted begins anew in another order. Without, the
+    rows of all sources are one table."""
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.source or self.skill or self.glob or self.path or ""
+
+
 class EvaluationData(DataSource):
     """Held-out rows and how answers to them are scored."""
 
@@ -150,11 +166,18 @@ class Stage(BaseModel):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """What the report, ``--until`` and overrides call it."""
-    data: DataSource
+    data: Annotated[
+        Annotated[TrainingData, Tag("<one>")] | Annotated[tuple[TrainingData, ...], Tag("<several>")],
+        # A union by trial would tell every mistake twice.
+        Discriminator(lambda value: "<several>" if isinstance(value, (list, tuple)) else "<one>"),
+    ]
+    """Its rows, or several sources of them."""
     evaluation: EvaluationData | None = None
     """Default: for a skill its test rows, otherwise none."""
     epochs: int = Field(1, ge=1)
     """How often the rows are trained on, each time in another order."""
+    steps: int | None = Field(None, ge=1)
+    """How many steps it has, instead of ``epochs``: rows begin anew, or are not all trained on."""
     learning_rate: float | None = Field(None, gt=0)
     """Peak of this stage's schedule; default ``train.learning_rate``."""
     lr_scheduler_type: str | None = None
@@ -163,6 +186,28 @@ class Stage(BaseModel):
     """Steps of linear warm-up at the stage's start; default ``train.warmup_steps``, a share of the stage if below 1."""
     moments: Moments = Moments.RESET
     """Whether the optimizer's moments start anew with this stage. The first stage has none to carry."""
+
+    @model_validator(mode="after")
+    def _shares_of_all(self) -> Stage:
+        given = [one.share is not None for one in self.sources]
+        if not given:
+            raise UserError("data must hold at least one source")
+        if any(given) and (len(given) == 1 or not all(given)):
+            raise UserError("share is of several sources: give all of them one, or none")
+        if self.steps is not None and self.epochs != 1:
+            raise UserError(f"steps: {self.steps} and epochs: {self.epochs} both say how long the stage is; give one")
+        return self
+
+    @property
+    def sources(self) -> tuple[TrainingData, ...]:
+        """Where its rows come from."""
+        return self.data if isinstance(self.data, tuple) else (self.data,)
+
+    @property
+    def skill(self) -> str | None:
+        """The built-in skill that it trains; None for other rows."""
+        names = {one.skill for one in self.sources}
+        return names.pop() if len(names) == 1 else None
 
 
 class EvaluationSection(BaseModel):

@@ -7,9 +7,9 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from epi_ds.data.store import NOT_LEARNT, Summary
-from epi_ds.recipe.models import Recipe
-from epi_ds.train.rows import load_tokenizer, prepare_here, row_arguments_of, rows_in
-from epi_ds.train.stages import StageRows, plan_stages
+from epi_ds.recipe.models import Recipe, TrainingData
+from epi_ds.train.rows import SourceRows, load_tokenizer, prepare_here, row_arguments_of, rows_in, stage_rows_of
+from epi_ds.train.stages import plan_stages
 
 
 class Stretch(NamedTuple):
@@ -19,18 +19,25 @@ class Stretch(NamedTuple):
     is_learnt: bool
 
 
-class StagePreview(NamedTuple):
-    """What one stage would train on."""
+class SourcePreview(NamedTuple):
+    """What one source of a stage has."""
 
     name: str
     summary: Summary
     num_rows: int
-    """Rows that a permutation is of: packed ones, where rows are packed."""
+    """Rows that its permutations are of: packed ones, where rows are packed."""
+    samples: tuple[tuple[Stretch, ...], ...]
+    """The first rows, with what the loss is on."""
+
+
+class StagePreview(NamedTuple):
+    """What one stage would train on."""
+
+    name: str
+    sources: tuple[SourcePreview, ...]
     num_steps: int
     left_over: int
     """Rows of the last, incomplete global batch, which are not trained on."""
-    samples: tuple[tuple[Stretch, ...], ...]
-    """The first rows, with what the loss is on."""
 
 
 def preview(recipe: Recipe, *, ranks: int, num_samples: int) -> list[StagePreview]:
@@ -40,25 +47,33 @@ def preview(recipe: Recipe, *, ranks: int, num_samples: int) -> list[StagePrevie
     """
     arguments = row_arguments_of(recipe)
     tokenizer = load_tokenizer(recipe.model, arguments)
-    folders = prepare_here([stage.data for stage in recipe.stages], arguments, tokenizer)
-    found = [rows_in(folder) for folder in folders]
-    counts = [
-        StageRows(stage.name, len(one.rows), stage.epochs) for stage, one in zip(recipe.stages, found, strict=True)
+    sources = [source for stage in recipe.stages for source in stage.sources]
+    found = [
+        _preview_of(source, rows_in(folder), tokenizer, num_samples)
+        for source, folder in zip(sources, prepare_here(sources, arguments, tokenizer), strict=True)
+    ]
+    unused = iter(found)
+    grouped = [tuple(next(unused) for _ in stage.sources) for stage in recipe.stages]
+    stages = [
+        stage_rows_of(stage, [one.num_rows for one in group])
+        for stage, group in zip(recipe.stages, grouped, strict=True)
     ]
     batch = global_batch_of(recipe, ranks=ranks)
     return [
         StagePreview(
-            name=count.name,
-            summary=one.summary,
-            num_rows=count.num_rows,
+            name=stage.name,
+            sources=group,
             num_steps=span.num_steps,
-            left_over=count.num_rows * count.epochs - span.num_steps * batch,
-            samples=tuple(
-                tuple(stretches(tokenizer, one.rows[index])) for index in range(min(num_samples, len(one.rows)))
-            ),
+            left_over=max(stage.num_rows * stage.epochs - span.num_steps * batch, 0),
         )
-        for count, span, one in zip(counts, plan_stages(counts, global_batch=batch), found, strict=True)
+        for stage, span, group in zip(stages, plan_stages(stages, global_batch=batch), grouped, strict=True)
     ]
+
+
+def _preview_of(source: TrainingData, found: SourceRows, tokenizer: Any, num_samples: int) -> SourcePreview:
+    shown = range(min(num_samples, len(found.rows)))
+    samples = tuple(tuple(stretches(tokenizer, found.rows[index])) for index in shown)
+    return SourcePreview(source.label, found.summary, len(found.rows), samples)
 
 
 def global_batch_of(recipe: Recipe, *, ranks: int) -> int:

@@ -66,7 +66,12 @@ def check_data(found: Checkpoint, recipe: Recipe, data: Sequence[Mapping[str, An
     saved = json.loads((found.path / MARKER).read_text()).get(DATA)
     if saved is None:
         return
-    names = [f"stage {stage.name}" for stage in recipe.stages] + ["the probe"]
+    names = [
+        f"stage {stage.name}" if len(stage.sources) == 1 else f"stage {stage.name}, source {number}"
+        for stage in recipe.stages
+        for number, _ in enumerate(stage.sources, 1)
+    ]
+    names.append("the probe")
     changed = [
         f"the data of {name}: it had {before['rows']} rows, has {now['rows']}"
         + ("" if before["rows"] != now["rows"] else ", whose content is another")

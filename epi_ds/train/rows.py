@@ -22,7 +22,8 @@ from epi_ds.data.preparing import Tokens
 from epi_ds.data.rendering import Learnt, has_marks
 from epi_ds.data.store import Summary, cache_folder, open_store, read_summary
 from epi_ds.errors import UserError
-from epi_ds.recipe.models import DataSource, ModelSection, Recipe
+from epi_ds.recipe.models import DataSource, ModelSection, Recipe, Stage
+from epi_ds.train.stages import SourceShare, StageRows
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,16 @@ def prepare_rows(sources: Sequence[DataSource], arguments: RowArguments, tokeniz
 def rows_in(folder: Path) -> SourceRows:
     """Return the rows of a store."""
     return SourceRows(open_store(folder), read_summary(folder))
+
+
+def stage_rows_of(stage: Stage, num_rows: Sequence[int]) -> StageRows:
+    """Return what the plan of a run needs to know of a stage whose sources have so many rows."""
+    shares = tuple(
+        SourceShare(count, source.share)
+        for count, source in zip(num_rows, stage.sources, strict=True)
+        if source.share is not None
+    )
+    return StageRows(stage.name, sum(num_rows), stage.epochs, shares, stage.steps)
 
 
 def digests_of(found: Sequence[SourceRows]) -> list[dict[str, Any]]:

@@ -145,9 +145,10 @@ def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, 
     # The cheap things first: a wrong column is found before a large model is read.
     arguments = row_arguments_of(recipe)
     tokenizer = load_tokenizer(recipe.model, arguments)
-    sources = [stage.data for stage in recipe.stages]
+    sources = [source for stage in recipe.stages for source in stage.sources]
     probe = [] if recipe.method.probe is None else [recipe.method.probe]
     found = prepare_rows([*sources, *probe], arguments, tokenizer)
+    unused = iter(found)
     if run.resume is not None:
         check_data(run.resume, recipe, digests_of(found))
     # What is learnt of a row stands in its labels; TRL would look for the turns that are no longer there.
@@ -161,7 +162,7 @@ def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, 
     )
     trainer = StageTrainer(
         stages=recipe.stages,
-        stage_data=[one.rows for one in found[: len(sources)]],
+        stage_data=[[next(unused).rows for _ in stage.sources] for stage in recipe.stages],
         probe_data=found[-1].rows if probe else None,
         marker=marker_of(recipe, digests_of(found)),
         args=args,

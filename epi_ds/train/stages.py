@@ -1,13 +1,14 @@
 """A run as one ordered list of rows: which row when, which stage a step belongs to, and its learning rate.
 
-Stages follow one another; within a stage every epoch is one permutation of its rows, drawn from the seed. The list is
-read from front to back, so the position of a run is the number of rows it has consumed, at every world size with the
-same global batch.
+Stages follow one another; within a stage every epoch is one permutation of its rows, drawn from the seed. Where its
+sources have shares, each is permuted by itself and begins anew when it is exhausted. The list is read from front to
+back, so the position of a run is the number of rows it has consumed, at every world size with the same global batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,12 +29,25 @@ class StageSpan(NamedTuple):
         return self.stop_step - self.first_step
 
 
+class SourceShare(NamedTuple):
+    """A source of a stage, and how much of the stage's rows are its own."""
+
+    num_rows: int
+    share: float
+    """In proportion to those of the other sources."""
+
+
 class StageRows(NamedTuple):
     """What `plan_stages` needs to know of a stage."""
 
     name: str
     num_rows: int
+    """Of all its sources, which lie end to end."""
     epochs: int
+    shares: tuple[SourceShare, ...] = ()
+    """Of every source; empty where all rows are one permutation."""
+    steps: int | None = None
+    """How many steps it has, whatever that takes; None for as many as its epochs fill."""
 
 
 def plan_stages(stages: Sequence[StageRows], *, global_batch: int) -> list[StageSpan]:
@@ -44,7 +58,7 @@ def plan_stages(stages: Sequence[StageRows], *, global_batch: int) -> list[Stage
     spans: list[StageSpan] = []
     first_step = 0
     for stage in stages:
-        num_steps = stage.num_rows * stage.epochs // global_batch
+        num_steps = stage.num_rows * stage.epochs // global_batch if stage.steps is None else stage.steps
         if num_steps == 0:
             raise UserError(
                 f"stage {stage.name} has {stage.num_rows} rows x {stage.epochs} epochs, fewer than one global batch of "
@@ -60,14 +74,37 @@ def row_order(stages: Sequence[StageRows], spans: Sequence[StageSpan], *, global
     order: list[int] = []
     offset = 0
     for position, (stage, span) in enumerate(zip(stages, spans, strict=True)):
-        indices: list[int] = []
-        for epoch in range(stage.epochs):
-            generator = torch.Generator().manual_seed(hash_seed(seed, position, epoch))
-            permutation = torch.randperm(stage.num_rows, generator=generator)
-            indices += (permutation + offset).tolist()
-        order += indices[: span.num_steps * global_batch]
+        rows = _rows_of(stage, seed=seed, position=position)
+        order += [offset + row for row in itertools.islice(rows, span.num_steps * global_batch)]
         offset += stage.num_rows
     return order
+
+
+def _rows_of(stage: StageRows, *, seed: int, position: int) -> Iterator[int]:
+    """Yield a stage's rows without end."""
+    if not stage.shares:
+        yield from _permuted(stage.num_rows, seed, position)
+    total = sum(source.share for source in stage.shares)
+    weights = [source.share / total for source in stage.shares]
+    firsts = list(itertools.accumulate((source.num_rows for source in stage.shares), initial=0))
+    streams = [
+        _permuted(source.num_rows, hash_seed(seed, position, index + 1), position)
+        for index, source in enumerate(stage.shares)
+    ]
+    drawn = [0] * len(weights)
+    for number in itertools.count(1):
+        # Whoever is furthest behind its share: after any number of rows every source is less than one row off it, and
+        # so is its number of rows in every global batch, whatever the size of that.
+        index = max(range(len(weights)), key=lambda one: (weights[one] * number - drawn[one], -one))
+        drawn[index] += 1
+        yield firsts[index] + next(streams[index])
+
+
+def _permuted(num_rows: int, seed: int, position: int) -> Iterator[int]:
+    """Yield rows by one permutation after another."""
+    for epoch in itertools.count():
+        generator = torch.Generator().manual_seed(hash_seed(seed, position, epoch))
+        yield from torch.randperm(num_rows, generator=generator).tolist()
 
 
 def hash_seed(seed: int, stage: int, epoch: int) -> int:

@@ -15,7 +15,8 @@ from epi_ds.checkpoint.durable import write_json
 from epi_ds.errors import UserError
 from epi_ds.recipe.models import Stage
 from epi_ds.train.resume import MARKER
-from epi_ds.train.stages import StageRows, StageSpan, laid_end_to_end, plan_stages, row_order
+from epi_ds.train.rows import stage_rows_of
+from epi_ds.train.stages import StageSpan, laid_end_to_end, plan_stages, row_order
 
 
 class StageTrainer(SFTTrainer):
@@ -25,13 +26,15 @@ class StageTrainer(SFTTrainer):
         self,
         *,
         stages: Sequence[Stage],
-        stage_data: Sequence[Dataset],
+        stage_data: Sequence[Sequence[Dataset]],
         probe_data: Dataset | None,
         marker: dict[str, Any],
         args: SFTConfig,
         **kwargs: Any,
     ) -> None:
-        """``stage_data`` and ``probe_data`` are tokenised rows with labels; the other arguments are SFTTrainer's.
+        """``stage_data``, of every stage's sources, and ``probe_data`` are tokenised rows with labels.
+
+        The other arguments are SFTTrainer's.
 
         Without ``probe_data`` a probe reads the rows of the run. ``marker`` is written into every checkpoint, see
         `marker_of`.
@@ -44,7 +47,7 @@ class StageTrainer(SFTTrainer):
         self.probe_dataset: Any = None
         """Tokenised rows that a probe reads from the front."""
         # TRL looks at this one to learn the rows' form, and then asks `_prepare_dataset` for what is trained.
-        super().__init__(args=args, train_dataset=self._stage_data[0], **kwargs)
+        super().__init__(args=args, train_dataset=self._stage_data[0][0], **kwargs)
 
     @property
     def global_batch(self) -> int:
@@ -58,12 +61,12 @@ class StageTrainer(SFTTrainer):
         """Put the rows of all stages in order. They are tokenised already: no sequence spans two stages."""
         self.args = args
         counts = [
-            StageRows(stage.name, len(data), stage.epochs)
+            stage_rows_of(stage, [len(one) for one in data])
             for stage, data in zip(self.stages, self._stage_data, strict=True)
         ]
         self.spans = plan_stages(counts, global_batch=self.global_batch)
         order = row_order(counts, self.spans, global_batch=self.global_batch, seed=args.seed)
-        rows = concatenate_datasets(self._stage_data).select(order)
+        rows = concatenate_datasets([one for data in self._stage_data for one in data]).select(order)
         self.probe_dataset = rows if self._probe_data is None else self._probe_data
         return rows
 

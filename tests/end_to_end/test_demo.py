@@ -104,7 +104,7 @@ def test_the_export_scores_what_the_last_evaluation_said(demo: Demo, metrics: di
     recipe = Recipe.model_validate_json((demo.folder / "recipe.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(demo.folder / "export").eval()
     tokenizer = AutoTokenizer.from_pretrained(demo.folder / "export", padding_side="left")
-    skill_name = recipe.stages[-1].data.skill
+    skill_name = recipe.stages[-1].skill
     assert skill_name is not None
     questions = rows(skill_name, split=Split.TEST, size=recipe.evaluation.rows, seed=TEST_SEED)
     solved = 0

@@ -39,9 +39,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_counts_steps_and_what_is_left_over(tmp_path: Path) -> None:
     table, skill = preview(recipe_of(tmp_path), ranks=2, num_samples=1)
-    assert (table.num_rows, table.num_steps, table.left_over) == (11, 4, 1)
-    assert (skill.num_rows, skill.num_steps, skill.left_over) == (9, 1, 1)
-    assert table.samples == (
+    assert (table.sources[0].num_rows, table.num_steps, table.left_over) == (11, 4, 1)
+    assert (skill.sources[0].num_rows, skill.num_steps, skill.left_over) == (9, 1, 1)
+    assert table.sources[0].samples == (
         (Stretch("<|start|>user\nq1<|end|>\n<|start|>assistant\n", False), Stretch("word <|end|>\n", True)),
     )
     with pytest.raises(UserError, match="stage skill has 9 rows x 1 epochs, fewer than one global batch of 16"):

@@ -70,7 +70,7 @@ def test_every_mistake_is_named_at_once_with_the_nearest_name(tmp_path: Path) ->
         "stages.1.data: give one of skill, path and glob",
         "method.epi.refresh_intervall: unknown key; did you mean 'refresh_interval'?",
         "train.lerning_rate: not an argument of SFTConfig; did you mean 'learning_rate'?",
-        "train.max_steps: decided by the recipe; set stages[].data.rows",
+        "train.max_steps: decided by the recipe; set stages[].steps",
     ):
         assert text in str(raised.value)
 

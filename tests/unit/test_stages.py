@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epi_ds.train.stages import StageRows, StageSpan, laid_end_to_end, plan_stages, row_order, stage_at
+from epi_ds.train.stages import SourceShare, StageRows, StageSpan, laid_end_to_end, plan_stages, row_order, stage_at
 
 STAGES = [StageRows("a", 10, 1), StageRows("b", 7, 3), StageRows("c", 4, 1)]
 
@@ -66,3 +66,44 @@ def test_steps_know_their_stage_and_their_learning_rate() -> None:
     assert [stage_at(spans, step).name for step in range(9)] == list("aabbbbbcc")
     factor = laid_end_to_end(spans, [lambda s: 10.0 + s, lambda s: 20.0 + s, lambda s: 30.0 + s])
     assert [factor(step) for step in range(8)] == [10, 11, 20, 21, 22, 23, 24, 30]
+
+
+@given(
+    sources=st.lists(st.tuples(st.integers(1, 40), st.floats(0.01, 10)), min_size=1, max_size=5),
+    steps=st.integers(1, 20),
+    batch=st.integers(1, 16),
+    seed=st.integers(0, 5),
+)
+def test_sources_keep_to_their_shares_in_every_batch(
+    sources: list[tuple[int, float]], steps: int, batch: int, seed: int
+) -> None:
+    shares = tuple(SourceShare(*one) for one in sources)
+    total = sum(share for _, share in sources)
+    stages = [
+        StageRows("before", 3, 1, steps=2),
+        StageRows("mixed", sum(rows for rows, _ in sources), 1, shares, steps),
+    ]
+    spans = plan_stages(stages, global_batch=batch)
+    assert spans[1] == StageSpan("mixed", 2, 2 + steps)
+    order = row_order(stages, spans, global_batch=batch, seed=seed)[2 * batch :]
+    assert len(order) == steps * batch
+    first = 3
+    for rows, share in sources:
+        positions = [index for index, row in enumerate(order) if first <= row < first + rows]
+        # Less than one row off its share, after any number of rows.
+        for stop in range(len(order) + 1):
+            assert abs(sum(position < stop for position in positions) - stop * share / total) < 1 + 1e-9
+        own = [order[position] - first for position in positions]
+        # One permutation after another.
+        for begin in range(0, len(own) - rows + 1, rows):
+            assert sorted(own[begin : begin + rows]) == list(range(rows))
+        first += rows
+
+
+def test_sources_without_shares_are_one_table() -> None:
+    stages = [StageRows("a", 12, 2)]
+    spans = plan_stages(stages, global_batch=4)
+    order = row_order(stages, spans, global_batch=4, seed=1)
+    assert sorted(order) == sorted([*range(12)] * 2)
+    longer = [StageRows("a", 12, 1, steps=9)]
+    assert row_order(longer, plan_stages(longer, global_batch=4), global_batch=4, seed=1)[:24] == order
