@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +53,21 @@ def memory(
     sizes = [int(size) for size in world_sizes.split(",")]
     rows = measure_memory(sizes, [float(ratio) for ratio in ratios.split(",")])
     _show([row._asdict() for row in rows], json=json, markdown=markdown)
+
+
+@app.command()
+def data(
+    rows: Annotated[int, typer.Option(min=1000, help="Rows of the file that is prepared.")] = 300_000,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = 2,
+    json: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Measure how long rows take from a file to what ranks map, and what memory the training process needs for them."""
+    from epi_ds.bench.data import measure_data
+
+    with tempfile.TemporaryDirectory(prefix="epi_ds_bench_") as folder:
+        measured = measure_data(rows, processes, Path(folder))
+    _show([measured._asdict()], json=json, markdown=markdown)
 
 
 @app.command()

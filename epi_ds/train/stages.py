@@ -8,7 +8,7 @@ back, so the position of a run is the number of rows it has consumed, at every w
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -121,13 +121,3 @@ def stage_at(spans: Sequence[StageSpan], step: int) -> StageSpan:
         if step < span.stop_step:
             return span
     return spans[-1]
-
-
-def laid_end_to_end(spans: Sequence[StageSpan], factors: Sequence[Callable[[int], float]]) -> Callable[[int], float]:
-    """Join one learning-rate factor per stage, each a function of the step within its stage, into one for the run."""
-
-    def factor(step: int) -> float:
-        span = stage_at(spans, step)
-        return factors[spans.index(span)](step - span.first_step)
-
-    return factor

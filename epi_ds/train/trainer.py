@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import get_scheduler
 from trl import SFTConfig, SFTTrainer
 
 from epi_ds.checkpoint.durable import write_json
-from epi_ds.errors import UserError
 from epi_ds.recipe.models import Stage
 from epi_ds.train.resume import MARKER
 from epi_ds.train.rows import stage_rows_of
-from epi_ds.train.stages import StageSpan, laid_end_to_end, plan_stages, row_order
+from epi_ds.train.schedules import laid_end_to_end, learning_rate_of
+from epi_ds.train.stages import StageSpan, plan_stages, row_order
 
 
 class StageTrainer(SFTTrainer):
@@ -73,32 +72,12 @@ class StageTrainer(SFTTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Lay the stages' schedules end to end."""
         if getattr(self, "lr_scheduler", None) is None:
-            factors = [self._stage_factor(stage, span) for stage, span in zip(self.stages, self.spans, strict=True)]
+            stages = zip(self.stages, self.spans, strict=True)
+            factors = [learning_rate_of(stage, span, self.args) for stage, span in stages]
             factor = laid_end_to_end(self.spans, factors)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def _stage_factor(self, stage: Stage, span: StageSpan) -> Any:
-        """Return a stage's learning rate over ``train.learning_rate``, as a function of the step within it."""
-        warmup = stage.warmup_steps
-        # Only the shape is wanted, which transformers keeps in a scheduler; the optimizer is a stand-in.
-        schedule = get_scheduler(
-            stage.lr_scheduler_type or self.args.lr_scheduler_type,
-            optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
-            num_warmup_steps=self.args.get_warmup_steps(span.num_steps) if warmup is None else warmup,
-            num_training_steps=span.num_steps,
-            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
-        )
-        if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
-            name = stage.lr_scheduler_type or self.args.lr_scheduler_type
-            raise UserError(
-                f"stage {stage.name}: lr_scheduler_type {name} depends on metrics and has no shape over a stage; use "
-                "constant, linear, cosine or another schedule of the step"
-            )
-        shape = schedule.lr_lambdas[0]
-        peak = (stage.learning_rate or self.args.learning_rate) / self.args.learning_rate
-        return lambda step: peak * shape(step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the whole model; in a checkpoint only what the weights in DeepSpeed's shards lack to be one."""

@@ -60,7 +60,9 @@ class Hub(BaseHTTPRequestHandler):
             self._json([one for one in tree() if not folder or one["path"].startswith(f"{folder}/")])
         elif path.startswith("/api/datasets/me/rows"):
             siblings = [{"rfilename": name} for name in FILES]
-            self._json({"id": "me/rows", "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0})
+            self._json(
+                {"id": "me/rows", "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
+            )
         elif path.startswith("/datasets/me/rows/resolve/"):
             content = FILES.get(path.removeprefix("/datasets/me/rows/resolve/").partition("/")[2])
             self._file(content, body=body)
@@ -126,7 +128,11 @@ def ask(address: str, folder: Path, *, name: str = "me/rows", subset: str = "", 
         "PYTHONPATH": ":".join(sys.path),
     }
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, name, subset, split], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", PROGRAM, name, subset, split],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip()

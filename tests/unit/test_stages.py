@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epi_ds.train.stages import SourceShare, StageRows, StageSpan, laid_end_to_end, plan_stages, row_order, stage_at
+from epi_ds.train.stages import SourceShare, StageRows, StageSpan, plan_stages, row_order, stage_at
 
 STAGES = [StageRows("a", 10, 1), StageRows("b", 7, 3), StageRows("c", 4, 1)]
 
@@ -61,11 +61,9 @@ def test_a_longer_batch_reads_the_same_rows() -> None:
     assert orders[0] == orders[1] == orders[2]
 
 
-def test_steps_know_their_stage_and_their_learning_rate() -> None:
+def test_steps_know_their_stage() -> None:
     spans = plan_stages(STAGES, global_batch=4)
     assert [stage_at(spans, step).name for step in range(9)] == list("aabbbbbcc")
-    factor = laid_end_to_end(spans, [lambda s: 10.0 + s, lambda s: 20.0 + s, lambda s: 30.0 + s])
-    assert [factor(step) for step in range(8)] == [10, 11, 20, 21, 22, 23, 24, 30]
 
 
 @given(
