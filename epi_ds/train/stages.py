@@ -93,9 +93,10 @@ def _rows_of(stage: StageRows, *, seed: int, position: int) -> Iterator[int]:
     ]
     drawn = [0] * len(weights)
     for number in itertools.count(1):
-        # Whoever is furthest behind its share: after any number of rows every source is less than one row off it, and
-        # so is its number of rows in every global batch, whatever the size of that.
-        index = max(range(len(weights)), key=lambda one: (weights[one] * number - drawn[one], -one))
+        # Of those whose next row is due, whose it is due soonest (Tijdeman's chairman assignment): after any number of
+        # rows every source is less than one off its share. Whoever is furthest behind it would be more, at times.
+        due = [one for one, weight in enumerate(weights) if drawn[one] < weight * number]
+        index = min(due, key=lambda one: (drawn[one] + 1) / weights[one])
         drawn[index] += 1
         yield firsts[index] + next(streams[index])
 
