@@ -46,6 +46,9 @@ class ModelSection(BaseModel):
     """Passed to ``from_pretrained``."""
     revision: str | None = None
     """Hub revision."""
+    allow_missing: tuple[str, ...] = ()
+    """Regular expressions of weights that the model's files may lack, such as a head that is meant to be new. Any other
+    that they lack is an error: it would be trained from random values."""
 
 
 class DataSource(BaseModel):

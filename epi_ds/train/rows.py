@@ -23,6 +23,7 @@ from epi_ds.data.rendering import Learnt, has_marks
 from epi_ds.data.store import Summary, cache_folder, open_store, read_summary
 from epi_ds.errors import UserError
 from epi_ds.recipe.models import DataSource, ModelSection, Recipe, Stage
+from epi_ds.train.model import told
 from epi_ds.train.stages import SourceShare, StageRows
 
 logger = logging.getLogger(__name__)
@@ -62,9 +63,10 @@ def row_arguments_of(recipe: Recipe) -> RowArguments:
 def load_tokenizer(model: ModelSection, arguments: RowArguments) -> Any:
     """Return the tokenizer that a run trains with: the model's, with the template and the end mark of ``arguments``.
 
-    Raises UserError for one without a chat template.
+    Raises UserError for one without a chat template, and what `told` raises.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
+    with told(model.path):
+        tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
     template = arguments.chat_template_path
     if template is not None and Path(template).is_file():
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")

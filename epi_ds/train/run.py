@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from datasets import disable_progress_bars as disable_dataset_bars
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PrinterCallback
+from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 from trl import SFTConfig
 
@@ -33,6 +33,7 @@ from epi_ds.train.accelerate_setup import DEFAULT_TIMEOUT_SECONDS, prepare_accel
 from epi_ds.train.export import export_model
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.metrics_callback import MetricsCallback
+from epi_ds.train.model import check_vocabulary, load_model
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.resume import DEFAULT_ARGUMENTS, check_data, find_resume, marker_of
 from epi_ds.train.rows import digests_of, load_tokenizer, prepare_rows, row_arguments_of
@@ -154,12 +155,9 @@ def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, 
     # What is learnt of a row stands in its labels; TRL would look for the turns that are no longer there.
     args.assistant_only_loss = False
     # After the arguments: they tell from_pretrained that ZeRO-3 partitions the weights as they are loaded.
-    model = AutoModelForCausalLM.from_pretrained(
-        recipe.model.path,
-        dtype=recipe.model.dtype,
-        revision=recipe.model.revision,
-        **({"attn_implementation": a} if (a := recipe.model.attn_implementation) else {}),
-    )
+    model = load_model(recipe.model)
+    if arguments.chat_template_path is None:
+        check_vocabulary(model, tokenizer, path=recipe.model.path)
     trainer = StageTrainer(
         stages=recipe.stages,
         stage_data=[[next(unused).rows for _ in stage.sources] for stage in recipe.stages],

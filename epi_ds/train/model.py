@@ -1,0 +1,91 @@
+"""The model of a recipe, loaded whole or refused: transformers logs what it lacks and makes it up at random."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+
+from epi_ds.errors import RemedyError, UserError
+from epi_ds.recipe.models import ModelSection
+
+_SHOWN = 5
+# What transformers and torch say of weights that have other shapes than the model.
+_OTHER_SHAPES = ("Error(s) in loading state_dict", "ignore_mismatched_sizes")
+
+
+def load_model(section: ModelSection) -> Any:
+    """Return the model, its weights partitioned where a DeepSpeed configuration of transformers says so.
+
+    Raises UserError for a path that holds no model of language, for weights that its files lack, but for those that
+    `ModelSection.allow_missing` names, and for weights of other shapes.
+    """
+    with told(section.path):
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                section.path,
+                dtype=section.dtype,
+                revision=section.revision,
+                output_loading_info=True,
+                **({"attn_implementation": section.attn_implementation} if section.attn_implementation else {}),
+            )
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in _OTHER_SHAPES):
+                raise
+            raise UserError(
+                f"the weights in {section.path} have other shapes than its config.json says: {_first_of(str(error))}; "
+                "restore the files that belong together"
+            ) from error
+    missing = sorted(
+        name for name in found["missing_keys"] if not any(re.search(pattern, name) for pattern in section.allow_missing)
+    )
+    if missing:
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise UserError(
+            f"{section.path} lacks the weights {', '.join(missing[:_SHOWN])}{more}, which would be trained from random "
+            "ones; restore its files, or name them in model.allow_missing if they are meant to be new"
+        )
+    return model
+
+
+def check_vocabulary(model: Any, tokenizer: Any, *, path: str) -> None:
+    """Raise UserError where the tokenizer has tokens that the model has no embedding of."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer of {path} has {len(tokenizer)} tokens, and the model an embedding of {rows}; use the "
+            "model's own tokenizer, or resize its embedding and save it"
+        )
+
+
+@contextmanager
+def told(path: str) -> Iterator[None]:
+    """Turn what transformers raises for a path that it cannot load into one message with its remedy.
+
+    Raises UserError for what is not there or no such model, and RemedyError where the hub cannot be reached.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        said = _first_of(str(error))
+        if Path(path).exists() or isinstance(error, ValueError):
+            raise UserError(
+                f"model.path {path} cannot be loaded: {said}; give a language model's folder or id"
+            ) from error
+        if isinstance(error, ConnectionError) or "connect" in str(error).lower() or "offline" in str(error).lower():
+            raise RemedyError(
+                f"model.path {path} is no folder here, and the hub cannot be reached: {said}; check the path or the "
+                "network, or fetch the model where there is one and give its folder"
+            ) from error
+        raise UserError(f"model.path {path} is neither a folder here nor a model of the hub: {said}") from error
+
+
+def _first_of(text: str) -> str:
+    """Return a library's message up to its second line of text."""
+    return " ".join(line.strip() for line in text.splitlines()[:2]).strip()
