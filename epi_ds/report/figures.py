@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,11 @@ from matplotlib.figure import Figure
 
 # Stage name -> [first step, stop step), as the run wrote it.
 Stages = Mapping[str, Sequence[int]]
+
+
+def _number(value: float | None) -> float:
+    """Return a number to draw: a gap where it was not finite, which the metrics have as null."""
+    return math.nan if value is None else value
 
 
 def _figure(stages: Stages, *, label: str) -> tuple[Figure, Axes]:
@@ -38,7 +44,7 @@ def _svg(figure: Figure) -> str:
 def loss_figure(steps: Sequence[Mapping[str, Any]], stages: Stages) -> str:
     """Training loss by step."""
     figure, axes = _figure(stages, label="training loss")
-    axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], linewidth=1)
+    axes.plot([s["step"] for s in steps], [_number(s["loss"]) for s in steps], linewidth=1)
     return _svg(figure)
 
 
@@ -49,7 +55,9 @@ def score_figure(evaluations: Sequence[Mapping[str, Any]], stages: Stages) -> st
     for name in names:
         points = [(line["step"], line["scores"][name]) for line in evaluations if name in line["scores"]]
         if all(score["higher_is_better"] for _, score in points):
-            axes.plot([step for step, _ in points], [score["value"] for _, score in points], marker="o", label=name)
+            axes.plot(
+                [step for step, _ in points], [_number(score["value"]) for _, score in points], marker="o", label=name
+            )
     axes.set_ylim(-0.02, 1.02)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return _svg(figure)

@@ -47,7 +47,7 @@ def score_table(metrics: Iterable[Mapping[str, Any]]) -> ScoreTable:
     rows = []
     for name in names:
         scores = [line["scores"].get(name) for line in evaluations]
-        values = tuple(None if score is None else float(score["value"]) for score in scores)
+        values = tuple(None if score is None or score["value"] is None else float(score["value"]) for score in scores)
         higher = all(score["higher_is_better"] for score in scores if score is not None)
         rows.append(TaskRow(name, values, higher))
     columns = tuple("before" if line["step"] == 0 else f"after {line['stage']}" for line in evaluations)

@@ -8,6 +8,7 @@ the settings that it changed), ``step``, ``drift`` (a look at the mask under ``r
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,21 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+def _finite(value: Any) -> Any:
+    """Return a value itself, or one with null for the numbers in it that are not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        found: Any = {key: _finite(part) for key, part in value.items()}
+    elif isinstance(value, (list, tuple)):
+        found = [_finite(part) for part in value]
+    else:
+        return value
+    same = found.values() if isinstance(found, dict) else found
+    parts = value.values() if isinstance(value, dict) else value
+    return value if all(one is other for one, other in zip(same, parts, strict=True)) else found
+
+
 class MetricsWriter:
     """Appends to a metrics file; lines are complete on disk when `write` returns."""
 
@@ -42,8 +58,17 @@ class MetricsWriter:
         self._file = path.open("a", buffering=1)
 
     def write(self, event: str, *, step: int, stage: str, **values: Any) -> None:
-        """Append one line."""
-        self._file.write(json.dumps({"event": event, "step": step, "stage": stage, **values}) + "\n")
+        """Append one line. Numbers that are not finite, which JSON has not, are null, and told under ``not_finite``."""
+        lost = {name: str(value) for name, value in values.items() if _finite(value) is not value}
+        line = {
+            "event": event,
+            "step": step,
+            "stage": stage,
+            **{name: _finite(value) for name, value in values.items()},
+        }
+        if lost:
+            line["not_finite"] = lost
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def holds(self, event: str, *, step: int) -> bool:
         """Whether an earlier process wrote a line of this event and step, which is kept."""

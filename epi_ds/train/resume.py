@@ -36,6 +36,8 @@ DEFAULT_ARGUMENTS: Mapping[str, Any] = {
     "disable_tqdm": True,
     # TRL's default is bf16 wherever the machine can; a recipe that says nothing gives the same weights everywhere.
     "bf16": False,
+    # By default transformers shows the average of the losses before instead of one that is not finite.
+    "logging_nan_inf_filter": False,
 }
 
 

@@ -21,7 +21,7 @@ from epi_ds.checkpoint.run import run_id_of
 from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.config import SECTION
 from epi_ds.data.rendering import Learnt, Renderer
-from epi_ds.errors import UserError
+from epi_ds.errors import RemedyError, UserError
 from epi_ds.evaluation.evaluator import Evaluator
 from epi_ds.evaluation.tasks import Task, build_tasks
 from epi_ds.hf import EPICallback
@@ -114,6 +114,11 @@ def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
     elif run.console is not None:
         run.console.print(f"stage {until} has ended already: {run.resume.path}", highlight=False)
     if until is None:
+        if isolation.epi.stats().counters.applied_steps == 0:
+            raise RemedyError(
+                f"all steps of {folder.root} were skipped, because gradients were not finite, so the model is what it was "
+                "and nothing is exported; look at the data and the precision, and lower the learning rate"
+            )
         export_model(trainer.model_wrapped, trainer.processing_class, folder.export)
         if run.metrics is not None:
             run.metrics.write(END, step=trainer.spans[-1].stop_step, stage=trainer.spans[-1].name)

@@ -220,3 +220,18 @@ def test_the_report_tells_the_history_of_settings(tmp_path: Path) -> None:
     assert "10.00%, 20.00% from step 3" in page
     assert "<dd>2 steps</dd>" in page
     assert "<td>3</td><td>method.epi.ratio</td><td>0.1</td><td>0.2</td>" in page
+
+
+def test_metrics_are_strict_json_whatever_a_loss_is(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path, resume_step=None)
+    values = {"loss": float("nan"), "grad_norm": float("inf"), "fine": 0.5, "scores": {"a": [1.0, float("-inf")]}}
+    writer.write("step", step=1, stage="a", **values)
+    writer.close()
+
+    def refuse(literal: str) -> None:
+        raise AssertionError(f"{literal} is no JSON")
+
+    line = json.loads(path.read_text(), parse_constant=refuse)
+    assert (line["loss"], line["grad_norm"], line["fine"], line["scores"]) == (None, None, 0.5, {"a": [1.0, None]})
+    assert line["not_finite"] == {"loss": "nan", "grad_norm": "inf", "scores": "{'a': [1.0, -inf]}"}
