@@ -116,8 +116,8 @@ def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
     if until is None:
         if isolation.epi.stats().counters.applied_steps == 0:
             raise RemedyError(
-                f"all steps of {folder.root} were skipped, because gradients were not finite, so the model is what it was "
-                "and nothing is exported; look at the data and the precision, and lower the learning rate"
+                f"all steps of {folder.root} were skipped, because gradients were not finite: the model has learnt "
+                "nothing and is not exported; look at the data and the precision, and lower the learning rate"
             )
         export_model(trainer.model_wrapped, trainer.processing_class, folder.export)
         if run.metrics is not None:
