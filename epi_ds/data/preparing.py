@@ -196,8 +196,8 @@ def _pack(folder: Path, tokens: Tokens) -> None:
 
 # --- in several processes ---
 
-_renderer: Renderer | None = None
-"""Of a process that only tokenises."""
+_own: list[Renderer] = []
+"""The renderer of a process that only tokenises."""
 
 
 def _encoded(rows: Iterator[PlacedRow], tokens: Tokens, num_processes: int) -> Iterator[Encoded]:
@@ -210,8 +210,6 @@ def _encoded(rows: Iterator[PlacedRow], tokens: Tokens, num_processes: int) -> I
 
 
 def _encoded_by_processes(rows: Iterator[PlacedRow], renderer: Renderer, num_processes: int) -> Iterator[Encoded]:
-    global _renderer
-    _renderer = renderer
     # As forks they have the tokenizer already; its own threads would not survive that.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # A pool reads ahead as far as it can, and would hold all rows.
@@ -222,15 +220,14 @@ def _encoded_by_processes(rows: Iterator[PlacedRow], renderer: Renderer, num_pro
             room.acquire()
             yield chunk
 
-    with multiprocessing.get_context("fork").Pool(num_processes) as pool:
+    with multiprocessing.get_context("fork").Pool(num_processes, _own.append, (renderer,)) as pool:
         for encoded in pool.imap(_encode_chunk, chunks()):
             room.release()
             yield from encoded
 
 
 def _encode_chunk(chunk: list[PlacedRow]) -> list[Encoded]:
-    assert _renderer is not None
-    return [_encode(_renderer, *row) for row in chunk]
+    return [_encode(_own[0], *row) for row in chunk]
 
 
 def _encode(renderer: Renderer, place: str, row: Conversation) -> Encoded:

@@ -83,11 +83,11 @@ def read_table(table: Table, reading: Reading) -> Iterator[tuple[str, Conversati
     Raises UserError for a file or a row that cannot be read, by name and row, and where no row is left.
     """
     for part in _parts_of(table):
-        for place, record in _records(table, part, reading):
+        for place, form, record in _records(table, part, reading):
             if table.limit is not None and reading.num_read == table.limit:
                 return
             with _at(place):
-                found = _read(table, reading, record)
+                found = form.read(record.cells) if _is_wanted(record, table.where) else LeftOut.FILTERED
             if isinstance(found, LeftOut):
                 reading.left_out_counts[found] = reading.left_out_counts.get(found, 0) + 1
                 if len(places := reading.left_out.setdefault(found, [])) < _SHOWN:
@@ -102,7 +102,8 @@ def read_table(table: Table, reading: Reading) -> Iterator[tuple[str, Conversati
 
 def describe(table: Table, reading: Reading) -> Iterator[tuple[int, str]]:
     """Yield what to log of a reading, each with its level: what was found, what was left out, what was not read."""
-    assert reading.format is not None
+    if reading.format is None:
+        return
     files = f"{len(table.files)} files: {', '.join(map(str, table.files))}; " if len(table.files) > 1 else ""
     containers = ", ".join(dict.fromkeys(reading.containers))
     yield (
@@ -127,12 +128,8 @@ def describe(table: Table, reading: Reading) -> Iterator[tuple[int, str]]:
         yield logging.INFO, f"{table.name}: not read are the columns {', '.join(reading.unread)}"
 
 
-def _read(table: Table, reading: Reading, record: Record) -> Conversation | LeftOut:
-    assert reading.format is not None
-    for column, wanted in table.where.items():
-        if not _is_one_of(record.cells.get(column), wanted):
-            return LeftOut.FILTERED
-    return reading.format.read(record.cells)
+def _is_wanted(record: Record, where: Mapping[str, Any]) -> bool:
+    return all(_is_one_of(record.cells.get(column), wanted) for column, wanted in where.items())
 
 
 def _is_one_of(cell: Any, wanted: Any) -> bool:
@@ -145,7 +142,7 @@ def _is_one_of(cell: Any, wanted: Any) -> bool:
     return text_of(cell, "where") == text_of(wanted, "where")
 
 
-def _records(table: Table, part: _Part, reading: Reading) -> Iterator[tuple[str, Record]]:
+def _records(table: Table, part: _Part, reading: Reading) -> Iterator[tuple[str, RowFormat, Record]]:
     """Yield the rows of a part with their places; the first ones decide how all are read."""
     position = 0
     for path in table.files:
@@ -153,28 +150,26 @@ def _records(table: Table, part: _Part, reading: Reading) -> Iterator[tuple[str,
             return
         with open_rows(path) as rows:
             reading.containers.append(rows.container)
-            if reading.format is None:
-                sample = list(itertools.islice(rows.records, SAMPLE_ROWS))
-                _find_format(table, reading, [record.cells for record in sample])
-                records: Iterator[Record] = itertools.chain(sample, rows.records)
-            else:
-                records = rows.records
-            for record in records:
+            sample = list(itertools.islice(rows.records, SAMPLE_ROWS)) if reading.format is None else []
+            form = reading.format or _find_format(table, reading, [record.cells for record in sample])
+            for record in itertools.chain(sample, rows.records):
                 if part.stop is not None and position >= part.stop:
                     return
                 if position >= part.start:
-                    yield rows.place(record.number), record
+                    yield rows.place(record.number), form, record
                 position += 1
 
 
-def _find_format(table: Table, reading: Reading, sample: Sequence[Mapping[str, Any]]) -> None:
+def _find_format(table: Table, reading: Reading, sample: Sequence[Mapping[str, Any]]) -> RowFormat:
     if not sample:
         raise UserError(f"{table.name} is empty: there is no row in it; check how it was written")
-    reading.format = find_format(sample, given=table.format, columns=table.columns, place=table.name)
-    reading.telling, reading.unread = unread_columns(reading.format, sample)
+    found = find_format(sample, given=table.format, columns=table.columns, place=table.name)
     names = {name for cells in sample for name in cells}
     if missing := [name for name in table.where if name not in names]:
         raise UserError(f"where: {table.name} has no column {', '.join(missing)}; there are {', '.join(sorted(names))}")
+    reading.telling, reading.unread = unread_columns(found, sample)
+    reading.format = found
+    return found
 
 
 def _parts_of(table: Table) -> list[_Part]:
