@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -37,6 +38,31 @@ _OWNED_ARGUMENTS = {
     "enable_jit_checkpoint": "train.save_steps",
     "load_best_model_at_end": "nothing: the export is of the last step",
     "optim": "optimizer in the DeepSpeed configuration (train.deepspeed)",
+}
+
+
+class _Range(NamedTuple):
+    """Numbers that an argument may have."""
+
+    least: float
+    below: float = math.inf
+    includes_least: bool = True
+
+    def holds(self, value: float) -> bool:
+        return (value >= self.least if self.includes_least else value > self.least) and value < self.below
+
+    def __str__(self) -> str:
+        least = f"at least {self.least}" if self.includes_least else f"above {self.least}"
+        return least if self.below == math.inf else f"{least} and below {self.below}"
+
+
+# Numbers that end in a division by zero, or in a traceback of a library, when ranks have started.
+_RANGES = {
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"), _Range(1)),
+    "learning_rate": _Range(0, includes_least=False),
+    "max_grad_norm": _Range(0),
+    "seed": _Range(0, below=1 << 32),
+    "data_seed": _Range(0, below=1 << 32),
 }
 
 
@@ -109,6 +135,8 @@ def argument_problems(train: Mapping[str, Any]) -> list[str]:
             problems += [f"train.{name}: {problem}" for problem in schedule_problems(value)]
         elif name != "deepspeed" and not _is_of(types[name], value):
             problems.append(f"train.{name}: must be {_named(types[name])}, got {value!r}")
+        elif name in _RANGES and isinstance(value, (int, float)) and not _RANGES[name].holds(value):
+            problems.append(f"train.{name}: must be {_RANGES[name]}, got {value!r}")
     if (train.get("dataset_kwargs") or {}).get("skip_prepare_dataset"):
         problems.append("train.dataset_kwargs: skip_prepare_dataset would train the first stage only; remove it")
     try:

@@ -131,8 +131,11 @@ def _trackers_of(recipe: Recipe) -> list[str]:
 
 def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, Any]) -> StageTrainer:
     recipe, folder = run.recipe, run.folder
-    if recipe.train.get("bf16") and accelerator_name() == "cpu":
-        raise UserError("train.bf16: transformers trains in bf16 on GPUs only, and there is none; remove it")
+    for precision in ("bf16", "fp16"):
+        if recipe.train.get(precision) and accelerator_name() == "cpu":
+            raise UserError(
+                f"train.{precision}: transformers trains in {precision} on GPUs only, and there is none; remove it"
+            )
     # Defaults of the section are left out: accelerate takes any "auto" inside a DeepSpeed configuration for one of its
     # own.
     section = recipe.method.epi.model_dump(mode="json", exclude_defaults=True)
