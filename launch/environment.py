@@ -31,6 +31,14 @@ def prepare_environment() -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
+def cache_folder() -> Path:
+    """Return where what can be made anew is kept: ``EPI_DS_CACHE``, or the user's own cache."""
+    chosen = os.environ.get("EPI_DS_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "epi_ds"
+
+
 def accelerator_name() -> str:
     """Return the accelerator DeepSpeed uses. Imports DeepSpeed."""
     from deepspeed.accelerator import get_accelerator

@@ -84,12 +84,6 @@ class Writer:
         self._rows = []
 
 
-def cache_folder() -> Path:
-    """Return where stores are kept: ``EPI_DS_CACHE``, else the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "epi_ds"
-    return Path(os.environ.get("EPI_DS_CACHE") or default) / "data"
-
-
 def key_of(values: Mapping[str, Any]) -> str:
     """Return the name of the store that these values decide the content of."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
@@ -13,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from epi_ds import ds_configs
 from epi_ds.config import SECTION
 from epi_ds.errors import UserError, nearest
+from epi_ds.recipe.trainer_arguments import PLAIN, trainer_arguments
 
 _DEFAULT_DEEPSPEED = "zero3"
 # Key of ``train.deepspeed`` that names what its other keys change.
@@ -120,11 +120,7 @@ def _preset_of(train: Mapping[str, Any]) -> _Preset | None:
 
 def argument_problems(train: Mapping[str, Any]) -> list[str]:
     """Return one sentence per argument that is unknown, of the wrong type, or not the user's to set."""
-    # Imported here: TRL takes seconds, and a recipe may be wrong without it.
-    from trl import SFTConfig
-
-    valid = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
-    types = typing.get_type_hints(SFTConfig)
+    valid = trainer_arguments().types
     problems = []
     for name, value in train.items():
         if name in _OWNED_ARGUMENTS:
@@ -133,8 +129,8 @@ def argument_problems(train: Mapping[str, Any]) -> list[str]:
             problems.append(f"train.{name}: not an argument of SFTConfig{nearest(name, valid)}")
         elif name == "lr_scheduler_type":
             problems += [f"train.{name}: {problem}" for problem in schedule_problems(value)]
-        elif name != "deepspeed" and not _is_of(types[name], value):
-            problems.append(f"train.{name}: must be {_named(types[name])}, got {value!r}")
+        elif name != "deepspeed" and not _is_of(valid[name], value):
+            problems.append(f"train.{name}: must be {_named(valid[name])}, got {value!r}")
         elif name in _RANGES and isinstance(value, (int, float)) and not _RANGES[name].holds(value):
             problems.append(f"train.{name}: must be {_RANGES[name]}, got {value!r}")
     if (train.get("dataset_kwargs") or {}).get("skip_prepare_dataset"):
@@ -148,28 +144,20 @@ def argument_problems(train: Mapping[str, Any]) -> list[str]:
 
 def schedule_problems(name: object) -> list[str]:
     """Return what is wrong with the name of a learning-rate schedule; empty if nothing is."""
-    from transformers import SchedulerType
-
-    valid = [kind.value for kind in SchedulerType]
+    valid = trainer_arguments().schedules
     if name in valid:
         return []
     return [f"{name!r} is no schedule{nearest(str(name), valid)}; there are {', '.join(valid)}"]
 
 
-def _is_of(annotation: Any, value: object) -> bool:
-    """Whether a value fits where an annotation names plain types; others are left to TrainingArguments."""
-    if not set(_members(annotation)) <= {bool, int, float, str, type(None)}:
-        return True
-    try:
-        TypeAdapter(annotation).validate_python(value, strict=True)
-    except ValidationError:
-        return False
-    return True
+def _is_of(types: tuple[str, ...], value: object) -> bool:
+    """Whether a value fits where an argument takes plain types only; others are left to TrainingArguments."""
+    for name in types:
+        with suppress(ValidationError):
+            TypeAdapter(PLAIN[name]).validate_python(value, strict=True)
+            return True
+    return not types
 
 
-def _members(annotation: Any) -> tuple[Any, ...]:
-    return typing.get_args(annotation) or (annotation,)
-
-
-def _named(annotation: Any) -> str:
-    return " or ".join("null" if kind is type(None) else kind.__name__ for kind in _members(annotation))
+def _named(types: tuple[str, ...]) -> str:
+    return " or ".join("null" if name == "NoneType" else name for name in types)

@@ -20,8 +20,9 @@ from epi_ds.data.apart import prepare_all
 from epi_ds.data.once import once_per_node
 from epi_ds.data.preparing import Tokens
 from epi_ds.data.rendering import Learnt, has_marks
-from epi_ds.data.store import Summary, cache_folder, open_store, read_summary
+from epi_ds.data.store import Summary, open_store, read_summary
 from epi_ds.errors import UserError
+from epi_ds.launch.environment import cache_folder
 from epi_ds.recipe.models import DataSource, ModelSection, Recipe, Stage
 from epi_ds.train.model import told
 from epi_ds.train.stages import SourceShare, StageRows
@@ -114,7 +115,8 @@ def prepare_here(sources: Sequence[DataSource], arguments: RowArguments, tokeniz
     """
     num_processes = arguments.dataset_num_proc or min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
     found = [source.resolve(seed=arguments.seed) for source in sources]
-    folders = prepare_all(found, tokens_of(arguments, tokenizer), cache=cache_folder(), num_processes=num_processes)
+    cache = cache_folder() / "data"
+    folders = prepare_all(found, tokens_of(arguments, tokenizer), cache=cache, num_processes=num_processes)
     return [Path(folder) for folder in folders]
 
 
@@ -128,7 +130,7 @@ def prepare_rows(sources: Sequence[DataSource], arguments: RowArguments, tokeniz
     # Right away, while no rank is behind: it tells the files of this start from those of others.
     dist.broadcast_object_list(attempt)
     folders = once_per_node(
-        cache_folder() / "starts" / attempt[0],
+        cache_folder() / "data" / "starts" / attempt[0],
         lambda: [str(folder) for folder in prepare_here(sources, arguments, tokenizer)],
         is_worker=int(os.environ.get("LOCAL_RANK", 0)) == 0,
     )

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from epi_ds.launch.environment import cache_folder
+
 _FOLDER = Path(__file__).parent
 _OPERATIONS = ("code_histogram", "decode", "encode", "hold", "masked_sumsq", "observe", "select", "sketch_counts")
 # One rounding per operation, whatever the instruction set: nothing may be contracted to a fused multiply-add.
@@ -38,14 +40,6 @@ _VARIANTS = {
 def variants() -> tuple[str, ...]:
     """Return the instruction sets that every operation is compiled for on this architecture."""
     return tuple(_VARIANTS) if platform.machine() in ("x86_64", "AMD64") else ("portable",)
-
-
-def cache_folder() -> Path:
-    """Return where compiled libraries are kept: ``EPI_DS_CACHE``, or the user's own cache."""
-    chosen = os.environ.get("EPI_DS_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "epi_ds"
 
 
 @functools.cache

@@ -1,0 +1,75 @@
+"""The arguments that the installed TRL takes, known without importing it a second time.
+
+Importing TRL takes seconds, and every command that reads a recipe wants to know its arguments before a rank starts.
+They change with its release only, so they are kept in the cache by release.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import typing
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from epi_ds.launch.environment import cache_folder
+
+# Types of arguments that are checked; others are left to TrainingArguments.
+PLAIN = {"bool": bool, "int": int, "float": float, "str": str, "NoneType": type(None)}
+_PACKAGES = ("trl", "transformers")
+
+
+class TrainerArguments(NamedTuple):
+    """What ``SFTConfig`` and ``TrainingArguments`` of the installed releases take."""
+
+    types: dict[str, tuple[str, ...]]
+    """By argument the names of its types in `PLAIN`; empty where it takes others too."""
+    schedules: tuple[str, ...]
+    """Names of learning-rate schedules."""
+
+
+@cache
+def trainer_arguments() -> TrainerArguments:
+    """Return the arguments of the installed TRL. Raises ModuleNotFoundError, by its name, where there is none."""
+    for name in _PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    releases = "-".join(f"{name}-{importlib.metadata.version(name)}" for name in _PACKAGES)
+    kept = cache_folder() / f"arguments-{releases}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        values = json.loads(kept.read_text())
+        return TrainerArguments(
+            {name: tuple(kinds) for name, kinds in values["types"].items()}, tuple(values["schedules"])
+        )
+    found = _read_from_trl()
+    # Without a place to keep it, the next command takes seconds longer.
+    with suppress(OSError):
+        _keep(kept, found)
+    return found
+
+
+def _read_from_trl() -> TrainerArguments:
+    from transformers import SchedulerType
+    from trl import SFTConfig
+
+    hints = typing.get_type_hints(SFTConfig)
+    types = {field.name: _plain_types(hints[field.name]) for field in dataclasses.fields(SFTConfig) if field.init}
+    return TrainerArguments(types, tuple(kind.value for kind in SchedulerType))
+
+
+def _plain_types(annotation: Any) -> tuple[str, ...]:
+    members = typing.get_args(annotation) or (annotation,)
+    names = tuple(getattr(member, "__name__", "") for member in members)
+    return names if all(PLAIN.get(name) is member for name, member in zip(names, members, strict=True)) else ()
+
+
+def _keep(path: Path, found: TrainerArguments) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begun = path.with_name(f"{path.name}.{os.getpid()}")
+    begun.write_text(json.dumps(found._asdict()))
+    begun.replace(path)
