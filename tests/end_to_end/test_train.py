@@ -134,7 +134,8 @@ def test_ranks_train_on_different_rows_in_the_documented_order(
     global_batch = RANKS * MICRO_BATCH * ACCUMULATION
     order = row_order(counts, plan_stages(counts, global_batch=global_batch), global_batch=global_batch, seed=3)
     flat = list(itertools.chain.from_iterable(conversations))
-    expected = [tokenizer.apply_chat_template(list(flat[row]), return_dict=True)["input_ids"] for row in order]
+    turns = [[dict(message) for message in flat[row].messages] for row in order]
+    expected = [tokenizer.apply_chat_template(one, return_dict=True)["input_ids"] for one in turns]
     seen = [
         row
         for micro_batches in zip(*recorded, strict=True)
