@@ -24,7 +24,7 @@ from epi_ds.isolation.search.threshold import budget_of
 from epi_ds.isolation.search.traffic import compare, pick, refresh_messages
 from epi_ds.zero3.context import IsolationContext
 from epi_ds.zero3.geometry import layout_of
-from epi_ds.zero3.guard import check_engine
+from epi_ds.zero3.guard import check_engine, has_resumed
 from epi_ds.zero3.handle import EPI
 from epi_ds.zero3.mixin import IsolationMixin
 from epi_ds.zero3.persistence.engine import IsolationEngineMixin
@@ -127,6 +127,12 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
     engine.epi = EPI(engine, controller)
     if dist.get_rank() == 0:
         _warn_if_mostly_frozen(engine)
+        if has_resumed(engine):
+            logger.warning(
+                "isolation begins at step %d of a checkpoint that was loaded before it: importance starts from zero "
+                "(missing_state: fresh)",
+                engine.global_steps,
+            )
         logger.info(
             "isolation attached: policy %s, %d parameters with %d entries in %d layers, %s ranks",
             config.policy.value,

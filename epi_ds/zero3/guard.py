@@ -13,7 +13,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from epi_ds.choices import Apply, StateFormat
+from epi_ds.choices import Apply, MissingState, StateFormat
 from epi_ds.combinations import (
     adam_state_nvme_problem,
     adam_state_optimizer_problem,
@@ -43,7 +43,10 @@ def check_engine(engine: Any, config: EPIConfig) -> None:
             "install a release in that range"
         )
     check_is_engine(engine)
-    reasons = list(_engine_reasons(engine)) or list(_optimizer_reasons(engine.optimizer, config))
+    reasons = list(_engine_reasons(engine)) or [
+        *_optimizer_reasons(engine.optimizer, config),
+        *_history_reasons(engine, config),
+    ]
     if reasons:
         raise UserError("isolation cannot be attached to this engine:\n" + "\n".join(f"  - {r}" for r in reasons))
 
@@ -59,6 +62,12 @@ def check_is_engine(engine: Any) -> None:
 def has_optimizer(engine: Any) -> bool:
     """Whether a ZeRO-3 engine can train; without an optimizer its weights are only gathered."""
     return type(engine.optimizer).__name__ != "DeepSpeedZeRoOffload"
+
+
+def has_resumed(engine: Any) -> bool:
+    """Whether an engine has loaded a checkpoint that it goes on from, and not only weights to begin with."""
+    # Set by every load but one of the module alone, of which DeepSpeed takes no counters.
+    return engine.loaded_checkpoint_mp_world_size is not None
 
 
 def _engine_reasons(engine: Any) -> Iterator[str]:
@@ -129,6 +138,16 @@ def _optimizer_reasons(optimizer: Any, config: EPIConfig) -> Iterator[str]:
             yield adam_state_ratio_problem(optimizer.partial_offload)
         if optimizer.swap_optimizer:
             yield adam_state_nvme_problem()
+
+
+def _history_reasons(engine: Any, config: EPIConfig) -> Iterator[str]:
+    if has_resumed(engine) and config.missing_state is MissingState.ERROR:
+        yield (
+            f"the engine has loaded a checkpoint already (it is at step {engine.global_steps}), whose importance and "
+            "masks only an engine with isolation loads: nothing would be held, and the next save would lose them; "
+            "attach before load_checkpoint, as epi_ds.initialize does, or set missing_state: fresh to begin without "
+            "them"
+        )
 
 
 def _reduction_reasons(base: Any) -> Iterator[str]:

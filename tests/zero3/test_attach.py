@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 import epi_ds
 from epi_ds.errors import UserError
-from tests.support.engines import assert_same, ds_config, engine_of, full_masks, full_weights, train_step
+from tests.support.engines import (
+    assert_same,
+    collected_logs,
+    ds_config,
+    engine_of,
+    full_masks,
+    full_weights,
+    train_step,
+)
 from tests.support.models import OddNet, TwoHeads, odd_batch
 from tests.support.ranks import end_ranks, run_ranks
 from tests.support.tiers import values_first
@@ -401,6 +409,35 @@ def check_late_attach() -> None:
 
 def test_attach_to_an_engine_that_has_trained() -> None:
     run_ranks(check_late_attach, 2)
+
+
+def attach_after_a_load(folder: str) -> tuple[str, list[str], int]:
+    """Return how attaching after a load is refused; where it is asked for, what is said, and what is isolated then."""
+    section = {"ratio": 0.25, "refresh_interval": 3, "state": "fp32"}
+    with engine_of(OddNet, ds_config(epi=section)) as engine:
+        for step in range(4):
+            train_step(engine, step, odd_batch)
+        assert engine.save_checkpoint(folder)
+        masks = full_masks(engine)
+    with engine_of(OddNet, ds_config()) as engine, collected_logs() as messages:
+        classes = type(engine), type(engine.optimizer)
+        engine.load_checkpoint(folder)
+        with pytest.raises(UserError) as refused:
+            epi_ds.attach(engine, section)
+        assert (type(engine), type(engine.optimizer)) == classes
+        isolated = epi_ds.attach(engine, {**section, "missing_state": "fresh"}).stats().isolated
+        # Isolated now, an engine takes the masks from the tag as always.
+        engine.load_checkpoint(folder)
+        assert_same(full_masks(engine), masks)
+        return str(refused.value), list(messages), isolated
+
+
+def test_attach_after_a_load_is_refused_unless_isolation_is_to_begin_there(tmp_path: Path) -> None:
+    refused, messages, isolated = run_ranks(attach_after_a_load, 2, str(tmp_path))[0]
+    assert "has loaded a checkpoint already (it is at step 4)" in refused
+    assert "attach before load_checkpoint" in refused
+    assert isolated == 0
+    assert any("isolation begins at step 4 of a checkpoint that was loaded before it" in text for text in messages)
 
 
 # --- the handle ---
