@@ -147,7 +147,7 @@ class EPICallback(TrainerCallback):
             return
         if args.save_strategy != "no":
             # Another job that still saves here is to notice now, and not when this one has saved.
-            self._engine.run.occupy(self._folder)
+            self._engine.epi.run.occupy(self._folder)
         self._preemption = Preemption(self._engine)
         if self._preemption.is_due():
             self._preemption.leave()
@@ -180,7 +180,7 @@ class EPICallback(TrainerCallback):
         folder = self._folder / f"checkpoint-{state.global_step}"
         # Every rank has written its random states.
         dist.barrier()
-        run = self._engine.run
+        run = self._engine.epi.run
         if run.failed is not None and run.failed.parent == folder:
             # The engine has said why; a folder without weights would only be in the way.
             on_first_rank(lambda: remove(folder))
@@ -246,8 +246,8 @@ class EPICallback(TrainerCallback):
         if self._model is None or self._model() is not engine.module or not has_optimizer(engine):
             return False
         attach(engine, self._config)
-        engine.run.trainer_folder, engine.run.verified = self._output, self.verified
-        engine.run.keep_last = self._keep_last
+        engine.epi.run.trainer_folder, engine.epi.run.verified = self._output, self.verified
+        engine.epi.run.keep_last = self._keep_last
         self._engine = engine
         return True
 

@@ -26,6 +26,9 @@ from epi_ds.errors import UserError
 
 SUPPORTED_DEEPSPEED = SpecifierSet(">=0.19.8,<0.20", prereleases=True)
 
+# The one name that isolation takes on an engine. See [Note: names] in handle.py.
+ENGINE_ATTRIBUTE = "epi"
+
 # Optimizers whose moments `apply: reduction` knows how to set at isolation and at release.
 ADAM_FAMILY = (FusedAdam, DeepSpeedCPUAdam, torch.optim.Adam, torch.optim.AdamW)
 
@@ -86,6 +89,11 @@ def _engine_reasons(engine: Any) -> Iterator[str]:
             f"the ZeRO-3 optimizer is {type(engine.optimizer).__name__}, and the mask acts in "
             f"{DeepSpeedZeroOptimizer_Stage3.__name__} only; turn off what replaces it (super_offload in "
             "offload_optimizer is the usual one)"
+        )
+    if hasattr(engine.module, ENGINE_ATTRIBUTE):
+        yield (
+            f"the module has an attribute {ENGINE_ATTRIBUTE!r}, which the engine passes on, and engine."
+            f"{ENGINE_ATTRIBUTE} is isolation's handle; rename the module's"
         )
     if engine.is_deepcompile_enabled():
         yield "DeepCompile replaces the gradient hooks that isolation observes; set compile.deepcompile: false"

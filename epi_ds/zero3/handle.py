@@ -1,4 +1,10 @@
-"""``engine.epi``: how users and tests look at isolation and steer it."""
+"""``engine.epi``: how users and tests look at isolation and steer it.
+
+[Note: names] A DeepSpeed engine passes names that it does not have on to its module, so that every attribute which
+isolation adds to an engine hides one of the user's model. It adds one, ``epi``, and refuses a module that has an
+attribute of that name. What the classes of engine and optimizer need besides begins with ``_epi_``; everything else is
+a method of DeepSpeed's. tests/zero3/test_contract.py holds it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from epi_ds.checkpoint.commit import Run
 from epi_ds.choices import ADAPTIVE, PolicyName, StateFormat
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError, nearest
@@ -73,9 +80,11 @@ class MemoryReport(NamedTuple):
 class EPI:
     """The isolation of one engine. Methods marked collective must be called by every rank."""
 
-    def __init__(self, engine: Any, controller: IsolationController) -> None:
+    def __init__(self, engine: Any, controller: IsolationController, *, run: Run) -> None:
         self._engine = engine
         self._controller = controller
+        self.run = run
+        """The checkpoints of the run, for the parts of the library that save and load them."""
 
     @property
     def config(self) -> EPIConfig:
@@ -181,7 +190,7 @@ class EPI:
                 "the second moments are the importance under state: adam, and a reset would forget it; carry the "
                 "optimizer's state over, or set another state"
             )
-        self._engine.optimizer.reset_optimizer_state()
+        self._engine.optimizer._epi_reset_optimizer_state()
 
     def probe(self, losses: Iterable[Tensor]) -> RefreshReport:
         """Isolate by the mean squared gradient of ``losses``, taken without stepping. Collective.
@@ -207,7 +216,7 @@ class EPI:
                 # Every probe is a window of its own; with offload, gradients leave the accelerator at a boundary only.
                 engine.set_gradient_accumulation_boundary(True)
                 engine.backward(loss, scale_wrt_gas=False)
-                observed += engine.optimizer.observe_probe(ema_decay=observed / (observed + 1))
+                observed += engine.optimizer._epi_observe_probe(ema_decay=observed / (observed + 1))
         finally:
             engine.set_gradient_accumulation_boundary(None)
             if not observed and not controller.observes:

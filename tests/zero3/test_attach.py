@@ -440,6 +440,43 @@ def test_attach_after_a_load_is_refused_unless_isolation_is_to_begin_there(tmp_p
     assert any("isolation begins at step 4 of a checkpoint that was loaded before it" in text for text in messages)
 
 
+class NamedNet(OddNet):
+    """Has methods under names that parts of a training library like to take."""
+
+    def run(self, number: int) -> int:
+        return number + 1
+
+    def isolation(self) -> str:
+        return "the model's"
+
+    def _write(self) -> str:
+        return "the model's"
+
+
+class TakenNet(OddNet):
+    epi = "the model's"
+
+
+def names_of_the_model() -> str:
+    with engine_of(NamedNet, ds_config()) as engine:
+        before = {id(engine): set(vars(engine)), id(engine.optimizer): set(vars(engine.optimizer))}
+        epi_ds.attach(engine, {"ratio": 0.2})
+        assert set(vars(engine)) - before[id(engine)] == {"epi"}
+        assert {
+            name for name in set(vars(engine.optimizer)) - before[id(engine.optimizer)] if not name.startswith("_epi_")
+        } == set()
+        assert (engine.run(3), engine.isolation(), engine._write()) == (4, "the model's", "the model's")
+    with engine_of(TakenNet, ds_config()) as engine:
+        with pytest.raises(UserError, match="rename the module's") as refused:
+            epi_ds.attach(engine, {"ratio": 0.2})
+        assert engine.epi == "the model's"
+        return str(refused.value)
+
+
+def test_isolation_takes_one_name_of_an_engine_and_none_of_the_model_s() -> None:
+    assert "the module has an attribute 'epi'" in run_ranks(names_of_the_model, 1)[0]
+
+
 # --- the handle ---
 
 

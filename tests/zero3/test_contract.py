@@ -125,6 +125,12 @@ def test_nothing_is_overridden_that_this_test_does_not_pin() -> None:
         assert {name for name in methods if hasattr(base, name)} == set(pinned)
 
 
+def test_no_name_of_ours_hides_one_of_the_user_s_model() -> None:
+    for mixin, base in ((IsolationMixin, DeepSpeedZeroOptimizer_Stage3), (IsolationEngineMixin, DeepSpeedEngine)):
+        own = {name for part in mixin.__mro__[:-1] for name in vars(part) if not name.startswith("__")}
+        assert {name for name in own if not hasattr(base, name) and not name.startswith("_epi_")} == set()
+
+
 def test_a_step_runs_in_the_order_that_isolation_relies_on() -> None:
     source = ast.unparse(_definition(DeepSpeedZeroOptimizer_Stage3, "step"))
     order = [

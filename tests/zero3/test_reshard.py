@@ -78,7 +78,7 @@ def snapshot(engine: Any) -> dict[str, Any]:
     numbers = {
         "counters": engine.epi.stats().counters,
         "thresholds": engine.epi.thresholds(),
-        "clipping": [average.to_dict() for average in engine.optimizer.isolation.clipping],
+        "clipping": [average.to_dict() for average in engine.optimizer._epi_context.clipping],
         "groups": [
             {key: value for key, value in group.items() if key != "params"}
             for group in engine.optimizer.optimizer.param_groups

@@ -60,7 +60,7 @@ def _final(engine: Any) -> dict[str, Any]:
         "numbers": (
             engine.epi.stats().counters,
             engine.epi.thresholds(),
-            [average.to_dict() for average in engine.optimizer.isolation.clipping],
+            [average.to_dict() for average in engine.optimizer._epi_context.clipping],
         ),
     }
 

@@ -52,7 +52,7 @@ def manifest_of(engine: Any, files: Mapping[str, FileRecord], record: RunRecord)
     """Return what the manifest of a tag of the engine says. The same on every rank, but for ``files``."""
     zero3 = engine.optimizer
     extra = EngineState(
-        clipping=tuple(average.to_dict() for average in zero3.isolation.clipping),
+        clipping=tuple(average.to_dict() for average in zero3._epi_context.clipping),
         swapped=swapped_weights(zero3),
     )
     return Manifest(

@@ -7,4 +7,4 @@ from epi_ds.zero3.persistence.saving import SavingMixin
 
 
 class IsolationEngineMixin(SavingMixin, LoadingMixin):
-    """Mixed over the class of a DeepSpeed engine; ``epi`` and ``run`` are set when the class is assigned."""
+    """Mixed over the class of a DeepSpeed engine; ``epi`` is set when the class is assigned."""
