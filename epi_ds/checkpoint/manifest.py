@@ -129,6 +129,8 @@ class Manifest(BaseModel):
     """The id of the run that saved; what it is good for says [Note: trust] in run.py."""
     incarnation: int = 0
     """Which of the run's processes saved, counted as in `RunRecord`."""
+    engine: int = 0
+    """Which of the engines that save in the folder this was. See [Note: engines] in seats.py."""
     saved_at: str = ""
     """When it was saved: UTC, to the second."""
     versions: dict[str, str] = {}

@@ -51,6 +51,7 @@ ENGINE_OVERRIDES = {
         "load_module_only",
         "custom_load_fn",
     ],
+    "destroy": ["self"],
     "zero_nvme_offload_optimizer": ["self"],
     "_copy_recovery_script": ["self", "save_path"],
     "_get_all_ckpt_names": ["self", "checkpoints_path", "tag"],

@@ -48,8 +48,11 @@ def bytes_to_save(engine: Any) -> int:
     return int(total)
 
 
-def manifest_of(engine: Any, files: Mapping[str, FileRecord], record: RunRecord) -> Manifest:
-    """Return what the manifest of a tag of the engine says. The same on every rank, but for ``files``."""
+def manifest_of(engine: Any, files: Mapping[str, FileRecord], record: RunRecord, *, number: int) -> Manifest:
+    """Return what the manifest of a tag of the engine says. The same on every rank, but for ``files``.
+
+    number  of the engine in the folder: see [Note: engines] in seats.py
+    """
     zero3 = engine.optimizer
     extra = EngineState(
         clipping=tuple(average.to_dict() for average in zero3._epi_context.clipping),
@@ -60,6 +63,7 @@ def manifest_of(engine: Any, files: Mapping[str, FileRecord], record: RunRecord)
         kind=Kind.TAG,
         run_id=record.run_id,
         incarnation=record.incarnation,
+        engine=number,
         saved_at=now(),
         versions={"epi_ds": epi_ds.__version__, "deepspeed": deepspeed.__version__, "torch": torch.__version__},
         step=engine.global_steps,

@@ -113,7 +113,7 @@ class LoadingMixin(DeepSpeedEngine):
     def _epi_find(self, load_dir: Path, tag: str | None, *, accepts_plain: bool) -> _Found | None:
         """Return what to load; None where nothing was ever saved. Collective."""
         if self.epi.run.trainer_folder is None or not on_first_rank(lambda: _is_trainers(load_dir)):
-            choice = choose(load_dir, tag, accepts_plain=accepts_plain)
+            choice = choose(load_dir, tag, accepts_plain=accepts_plain, engine=self.epi.run.number_in(load_dir))
             return None if choice is None else _Found(choice.checkpoint, choice.checkpoint.path)
         whole = on_first_rank(lambda: open_checkpoint(load_dir))
         if whole.is_plain and accepts_plain:
@@ -150,7 +150,7 @@ class LoadingMixin(DeepSpeedEngine):
         for average, saved in zip(averages if clipping else (), clipping, strict=True):
             average.restore(saved)
         replay_steps(self.optimizer.optimizer)
-        self.epi.run.continues_from(tag.path, step=self.global_steps)
+        self.epi.run.continues_from(tag.path, step=self.global_steps, engine=tag.manifest.engine)
 
     def _epi_has_layout_of(self, manifest: Manifest) -> bool:
         return manifest.world_size == batch_of(self).world_size and manifest.sub_groups == sub_groups_of(self.optimizer)

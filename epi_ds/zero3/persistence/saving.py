@@ -59,6 +59,8 @@ class SavingMixin(DeepSpeedEngine):
         path = folder / tag
 
         def write(record: RunRecord) -> SaveTimes:
+            self.epi.run.check_name(path)
+            number = self.epi.run.number_in(folder) or 0
             check_space(folder, bytes_to_save(self))
             writer = TagWriter(folder, tag)
             try:
@@ -68,7 +70,7 @@ class SavingMixin(DeepSpeedEngine):
                 raise
             # Another job may have begun meanwhile, and write under the same name.
             self.epi.run.occupy(self.epi.run.home_of(path))
-            return writer.commit(lambda files: manifest_of(self, files, record), save_latest=save_latest)
+            return writer.commit(lambda files: manifest_of(self, files, record, number=number), save_latest=save_latest)
 
         times = self.epi.run.save(path, write)
         if times is None:
