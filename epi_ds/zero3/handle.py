@@ -154,8 +154,10 @@ class EPI:
     def refresh_now(self) -> RefreshReport:
         """Select a new mask from the importance as it is, between two steps. Collective.
 
-        Raises UserError under ``policy: none``, and RuntimeError where nothing is measured.
+        Raises UserError under ``policy: none`` or in an accumulation window, and RuntimeError where nothing is
+        measured.
         """
+        self._check_window("refresh_now()")
         if self.config.policy is PolicyName.NONE:
             raise UserError("policy: none isolates nothing, but a refresh selects a mask; set policy: evolving")
         return self._controller.refresh()
@@ -165,7 +167,9 @@ class EPI:
 
         Between two steps; does nothing and returns None under ``memory: none``. ``memory: per_task`` wants the stage's
         ``name``, and raises UserError without; a stage of a name that ended before is the same task, trained further.
+        UserError also in the middle of an accumulation window.
         """
+        self._check_window("finish_stage()")
         return self._controller.finish_stage(name)
 
     def check_planned_steps(self, planned_steps: int) -> None:
@@ -201,14 +205,15 @@ class EPI:
         The losses decide how many batches are probed: ``probe_steps`` says it to `epi-ds train` only, and elsewhere
         that the mask comes from a call of this method before the first step. Importance measured so far is replaced.
 
-        Raises UserError under ``policy: none``, and RuntimeError when no loss gave finite gradients. Afterwards the
-        importance is freed unless the policy measures it during training.
+        Raises UserError under ``policy: none`` or in an accumulation window, and RuntimeError when no loss gave finite
+        gradients. Afterwards the importance is freed unless the policy measures it during training.
         """
         engine, controller = self._engine, self._controller
         if self.config.policy is PolicyName.NONE:
             raise UserError("policy: none isolates nothing, but a probe selects a mask; set policy: static")
         if self.config.state is StateFormat.ADAM:
             raise UserError("state: adam has no importance of its own for a probe to measure; set another state")
+        self._check_window("probe()")
         controller.start_measuring()
         observed = 0
         try:
@@ -230,6 +235,11 @@ class EPI:
         if not controller.observes:
             controller.stop_measuring()
         return refresh
+
+    def _check_window(self, call: str) -> None:
+        self._engine.optimizer._epi_context.window.check_closed(
+            call, because="all of its gradients are to be under one mask", remedy="call it"
+        )
 
     def _segment(self, name: str) -> Segment:
         segments = self._controller.layout.by_name

@@ -74,8 +74,13 @@ class LoadingMixin(DeepSpeedEngine):
 
         Everything is verified before anything is read, and every rank raises the same. The isolation state is left
         alone with ``load_module_only`` or without ``load_optimizer_states``: such a load begins a new run from the
-        weights. NVMe offload refuses it.
+        weights. NVMe offload refuses it. UserError in the middle of an accumulation window.
         """
+        self.optimizer._epi_context.window.check_closed(
+            f"load_checkpoint({str(load_dir)!r})",
+            because="its gradients are of the weights before the load, and would be applied to those after it",
+            remedy="load",
+        )
         resumes = load_optimizer_states and not load_module_only
         if self.zero_nvme_offload_optimizer() and not resumes:
             raise RemedyError(

@@ -82,11 +82,9 @@ class SavingMixin(DeepSpeedEngine):
         return True
 
     def _epi_check_window(self, tag: str) -> None:
-        if self.optimizer._epi_context.window.is_open:
-            raise UserError(
-                f"{tag}: the accumulation window is open, and its gradients are in no checkpoint, so a resume would "
-                "train other weights; save after engine.step() at an accumulation boundary"
-            )
+        self.optimizer._epi_context.window.check_closed(
+            tag, because="its gradients are in no checkpoint, so a resume would train other weights", remedy="save"
+        )
 
     def _epi_warn_of_what_is_lost(self, tag: str) -> None:
         if dist.get_rank() != 0:
