@@ -159,12 +159,12 @@ def _history_reasons(engine: Any, config: EPIConfig) -> Iterator[str]:
 
 
 def _reduction_reasons(base: Any) -> Iterator[str]:
-    if type(base) not in ADAM_FAMILY:
+    if not is_adam(base):
         yield reduction_optimizer_problem(type(base).__name__)
         return
     if any(group.get("amsgrad") for group in base.param_groups):
         yield "apply: reduction does not know the running maximum of amsgrad; set amsgrad: false or use apply: update"
-    if any(group["weight_decay"] and _adds_decay_to_gradient(base, group) for group in base.param_groups):
+    if any(group["weight_decay"] and adds_decay_to_gradient(base, group) for group in base.param_groups):
         yield (
             f"{type(base).__name__} adds weight decay to the gradient, so its moments hold decay that importance does "
             "not know, and a released entry would jump; use AdamW, weight_decay 0 or apply: update"
@@ -172,17 +172,23 @@ def _reduction_reasons(base: Any) -> Iterator[str]:
 
 
 def _adam_reasons(base: Any) -> Iterator[str]:
-    if type(base) not in ADAM_FAMILY:
+    if not is_adam(base):
         yield adam_state_optimizer_problem(type(base).__name__)
         return
-    if any(group["weight_decay"] and _adds_decay_to_gradient(base, group) for group in base.param_groups):
+    if any(group["weight_decay"] and adds_decay_to_gradient(base, group) for group in base.param_groups):
         yield (
             f"{type(base).__name__} adds weight decay to the gradient, so its second moments measure decay too; use "
             "AdamW, weight_decay 0, or state: u8"
         )
 
 
-def _adds_decay_to_gradient(base: Any, group: dict[str, Any]) -> bool:
+def is_adam(base: Any) -> bool:
+    """Whether an optimizer is an Adam whose moments are known."""
+    return type(base) in ADAM_FAMILY
+
+
+def adds_decay_to_gradient(base: Any, group: dict[str, Any]) -> bool:
+    """Whether an Adam decays the weights of a parameter group through their gradient."""
     if isinstance(base, (FusedAdam, DeepSpeedCPUAdam)):
         return not base.adam_w_mode
     # A setting of the group, and of torch's Adam only in the older releases, where AdamW is a class apart.

@@ -16,6 +16,7 @@ from epi_ds.checkpoint.run import RunRecord
 from epi_ds.checkpoint.saving import now
 from epi_ds.checkpoint.store import isolation_of
 from epi_ds.zero3.persistence.nvme import swapped_weights
+from epi_ds.zero3.persistence.optimizers import optimizer_of
 
 
 def batch_of(engine: Any) -> Batch:
@@ -70,6 +71,7 @@ def manifest_of(engine: Any, files: Mapping[str, FileRecord], record: RunRecord,
         batch=batch_of(engine),
         model_dtype=str(zero3.dtype).removeprefix("torch."),
         sub_groups=sub_groups_of(zero3),
+        optimizer=optimizer_of(zero3),
         isolation=isolation_of(engine.epi.controller, extra=extra),
         files=dict(files),
     )

@@ -21,6 +21,7 @@ from epi_ds.checkpoint.catalog import Checkpoint, open_checkpoint
 from epi_ds.checkpoint.deepspeed_files import SavedPartitions, model_states_file, without_frozen_slices
 from epi_ds.checkpoint.loading import AllRanks, choose
 from epi_ds.checkpoint.manifest import Manifest
+from epi_ds.checkpoint.optimizers import overwritten
 from epi_ds.checkpoint.store import check_fits, load_state
 from epi_ds.checkpoint.tag import Consent, Tag, newest_in, open_tag
 from epi_ds.checkpoint.verdict import agree, on_first_rank
@@ -30,6 +31,7 @@ from epi_ds.zero3.handle import EPI
 from epi_ds.zero3.persistence.contents import batch_of, sub_groups_of
 from epi_ds.zero3.persistence.cpu_adam import replay_steps
 from epi_ds.zero3.persistence.nvme import check_swapped_copies, finish_load
+from epi_ds.zero3.persistence.optimizers import optimizer_of
 from epi_ds.zero3.persistence.resharding import check_parameters, load_frozen, load_partitions
 
 if TYPE_CHECKING:
@@ -102,6 +104,7 @@ class LoadingMixin(DeepSpeedEngine):
         same_layout = self._epi_has_layout_of(opened.manifest)
         if resumes:
             agree(lambda: self._epi_check_resumable(opened, same_layout))
+            self._epi_tell_overwritten(opened)
         place = str(opened.path.parent), opened.path.name
         reader = None if resumes and same_layout else SavedPartitions(*opened)
         with self._epi_reading(reader, weights_only=not resumes):
@@ -168,6 +171,7 @@ class LoadingMixin(DeepSpeedEngine):
             self.epi.controller,
             batch=batch_of(self),
             sub_groups=sub_groups_of(self.optimizer),
+            optimizer=optimizer_of(self.optimizer),
             allow_new_batch=self.epi.config.checkpoint.allow_new_batch_size,
         )
         if same_layout:
@@ -184,6 +188,19 @@ class LoadingMixin(DeepSpeedEngine):
             raise UserError(
                 f"{before}, and with partial offload (offload_optimizer.ratio) part of the moments is in no "
                 f"checkpoint; resume with {manifest.world_size} ranks, or save with ratio 1.0"
+            )
+
+    def _epi_tell_overwritten(self, tag: Tag) -> None:
+        """Warn of hyper-parameters that this process gave its optimizer, and that the load replaces."""
+        changed = overwritten(
+            tag.manifest.optimizer, optimizer_of(self.optimizer), scheduled=self.lr_scheduler is not None
+        )
+        if changed and dist.get_rank() == 0:
+            logger.warning(
+                "loading %s replaces hyper-parameters of the optimizer: %s. To train with others, set them in its "
+                "param_groups after the load",
+                tag.path,
+                ", ".join(changed),
             )
 
     @contextmanager
