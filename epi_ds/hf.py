@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import logging
 import weakref
 from collections.abc import Mapping
@@ -103,6 +104,11 @@ class EPICallback(TrainerCallback):
         if args.save_only_model:
             # Nothing to resume from, and the trainer's own way of keeping it.
             return
+        if glob.escape(args.output_dir) != args.output_dir:
+            raise UserError(
+                f"output_dir {args.output_dir!r} has one of * ? [ in it, and transformers looks for what it resumes "
+                "from by a pattern: it would find nothing there. Give a name without them"
+            )
         config = EPIConfig() if self._config is None else self._config
         limit, own = args.save_total_limit, config.checkpoint.keep_last
         if limit is not None and own is not None and limit != own:

@@ -40,10 +40,10 @@ def overwritten(saved: SavedOptimizer | None, current: SavedOptimizer, *, schedu
     return [
         f"{name} {_said(now)} by {_said(before)}" + (f" (parameter group {number})" if len(current.groups) > 1 else "")
         for number, (old, new) in enumerate(zip_longest(saved.groups, current.groups, fillvalue=none))
-        for name in sorted(old.keys() | new.keys())
+        for name, now in sorted(new.items())
         if not (scheduled and name == "lr")
-        for before, now in [(old.get(name, _ABSENT), new.get(name, _ABSENT))]
-        if before != now and (same_class or _ABSENT not in (before, now))
+        for before in [old.get(name, _ABSENT)]
+        if before != now and (same_class or before is not _ABSENT)
     ]
 
 

@@ -493,6 +493,23 @@ def test_a_tag_is_one_name_in_a_folder(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "epi_run.json").read_text())["incarnation"] == 1
 
 
+def save_and_load(folder: str) -> list[str]:
+    """Return what the load of what was just saved says."""
+    with engine_of(OddNet, ds_config(epi=SECTION)) as engine:
+        train_step(engine, 0, odd_batch)
+        assert engine.save_checkpoint(folder, tag="best[*]?")
+        weights = full_weights(engine)
+    with collected_logs() as messages, engine_of(OddNet, ds_config(epi=SECTION)) as engine:
+        engine.load_checkpoint(folder)
+        assert_same(full_weights(engine), weights)
+        return list(messages)
+
+
+def test_folders_and_tags_may_have_the_signs_of_patterns_in_their_names(tmp_path: Path) -> None:
+    said = run_ranks(save_and_load, 2, str(tmp_path / "run[lr=1e-5]"))[0]
+    assert [text for text in said if "replaces hyper-parameters" in text] == []
+
+
 def take_over_during_a_save(folder: str) -> str:
     """Another job begins to save after this one's files were written, and before they get their name."""
     with engine_of(OddNet, ds_config(epi=SECTION)) as engine:

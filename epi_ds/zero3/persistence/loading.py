@@ -8,6 +8,7 @@ wanted, its shards are read by parameter (resharding.py). DeepSpeed itself loads
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 from collections.abc import Iterator
@@ -219,7 +220,8 @@ class LoadingMixin(DeepSpeedEngine):
     def _get_all_ckpt_names(self, checkpoints_path: str, tag: str) -> list[str]:
         """Name a file of a rank that saved: scheduler, counters and buffers are the same in all of them."""
         if self._epi_reader is None:
-            names: list[str] = super()._get_all_ckpt_names(checkpoints_path, tag)
+            # DeepSpeed looks for a pattern, and a folder may be called run[lr=1e-5].
+            names: list[str] = super()._get_all_ckpt_names(glob.escape(checkpoints_path), glob.escape(tag))
             return names
         rank = dist.get_rank(self.optimizer.dp_process_group) % self._epi_reader.world_size
         return [os.path.join(checkpoints_path, tag, model_states_file(rank))]

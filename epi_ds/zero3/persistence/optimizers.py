@@ -9,6 +9,10 @@ from epi_ds.checkpoint.optimizers import plain
 from epi_ds.zero3.guard import adds_decay_to_gradient, is_adam
 
 
+# DeepSpeed's FusedAdam counts its steps in the group, too.
+_NO_SETTINGS = ("params", "step")
+
+
 def optimizer_of(zero3: Any) -> SavedOptimizer:
     """Return the class, the keys of the states, and the hyper-parameters of ZeRO-3's optimizer."""
     base = zero3.optimizer
@@ -17,7 +21,7 @@ def optimizer_of(zero3: Any) -> SavedOptimizer:
         algorithm=_algorithm_of(base),
         state_keys=tuple(sorted({key for state in base.state.values() for key in state})),
         groups=tuple(
-            {key: plain(value) for key, value in group.items() if key != "params" and not isinstance(value, dict)}
+            {key: plain(value) for key, value in group.items() if key not in _NO_SETTINGS}
             for group in base.param_groups
         ),
     )
