@@ -33,7 +33,7 @@ from epi_ds.zero3.persistence.contents import batch_of, sub_groups_of
 from epi_ds.zero3.persistence.cpu_adam import replay_steps
 from epi_ds.zero3.persistence.nvme import check_swapped_copies, finish_load
 from epi_ds.zero3.persistence.optimizers import optimizer_of
-from epi_ds.zero3.persistence.resharding import check_parameters, load_frozen, load_partitions
+from epi_ds.zero3.persistence.resharding import check_parameters, check_states, load_frozen, load_partitions
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -209,6 +209,8 @@ class LoadingMixin(DeepSpeedEngine):
         """Within the context, DeepSpeed's load takes weights and states from ``reader``, where there is one."""
         if reader is not None:
             agree(lambda: check_parameters(self.optimizer, reader))
+            if not weights_only:
+                agree(lambda: check_states(self.optimizer, reader))
         self._epi_reader, self._epi_weights_only = reader, weights_only
         try:
             yield

@@ -8,7 +8,6 @@ from epi_ds.checkpoint.manifest import SavedOptimizer
 from epi_ds.checkpoint.optimizers import plain
 from epi_ds.zero3.guard import adds_decay_to_gradient, is_adam
 
-
 # DeepSpeed's FusedAdam counts its steps in the group, too.
 _NO_SETTINGS = ("params", "step")
 
