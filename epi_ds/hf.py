@@ -20,7 +20,7 @@ from epi_ds.checkpoint.manifest import Manifest
 from epi_ds.checkpoint.run import run_id_of
 from epi_ds.checkpoint.trainer_folder import commit_trainer_folder, set_aside_incomplete
 from epi_ds.checkpoint.verdict import on_first_rank
-from epi_ds.choices import Memory
+from epi_ds.choices import Memory, PolicyName
 from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, EPIConfig, parse_config
 from epi_ds.errors import UserError, summarize
@@ -154,9 +154,25 @@ class EPICallback(TrainerCallback):
         if args.save_strategy != "no":
             # Another job that still saves here is to notice now, and not when this one has saved.
             self._engine.epi.run.occupy(self._folder)
+        self._tell_of_audit(args, state)
         self._preemption = Preemption(self._engine)
         if self._preemption.is_due():
             self._preemption.leave()
+
+    def _tell_of_audit(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Say how often to save, where an audit would find no two checkpoints under one mask."""
+        config = self.epi.config
+        interval = config.selection_interval
+        if args.save_strategy != "steps" or config.policy is not PolicyName.EVOLVING or dist.get_rank() != 0:
+            return
+        if 2 * state.save_steps > interval >= 2:
+            logger.info(
+                "epi-ds audit compares two checkpoints of one refresh window; saved every %d steps with a refresh "
+                "every %d there may be none. Set save_steps to %d at most where the run is to be audited",
+                state.save_steps,
+                interval,
+                interval // 2,
+            )
 
     @property
     def _folder(self) -> Path:

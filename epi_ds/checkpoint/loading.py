@@ -18,7 +18,7 @@ from epi_ds.checkpoint.digest import FileRecord, problems_of_files
 from epi_ds.checkpoint.manifest import Manifest, read_manifest
 from epi_ds.checkpoint.tag import every_file
 from epi_ds.checkpoint.verdict import agree, on_first_rank
-from epi_ds.errors import CheckpointError
+from epi_ds.errors import CheckpointError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,13 @@ def newest_checkpoint(folder: str | Path) -> str | None:
     """Return the path of the newest whole checkpoint in a trainer's output folder; None without. Collective.
 
     For ``trainer.train(resume_from_checkpoint=newest_checkpoint(args.output_dir))``, which begins a run and goes on
-    alike. Raises CheckpointError where there are checkpoints and none is whole.
+    alike. Raises CheckpointError where there are checkpoints and none is whole, and UserError before there are ranks.
     """
+    if not dist.is_initialized():
+        raise UserError(
+            f"newest_checkpoint({str(folder)!r}) is answered by all ranks together, and there is no process group yet; "
+            "call it after the trainer is constructed, or after deepspeed.init_distributed()"
+        )
     choice = choose(Path(folder), AUTO, accepts_plain=False)
     return None if choice is None else str(choice.checkpoint.path)
 

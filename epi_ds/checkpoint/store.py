@@ -97,7 +97,7 @@ def check_fits(
         problems.append(
             f"a step was of {manifest.batch} rows and is of {batch}, so the run would continue at other rows and with "
             f"another noise; {_nearest_batches(manifest.batch, batch.world_size)}, or set "
-            "checkpoint.allow_new_batch_size: true"
+            "checkpoint.allow_new_batch_size: true among the epi settings (method.epi in a recipe)"
         )
     if problems:
         lines = "\n  - ".join(problems)
