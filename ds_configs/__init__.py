@@ -14,8 +14,9 @@ from typing import Any
 
 import hjson
 
+from epi_ds.ds_configs.keys import misspelt, misspelt_sentence
 from epi_ds.ds_configs.values import changed, expanded
-from epi_ds.errors import UserError, nearest
+from epi_ds.errors import UserError, nearest, summarize
 
 # Key of the line that says when to use a configuration. DeepSpeed has no such key.
 _COMMENT = "comment"
@@ -96,10 +97,14 @@ def load(name_or_path: str | os.PathLike[str], changes: Mapping[str, Any] | None
              a mapping is merged into the section that is there
 
     ``${NAME}`` in a string becomes the environment variable's value. Raises UserError for what cannot be read, for a
-    change that would make a section of a value or the other way round, and for a variable that is not set.
+    change that would make a section of a value or the other way round, for a variable that is not set, and for a
+    misspelt key at the top, which DeepSpeed would ignore.
     """
     source = os.fspath(name_or_path)
-    return expanded(changed(read(source), changes or {}, source=source), source=source)
+    values = changed(read(source), changes or {}, source=source)
+    if problems := [misspelt_sentence(*found) for found in misspelt(values)]:
+        raise UserError(summarize(problems, place=f"{source}{' with the given changes' if changes else ''}"))
+    return expanded(values, source=source)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

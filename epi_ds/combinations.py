@@ -10,6 +10,7 @@ from typing import Any
 
 from epi_ds.choices import Apply, StateFormat
 from epi_ds.config import EPIConfig
+from epi_ds.ds_configs.keys import misspelt, misspelt_sentence
 from epi_ds.errors import nearest
 
 # Names under which a DeepSpeed configuration gives an Adam whose moments are known.
@@ -19,9 +20,14 @@ _ADAMS = ("adam", "adamw")
 def combination_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> list[str]:
     """Return one sentence per impossible combination of a DeepSpeed configuration and the ``epi`` settings.
 
+    And per misspelt key at the top of the configuration, which DeepSpeed would ignore.
+
     Values that are missing, ``auto`` or no mapping where DeepSpeed wants one are left to DeepSpeed.
     """
-    return [*_zero_problems(ds_config, config), *_path_problems(ds_config), *_optimizer_problems(ds_config, config)]
+    found = [*_zero_problems(ds_config, config), *_path_problems(ds_config), *_optimizer_problems(ds_config, config)]
+    # One that hides the stage is named with it.
+    misspelt_keys = [pair for pair in misspelt(ds_config) if not any(repr(pair[0]) in problem for problem in found)]
+    return [*found, *(misspelt_sentence(*pair) for pair in misspelt_keys)]
 
 
 def stage_problem(stage: int, ds_config: Mapping[str, Any]) -> str:

@@ -174,7 +174,8 @@ class EPIConfig(BaseModel):
 
     missing_state: MissingState = MissingState.ERROR
     """Loading a checkpoint without isolation state is an error, or starts with empty importance (``fresh``, which wants
-    ``checkpoint.trust`` too: nothing vouches for such a checkpoint)."""
+    ``checkpoint.trust`` too: nothing vouches for such a checkpoint). The same of one that DeepSpeed loaded before
+    `attach`."""
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     """How the run's checkpoints are kept and read."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import logging
 import weakref
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from epi_ds.checkpoint.manifest import Manifest
 from epi_ds.checkpoint.run import run_id_of
 from epi_ds.checkpoint.trainer_folder import commit_trainer_folder, set_aside_incomplete
 from epi_ds.checkpoint.verdict import on_first_rank
-from epi_ds.choices import Memory
+from epi_ds.choices import Memory, PolicyName
 from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, EPIConfig, parse_config
 from epi_ds.errors import UserError, summarize
@@ -103,6 +104,11 @@ class EPICallback(TrainerCallback):
         if args.save_only_model:
             # Nothing to resume from, and the trainer's own way of keeping it.
             return
+        if glob.escape(args.output_dir) != args.output_dir:
+            raise UserError(
+                f"output_dir {args.output_dir!r} has one of * ? [ in it, and transformers looks for what it resumes "
+                "from by a pattern: it would find nothing there. Give a name without them"
+            )
         config = EPIConfig() if self._config is None else self._config
         limit, own = args.save_total_limit, config.checkpoint.keep_last
         if limit is not None and own is not None and limit != own:
@@ -147,10 +153,26 @@ class EPICallback(TrainerCallback):
             return
         if args.save_strategy != "no":
             # Another job that still saves here is to notice now, and not when this one has saved.
-            self._engine.run.occupy(self._folder)
+            self._engine.epi.run.occupy(self._folder)
+        self._tell_of_audit(args, state)
         self._preemption = Preemption(self._engine)
         if self._preemption.is_due():
             self._preemption.leave()
+
+    def _tell_of_audit(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Say how often to save, where an audit would find no two checkpoints under one mask."""
+        config = self.epi.config
+        interval = config.selection_interval
+        if args.save_strategy != "steps" or config.policy is not PolicyName.EVOLVING or dist.get_rank() != 0:
+            return
+        if 2 * state.save_steps > interval >= 2:
+            logger.info(
+                "epi-ds audit compares two checkpoints of one refresh window; saved every %d steps with a refresh "
+                "every %d there may be none. Set save_steps to %d at most where the run is to be audited",
+                state.save_steps,
+                interval,
+                interval // 2,
+            )
 
     @property
     def _folder(self) -> Path:
@@ -180,7 +202,7 @@ class EPICallback(TrainerCallback):
         folder = self._folder / f"checkpoint-{state.global_step}"
         # Every rank has written its random states.
         dist.barrier()
-        run = self._engine.run
+        run = self._engine.epi.run
         if run.failed is not None and run.failed.parent == folder:
             # The engine has said why; a folder without weights would only be in the way.
             on_first_rank(lambda: remove(folder))
@@ -246,8 +268,8 @@ class EPICallback(TrainerCallback):
         if self._model is None or self._model() is not engine.module or not has_optimizer(engine):
             return False
         attach(engine, self._config)
-        engine.run.trainer_folder, engine.run.verified = self._output, self.verified
-        engine.run.keep_last = self._keep_last
+        engine.epi.run.trainer_folder, engine.epi.run.verified = self._output, self.verified
+        engine.epi.run.keep_last = self._keep_last
         self._engine = engine
         return True
 

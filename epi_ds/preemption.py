@@ -70,7 +70,7 @@ class Preemption:
 
         Always False within an accumulation window, whose gradients no checkpoint holds.
         """
-        if self._cause == _GOES_ON and not self._engine.optimizer.isolation.window.is_open:
+        if self._cause == _GOES_ON and not self._engine.optimizer._epi_context.window.is_open:
             self._reduced.fill_(self._own_cause())
             dist.all_reduce(self._reduced, op=dist.ReduceOp.MAX)
             self._cause = int(self._reduced)
@@ -82,7 +82,7 @@ class Preemption:
         Raises CheckpointError (exit code 1) where steps are in no checkpoint: a job that cannot save would be queued
         for ever.
         """
-        run, step = self._engine.run, self._engine.global_steps
+        run, step = self._engine.epi.run, self._engine.global_steps
         lost = step - (run.saved_step or 0)
         if lost:
             raise CheckpointError(

@@ -99,7 +99,7 @@ def _measure(engine: Any, state: StateFormat, pairs: int, place: Path) -> SaveRo
                 plain_fsync.append(sync)
             else:
                 saved.append(_save(engine, place))
-                times.append(engine.run.last_save)
+                times.append(engine.epi.run.last_save)
     plain_bytes, saved_bytes = (_bytes_of(place / name) for name in (_PLAIN, _OURS))
     ratios = sorted(ours / (write + sync) for ours, write, sync in zip(saved, plain, plain_fsync, strict=True))
     shares = {
@@ -134,8 +134,8 @@ def _save(engine: Any, place: Path) -> float:
     """Save as we do; return the seconds. Collective."""
     _make_room(place / _OURS)
     seconds = _timed(lambda: engine.save_checkpoint(str(place), _OURS, save_latest=False))
-    if engine.run.failed is not None:
-        raise RuntimeError(f"{engine.run.failed} was not saved; the log says why")
+    if engine.epi.run.failed is not None:
+        raise RuntimeError(f"{engine.epi.run.failed} was not saved; the log says why")
     return seconds
 
 

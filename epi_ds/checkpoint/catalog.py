@@ -95,8 +95,26 @@ def _claims_to_be(path: Path) -> bool:
     return False
 
 
-def named(folder: Path, name: str) -> Checkpoint:
-    """Return the checkpoint of a name, or of ``step:N``. Raises UserError where there is none."""
+def of_engine(folder: Path, checkpoints: Sequence[Checkpoint], engine: int | None) -> list[Checkpoint]:
+    """Return those checkpoints of a folder that are of one engine's, or unreadable. See [Note: engines] in seats.py.
+
+    engine  its number; None where it is not known, which is an error (UserError) where several have saved there
+    """
+    newest = {one.manifest.engine: one.path.name for one in checkpoints if one.manifest is not None}
+    if engine is None and len(newest) > 1:
+        raise UserError(
+            f"{folder} holds checkpoints of {len(newest)} engines that saved there (the newest of each: "
+            f"{', '.join(newest.values())}), and this one has neither saved there nor loaded any of them; name its "
+            "own by load_checkpoint(folder, tag=...)"
+        )
+    return [one for one in checkpoints if one.manifest is None or engine in (None, one.manifest.engine)]
+
+
+def named(folder: Path, name: str, *, engine: int | None = None) -> Checkpoint:
+    """Return the checkpoint of a name, or of ``step:N``. Raises UserError where there is none.
+
+    engine  by step, see `of_engine`
+    """
     match = _STEP.match(name)
     if match is None:
         if not (folder / name).is_dir():
@@ -104,7 +122,8 @@ def named(folder: Path, name: str) -> Checkpoint:
             raise UserError(f"{folder} holds no checkpoint {name!r}; there are: {known}")
         return open_checkpoint(folder / name)
     step = int(match.group(1))
-    known_steps = {one.step: one for one in checkpoints_in(folder) if one.manifest is not None}
+    own = of_engine(folder, checkpoints_in(folder), engine)
+    known_steps = {one.step: one for one in own if one.manifest is not None}
     if step not in known_steps:
         steps = ", ".join(str(known) for known in sorted(known_steps)) or "none"
         raise UserError(f"{folder} holds no complete checkpoint of step {step}; there are steps {steps}")

@@ -17,14 +17,15 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from epi_ds.checkpoint.catalog import clean_up
+from epi_ds.checkpoint.catalog import checkpoints_in, clean_up, open_checkpoint
 from epi_ds.checkpoint.retention import Retention, prune
 from epi_ds.checkpoint.run import RunRecord, take_over, why_not_ours
 from epi_ds.checkpoint.saving import SaveTimes
+from epi_ds.checkpoint.seats import free_number, leave_seats, take_seat
 from epi_ds.checkpoint.verdict import AgreedError, on_first_rank
 from epi_ds.choices import OnFailure
 from epi_ds.config import CheckpointConfig
-from epi_ds.errors import CheckpointError
+from epi_ds.errors import CheckpointError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,20 @@ T = TypeVar("T")
 
 
 @dataclass
+class _Held:
+    """A folder that this process has taken over, for all its engines."""
+
+    record: RunRecord
+    """What was written there last."""
+
+
+# By resolved path.
+_held: dict[Path, _Held] = {}
+
+
+@dataclass
 class Run:
-    """The checkpoints of the run that this process trains, the same on every rank. Methods are collective.
+    """The checkpoints of the run that an engine of this process trains, the same on every rank. Methods are collective.
 
     ``Run(config.checkpoint)`` is one that has none yet.
     """
@@ -53,8 +66,10 @@ class Run:
     """What the last save that failed was to write."""
     last_save: SaveTimes | None = None
     """Seconds of this rank's last save of a tag."""
-    _occupied: dict[Path, RunRecord] = field(init=False, default_factory=dict)
-    """The folders that this process has taken over, with what it wrote there."""
+    _occupied: dict[Path, _Held] = field(init=False, default_factory=dict)
+    """The folders that this engine has come to since it last loaded from them."""
+    _numbers: dict[Path, int] = field(init=False, default_factory=dict)
+    """The engine's number in folders that it has saved in or loaded from. See [Note: engines] in seats.py."""
 
     def __post_init__(self) -> None:
         self.keep_last = self.config.keep_last
@@ -66,22 +81,62 @@ class Run:
         """
         folder = folder.resolve()
         if folder in self._occupied:
-            record = self._occupied[folder]
+            record = self._occupied[folder].record
             problem = on_first_rank(lambda: why_not_ours(folder, record))
             if problem is not None:
                 raise CheckpointError(problem)
             return record
+        held = _held.get(folder)
 
-        def take() -> tuple[RunRecord, list[str]]:
-            taken = take_over(folder)
-            return taken, clean_up(folder)
+        def take() -> tuple[bool, RunRecord, list[str]]:
+            is_held = held is not None and why_not_ours(folder, held.record) is None
+            return is_held, take_over(folder), clean_up(folder)
 
-        record, done = on_first_rank(take)
+        is_held, record, done = on_first_rank(take)
         if dist.get_rank() == 0:
             for sentence in done:
                 logger.warning("%s", sentence)
-        self._occupied[folder] = record
+        if held is None or not is_held:
+            # Engines that lost the folder to another process stay out of it.
+            held = _held[folder] = _Held(record)
+        held.record, self._occupied[folder] = record, held
+        self._take_number(folder, wanted=None)
         return record
+
+    def number_in(self, folder: Path) -> int | None:
+        """Return the engine's number in a folder; None where it has neither saved there nor loaded from there.
+
+        A trainer's output folder is one engine's alone.
+        """
+        return 0 if self.trainer_folder is not None else self._numbers.get(folder.resolve())
+
+    def check_name(self, path: Path) -> None:
+        """Raise UserError where a tag of this name is another engine's of this process, which a save would replace."""
+        number = self.number_in(path.parent)
+
+        def check() -> None:
+            there = open_checkpoint(path).manifest
+            if there is not None and there.engine != number:
+                raise UserError(
+                    f"{path} is a tag of engine {there.engine} of those that save there, and this is engine {number}: "
+                    "it would be replaced. Give each engine tags (save_checkpoint(..., tag=...)) or a folder of "
+                    "its own, or end the other one by its destroy()"
+                )
+
+        on_first_rank(check)
+
+    def leave(self) -> None:
+        """Note that the engine saves nothing any more: another one may have its numbers. Not collective."""
+        leave_seats(self)
+        self._numbers.clear()
+
+    def _take_number(self, folder: Path, *, wanted: int | None) -> None:
+        def choose() -> int:
+            there = (one.manifest.engine for one in checkpoints_in(folder) if one.manifest is not None)
+            return free_number(folder, self, wanted=wanted, there=there)
+
+        self._numbers[folder] = on_first_rank(choose)
+        take_seat(folder, self, self._numbers[folder])
 
     def save(self, path: Path, write: Callable[[RunRecord], T]) -> T | None:
         """Write a checkpoint, or a trainer's tag, as [Note: policy] says; return what ``write`` does, None on failure.
@@ -111,11 +166,12 @@ class Run:
         self.saved_step = step
         home = self.home_of(path)
         if dist.get_rank() == 0:
-            paths, run_id = (path, *also_keep), self._occupied[home.resolve()].run_id
-            prune(home, Retention(self.keep_last, self.config.keep_every, run_id=run_id, paths=paths))
+            run_id, engine = self._occupied[home.resolve()].record.run_id, self.number_in(home)
+            paths = (path, *also_keep)
+            prune(home, Retention(self.keep_last, self.config.keep_every, run_id=run_id, engine=engine, paths=paths))
 
-    def continues_from(self, path: Path, *, step: int) -> None:
-        """Note that the run goes on from a tag that was loaded.
+    def continues_from(self, path: Path, *, step: int, engine: int) -> None:
+        """Note that the run goes on from a tag that was loaded, of an engine of that number.
 
         Where this process has saved beside it, it goes on there as a later process would: what it saves from now on is
         newer than what it saved before, also where it has gone back to an older step.
@@ -125,6 +181,7 @@ class Run:
         if folder.resolve() in self._occupied:
             self.occupy(folder)
             del self._occupied[folder.resolve()]
+        self._take_number(folder.resolve(), wanted=engine)
 
     def home_of(self, path: Path) -> Path:
         """Return the folder of the run, in which a checkpoint lies or the trainer's whose tag it is."""

@@ -209,6 +209,33 @@ class SavedPartitions:
         kinds = self.kinds(sub_group)
         return {name: value for name, value in self._state(0, sub_group).items() if name not in kinds}
 
+    def states_that_stay(self, rank: int) -> Iterator[str]:
+        """Yield, in words, which of a rank's optimizer states mean nothing to other partitions.
+
+        One floating-point number per entry can be dealt out again, and so can what is the same on all ranks. Scales of
+        blocks and codes of them, or a mean over a partition, are of the partition that they were taken from.
+        """
+        for index in range(len(self._manifest.sub_groups)):
+            numel, first = self.flat_weights(rank, index).numel(), self._state(0, index)
+            for name, value in self._state(rank, index).items():
+                if isinstance(value, Tensor) and value.dim() > 0 and value.numel() == numel:
+                    if not value.is_floating_point():
+                        yield f"{name} of sub-group {index} holds codes ({value.dtype}), and not numbers"
+                elif isinstance(value, Tensor) and value.numel() != 1:
+                    yield f"{name} of sub-group {index} has {value.numel()} numbers for {numel} entries"
+                elif not isinstance(value, (Tensor, bool, int, float, str, type(None))):
+                    yield f"{name} of sub-group {index} is a {type(value).__name__}"
+                elif name not in first or value != first[name]:
+                    there = _number(first.get(name))
+                    yield f"{name} of sub-group {index} is {_number(value)} on rank {rank}, and {there} on rank 0"
+                elif self.world_size == 1 and _is_fraction(value) and not self._is_everywhere(name, value):
+                    yield f"{name} of sub-group {index} is {_number(value)}, which may be of that partition alone"
+
+    def _is_everywhere(self, name: str, value: Any) -> bool:
+        """Whether several sub-groups have the same number, which is then no partition's own. Of rank 0."""
+        states = [self._state(0, index) for index in range(len(self._manifest.sub_groups))]
+        return len(states) > 1 and all(name in state and bool(state[name] == value) for state in states)
+
     def read_into(self, target: Tensor, name: str, kind: str, *, start: int) -> None:
         """Copy entries from ``start`` on of a parameter that `shape_of` knows, as many as ``target`` has.
 
@@ -257,6 +284,15 @@ class SavedPartitions:
         # States are numbered in the order of parameter groups, and sub-groups are made in that order.
         state: dict[str, Any] = self.optimizer_state(rank)["state"].get(sub_group, {})
         return state
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _is_fraction(value: Any) -> bool:
+    number = _number(value)
+    return isinstance(number, float) and not number.is_integer()
 
 
 def _mapped(path: Path) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from epi_ds.checkpoint.catalog import Checkpoint, Choice, checkpoints_in, named, newest_valid
+from epi_ds.checkpoint.catalog import Checkpoint, Choice, checkpoints_in, named, newest_valid, of_engine
 from epi_ds.checkpoint.deepspeed_files import latest_in
 from epi_ds.checkpoint.digest import FileRecord, problems_of_files
 from epi_ds.checkpoint.manifest import Manifest, read_manifest
 from epi_ds.checkpoint.tag import every_file
 from epi_ds.checkpoint.verdict import agree, on_first_rank
-from epi_ds.errors import CheckpointError
+from epi_ds.errors import CheckpointError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -27,23 +27,24 @@ T = TypeVar("T")
 AUTO = "auto"
 
 
-def choose(folder: Path, tag: str | None, *, accepts_plain: bool) -> Choice | None:
+def choose(folder: Path, tag: str | None, *, accepts_plain: bool, engine: int | None = None) -> Choice | None:
     """Return the verified checkpoint of ``folder`` to resume from; None where none was ever saved there.
 
     tag            a name, ``step:N``, or None or ``auto`` for the newest one that is whole
     accepts_plain  one that DeepSpeed wrote without us will do: it has no manifest, and is not verified
+    engine         the number whose checkpoints may be taken where none is named; None where it is not known
 
-    Says which was taken and what was passed over. Raises UserError for a tag that is not there, and CheckpointError for
-    one that is not whole, or where none is.
+    Says which was taken and what was passed over. Raises UserError for a tag that is not there, or where it is not
+    known whose is meant, and CheckpointError for one that is not whole, or where none is.
     """
     if tag is None or tag == AUTO:
-        found = on_first_rank(lambda: _look(folder))
+        found = on_first_rank(lambda: _look(folder, engine))
         if accepts_plain and found.plain is not None:
             choice: Choice | None = Choice(found.plain, ())
         else:
             choice = newest_valid(folder, found.checkpoints, problems_of=verify, was_saved=found.latest is not None)
     else:
-        checkpoint = on_first_rank(lambda: named(folder, tag))
+        checkpoint = on_first_rank(lambda: named(folder, tag, engine=engine))
         problems = [checkpoint.problem] if checkpoint.problem is not None else verify(checkpoint)
         if problems and not (accepts_plain and checkpoint.is_plain):
             raise CheckpointError("; ".join(problems) + ". Load another tag, or the newest that is whole (tag auto)")
@@ -59,8 +60,13 @@ def newest_checkpoint(folder: str | Path) -> str | None:
     """Return the path of the newest whole checkpoint in a trainer's output folder; None without. Collective.
 
     For ``trainer.train(resume_from_checkpoint=newest_checkpoint(args.output_dir))``, which begins a run and goes on
-    alike. Raises CheckpointError where there are checkpoints and none is whole.
+    alike. Raises CheckpointError where there are checkpoints and none is whole, and UserError before there are ranks.
     """
+    if not dist.is_initialized():
+        raise UserError(
+            f"newest_checkpoint({str(folder)!r}) is answered by all ranks together, and there is no process group yet; "
+            "call it after the trainer is constructed, or after deepspeed.init_distributed()"
+        )
     choice = choose(Path(folder), AUTO, accepts_plain=False)
     return None if choice is None else str(choice.checkpoint.path)
 
@@ -78,8 +84,8 @@ class _Found(NamedTuple):
         return next((one for one in self.checkpoints if one.path.name == self.latest), None)
 
 
-def _look(folder: Path) -> _Found:
-    return _Found(checkpoints_in(folder), latest_in(folder))
+def _look(folder: Path, engine: int | None) -> _Found:
+    return _Found(of_engine(folder, checkpoints_in(folder), engine), latest_in(folder))
 
 
 def verify(found: Checkpoint, *, chosen: Callable[[str], bool] = every_file) -> list[str]:

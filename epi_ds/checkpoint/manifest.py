@@ -81,6 +81,25 @@ class SavedSubGroup(BaseModel):
     parameters: tuple[SavedParameter, ...]
 
 
+class SavedOptimizer(BaseModel):
+    """What must be the same for the optimizer's states to go on, and what a load overwrites."""
+
+    model_config = _FROZEN
+
+    name: str
+    """Of its class."""
+    algorithm: str
+    """The same for classes whose states mean the same."""
+    state_keys: tuple[str, ...]
+    """Keys of the states of all sub-groups, sorted; empty before there are any."""
+    groups: tuple[dict[str, Any], ...]
+    """Hyper-parameters of every parameter group."""
+
+    def __str__(self) -> str:
+        states = f", states {', '.join(self.state_keys)}" if self.state_keys else ""
+        return f"{self.name} ({self.algorithm}{states})" if self.algorithm != self.name or states else self.name
+
+
 class EngineState(BaseModel):
     """What the engine keeps beside the optimizer's state and the isolation's, and readers without an engine need."""
 
@@ -129,6 +148,8 @@ class Manifest(BaseModel):
     """The id of the run that saved; what it is good for says [Note: trust] in run.py."""
     incarnation: int = 0
     """Which of the run's processes saved, counted as in `RunRecord`."""
+    engine: int = 0
+    """Which of the engines that save in the folder this was. See [Note: engines] in seats.py."""
     saved_at: str = ""
     """When it was saved: UTC, to the second."""
     versions: dict[str, str] = {}
@@ -139,6 +160,8 @@ class Manifest(BaseModel):
     model_dtype: str
     """The dtype of the parameters in the forward pass, as torch calls it."""
     sub_groups: tuple[SavedSubGroup, ...]
+    optimizer: SavedOptimizer | None = None
+    """None where an earlier release saved: it is then not compared."""
     isolation: Isolation
     files: dict[str, FileRecord]
     """Every file but this one, by path relative to the folder."""

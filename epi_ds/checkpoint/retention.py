@@ -21,28 +21,34 @@ class Retention(NamedTuple):
     """Those of every so many steps stay for good."""
     run_id: str | None = None
     """Checkpoints of other runs are left alone; None sees no difference."""
+    engine: int | None = None
+    """Those of other engines are left alone; with None every engine's are counted for themselves."""
     paths: tuple[Path, ...] = ()
     """These stay in any case."""
 
 
 def surplus(checkpoints: Sequence[Checkpoint], retention: Retention) -> list[Checkpoint]:
-    """Return the complete checkpoints that are not to be kept.
+    """Return the complete checkpoints that are not to be kept, of every engine. See [Note: engines] in seats.py.
 
     checkpoints  the newest last
     """
     if retention.last is None:
         return []
 
-    def is_own(one: Checkpoint) -> bool:
-        return one.manifest is not None and retention.run_id in (None, one.manifest.run_id)
-
     def stays(one: Checkpoint) -> bool:
         is_of_every = retention.every is not None and one.step % retention.every == 0
         return is_of_every or one.path.resolve() in paths
 
     paths = {path.resolve() for path in retention.paths}
-    older = [one for one in checkpoints if is_own(one)][: -max(1, retention.last)]
-    return [one for one in older if not stays(one)]
+    by_engine: dict[int, list[Checkpoint]] = {}
+    for one in checkpoints:
+        manifest = one.manifest
+        if manifest is None or retention.run_id not in (None, manifest.run_id):
+            continue
+        if retention.engine in (None, manifest.engine):
+            by_engine.setdefault(manifest.engine, []).append(one)
+    keep = max(1, retention.last)
+    return [one for tags in by_engine.values() for one in tags[:-keep] if not stays(one)]
 
 
 def doomed_in(folder: Path, retention: Retention) -> list[Path]:

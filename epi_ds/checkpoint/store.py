@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from epi_ds.checkpoint.catalog import open_checkpoint
 from epi_ds.checkpoint.loading import AllRanks
-from epi_ds.checkpoint.manifest import FOLDER, Batch, EngineState, Isolation, SavedSubGroup
+from epi_ds.checkpoint.manifest import FOLDER, Batch, EngineState, Isolation, SavedOptimizer, SavedSubGroup
+from epi_ds.checkpoint.optimizers import changed_optimizer
 from epi_ds.checkpoint.random_states import random_states, restore_random_states
 from epi_ds.checkpoint.saving import TagWriter
 from epi_ds.checkpoint.shard import ShardContent, shard_name, write_shard
@@ -79,22 +80,24 @@ def check_fits(
     *,
     batch: Batch,
     sub_groups: Sequence[SavedSubGroup],
+    optimizer: SavedOptimizer,
     allow_new_batch: bool,
 ) -> None:
     """Raise UserError where a tag is of another run than the one that is to continue; everything at once.
 
-    sub_groups  of the engine that loads
+    sub_groups, optimizer  of the engine that loads
     """
     manifest = tag.manifest
     problems = [
         *_changed_settings(manifest.isolation.config, _plain(controller.config)),
         *_changed_parameters(manifest.sub_groups, sub_groups),
+        *changed_optimizer(manifest.optimizer, optimizer),
     ]
     if manifest.batch.rows != batch.rows and not allow_new_batch:
         problems.append(
             f"a step was of {manifest.batch} rows and is of {batch}, so the run would continue at other rows and with "
             f"another noise; {_nearest_batches(manifest.batch, batch.world_size)}, or set "
-            "checkpoint.allow_new_batch_size: true"
+            "checkpoint.allow_new_batch_size: true among the epi settings (method.epi in a recipe)"
         )
     if problems:
         lines = "\n  - ".join(problems)

@@ -63,7 +63,7 @@ def audit(paths: Sequence[Path], *, trust: bool = False) -> AuditReport:
     pairs = [
         (first, second)
         for first, second in pairwise(candidates)
-        if first.window == second.window and first.step < second.step
+        if (first.engine, first.window) == (second.engine, second.window) and first.step < second.step
     ]
     found = ", ".join(f"{one.checkpoint.path.name} (step {one.step}, window {one.window})" for one in candidates)
     if not pairs:
@@ -99,18 +99,20 @@ class _Candidate(NamedTuple):
     checkpoint: Checkpoint
     step: int
     """Applied steps before the save."""
+    engine: int
+    """Which of the engines that save in its folder saved it. See [Note: engines] in seats.py."""
     window: int
     """Number of the refresh whose mask was in force; 0 before the first, where a mask may have been loaded."""
 
 
 def _candidates(paths: Sequence[Path]) -> list[_Candidate]:
-    """Return the tags at or below ``paths``, by step."""
+    """Return the tags at or below ``paths``, by engine and step."""
     found: dict[Path, _Candidate] = {}
     for one in (one for path in paths for one in tags_below(path)):
         if one.manifest is not None:
             counters = one.manifest.counters
-            found[one.path] = _Candidate(one, counters.applied_steps, counters.refreshes)
-    return sorted(found.values(), key=lambda one: (one.step, one.checkpoint.path))
+            found[one.path] = _Candidate(one, counters.applied_steps, one.manifest.engine, counters.refreshes)
+    return sorted(found.values(), key=lambda one: (one.engine, one.step, one.checkpoint.path))
 
 
 class _Pair(NamedTuple):

@@ -20,7 +20,7 @@ class MaskListener(Protocol):
     come with the moments that belong to them.
     """
 
-    def mask_changes(self, sub_group: int, *, before: Tensor, now: Tensor, importance: ReadPartition) -> None:
+    def __call__(self, sub_group: int, *, before: Tensor, now: Tensor, importance: ReadPartition) -> None:
         """``before`` and ``now`` are uint8 bits of the sub-group's flat partition, which ``importance`` reads."""
 
 
@@ -71,7 +71,7 @@ class Masks:
             selected = _select(compared, before, layout=layout, sub_group=sub_group, threshold_codes=threshold_codes)
             if listener is not None:
                 reader = partition_reader(measured, self.placement, sub_group)
-                listener.mask_changes(sub_group, before=before, now=selected.bits, importance=reader)
+                listener(sub_group, before=before, now=selected.bits, importance=reader)
             self.bits[sub_group] = selected.bits
             self.isolated_here[sub_group] = selected.isolated
             counts += selected.counts

@@ -65,7 +65,8 @@ def check_planned_steps(
     if planned_steps >= 2 * (first - 1):
         return
     proposal = max(1, planned_steps // 10)
-    remedy = f"{setting}: {proposal}" + (f", warmup_steps: {proposal}" if warmup_steps > proposal else "")
+    proposals = [(setting, interval), ("warmup_steps", warmup_steps)]
+    remedy = ", ".join(f"{name}: {proposal}" for name, value in proposals if value > proposal)
     if planned_steps >= first:
         logger.warning(
             "the run has %d planned steps and its first mask acts from step %d: a mask is active in less than half of "
@@ -75,9 +76,12 @@ def check_planned_steps(
             remedy,
         )
         return
+    # One step is under no mask, whatever the interval.
+    has_time = planned_steps >= first_active_step(proposal, warmup_steps=min(warmup_steps, proposal))
+    way = f"Set {remedy}" if has_time else f"Train for 2 steps at least, with {setting}: 1"
     message = (
         f"the run has {planned_steps} planned steps, but the first mask acts from step {first} ({setting} "
-        f"{interval}, warmup_steps {warmup_steps}): nothing would ever be isolated. Set {remedy}"
+        f"{interval}, warmup_steps {warmup_steps}): nothing would ever be isolated. {way}"
     )
     if not allow_inactive:
         raise UserError(message + ", or allow_inactive: true to run anyway")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from epi_ds.isolation.search.threshold import budget_of
 from epi_ds.isolation.search.traffic import compare, pick, refresh_messages
 from epi_ds.zero3.context import IsolationContext
 from epi_ds.zero3.geometry import layout_of
-from epi_ds.zero3.guard import check_engine
+from epi_ds.zero3.guard import check_engine, has_resumed
 from epi_ds.zero3.handle import EPI
 from epi_ds.zero3.mixin import IsolationMixin
 from epi_ds.zero3.persistence.engine import IsolationEngineMixin
@@ -94,7 +95,7 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
     """Make ``engine`` isolate parameters as ``config`` says; return its handle, which is also ``engine.epi``.
 
     Collective. The engine and its ZeRO-3 optimizer are mutated: their classes, DeepSpeed's own and no subclasses of
-    them, gain a mixin each.
+    them, gain a mixin each. See [Note: names] in handle.py.
     Raises ValueError or RuntimeError before anything is changed; see `check_engine`.
     """
     if isinstance(engine, IsolationEngineMixin):
@@ -114,19 +115,24 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
             device=torch.device(get_accelerator().current_device_name()),
             transport=_transport_of(layout, config, world_size=dist.get_world_size(optimizer.dp_process_group)),
         ),
-        # The mixin's mask_changes sets moments; under `apply: update` they keep tracking every gradient and stay.
-        listener=optimizer if config.apply is Apply.REDUCTION else None,
+        # Sets moments; under `apply: update` they keep tracking every gradient and stay.
+        listener=partial(IsolationMixin._epi_mask_changes, optimizer) if config.apply is Apply.REDUCTION else None,
         moments=moments,
     )
     run = Run(config.checkpoint)
     context = IsolationContext(optimizer, controller, newest_checkpoint=lambda: run.last_checkpoint)
     optimizer.__class__ = type(f"Isolating{type(optimizer).__name__}", (IsolationMixin, type(optimizer)), {})
-    optimizer.isolation = context
-    engine.run = run
+    optimizer._epi_context = context
     engine.__class__ = type(f"Isolating{type(engine).__name__}", (IsolationEngineMixin, type(engine)), {})
-    engine.epi = EPI(engine, controller)
+    engine.epi = EPI(engine, controller, run=run)
     if dist.get_rank() == 0:
         _warn_if_mostly_frozen(engine)
+        if has_resumed(engine):
+            logger.warning(
+                "isolation begins at step %d of a checkpoint that was loaded before it: importance starts from zero "
+                "(missing_state: fresh)",
+                engine.global_steps,
+            )
         logger.info(
             "isolation attached: policy %s, %d parameters with %d entries in %d layers, %s ranks",
             config.policy.value,
@@ -149,4 +155,4 @@ def detach(engine: Any) -> None:
     """Take isolation off an engine that `attach` put it on: its classes and attributes are those of before."""
     for mixed in (engine, engine.optimizer):
         mixed.__class__ = type(mixed).__bases__[1]
-    del engine.epi, engine.run, engine.optimizer.isolation
+    del engine.epi, engine.optimizer._epi_context

@@ -13,7 +13,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from epi_ds.choices import Apply, StateFormat
+from epi_ds.choices import Apply, MissingState, StateFormat
 from epi_ds.combinations import (
     adam_state_nvme_problem,
     adam_state_optimizer_problem,
@@ -25,6 +25,9 @@ from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 
 SUPPORTED_DEEPSPEED = SpecifierSet(">=0.19.8,<0.20", prereleases=True)
+
+# The one name that isolation takes on an engine. See [Note: names] in handle.py.
+ENGINE_ATTRIBUTE = "epi"
 
 # Optimizers whose moments `apply: reduction` knows how to set at isolation and at release.
 ADAM_FAMILY = (FusedAdam, DeepSpeedCPUAdam, torch.optim.Adam, torch.optim.AdamW)
@@ -43,7 +46,10 @@ def check_engine(engine: Any, config: EPIConfig) -> None:
             "install a release in that range"
         )
     check_is_engine(engine)
-    reasons = list(_engine_reasons(engine)) or list(_optimizer_reasons(engine.optimizer, config))
+    reasons = list(_engine_reasons(engine)) or [
+        *_optimizer_reasons(engine.optimizer, config),
+        *_history_reasons(engine, config),
+    ]
     if reasons:
         raise UserError("isolation cannot be attached to this engine:\n" + "\n".join(f"  - {r}" for r in reasons))
 
@@ -59,6 +65,12 @@ def check_is_engine(engine: Any) -> None:
 def has_optimizer(engine: Any) -> bool:
     """Whether a ZeRO-3 engine can train; without an optimizer its weights are only gathered."""
     return type(engine.optimizer).__name__ != "DeepSpeedZeRoOffload"
+
+
+def has_resumed(engine: Any) -> bool:
+    """Whether an engine has loaded a checkpoint that it goes on from, and not only weights to begin with."""
+    # Set by every load but one of the module alone, of which DeepSpeed takes no counters.
+    return engine.loaded_checkpoint_mp_world_size is not None
 
 
 def _engine_reasons(engine: Any) -> Iterator[str]:
@@ -77,6 +89,11 @@ def _engine_reasons(engine: Any) -> Iterator[str]:
             f"the ZeRO-3 optimizer is {type(engine.optimizer).__name__}, and the mask acts in "
             f"{DeepSpeedZeroOptimizer_Stage3.__name__} only; turn off what replaces it (super_offload in "
             "offload_optimizer is the usual one)"
+        )
+    if hasattr(engine.module, ENGINE_ATTRIBUTE):
+        yield (
+            f"the module has an attribute {ENGINE_ATTRIBUTE!r}, which the engine passes on, and engine."
+            f"{ENGINE_ATTRIBUTE} is isolation's handle; rename the module's"
         )
     if engine.is_deepcompile_enabled():
         yield "DeepCompile replaces the gradient hooks that isolation observes; set compile.deepcompile: false"
@@ -131,13 +148,23 @@ def _optimizer_reasons(optimizer: Any, config: EPIConfig) -> Iterator[str]:
             yield adam_state_nvme_problem()
 
 
+def _history_reasons(engine: Any, config: EPIConfig) -> Iterator[str]:
+    if has_resumed(engine) and config.missing_state is MissingState.ERROR:
+        yield (
+            f"the engine has loaded a checkpoint already (it is at step {engine.global_steps}), whose importance and "
+            "masks only an engine with isolation loads: nothing would be held, and the next save would lose them; "
+            "attach before load_checkpoint, as epi_ds.initialize does, or set missing_state: fresh to begin without "
+            "them"
+        )
+
+
 def _reduction_reasons(base: Any) -> Iterator[str]:
-    if type(base) not in ADAM_FAMILY:
+    if not is_adam(base):
         yield reduction_optimizer_problem(type(base).__name__)
         return
     if any(group.get("amsgrad") for group in base.param_groups):
         yield "apply: reduction does not know the running maximum of amsgrad; set amsgrad: false or use apply: update"
-    if any(group["weight_decay"] and _adds_decay_to_gradient(base, group) for group in base.param_groups):
+    if any(group["weight_decay"] and adds_decay_to_gradient(base, group) for group in base.param_groups):
         yield (
             f"{type(base).__name__} adds weight decay to the gradient, so its moments hold decay that importance does "
             "not know, and a released entry would jump; use AdamW, weight_decay 0 or apply: update"
@@ -145,17 +172,23 @@ def _reduction_reasons(base: Any) -> Iterator[str]:
 
 
 def _adam_reasons(base: Any) -> Iterator[str]:
-    if type(base) not in ADAM_FAMILY:
+    if not is_adam(base):
         yield adam_state_optimizer_problem(type(base).__name__)
         return
-    if any(group["weight_decay"] and _adds_decay_to_gradient(base, group) for group in base.param_groups):
+    if any(group["weight_decay"] and adds_decay_to_gradient(base, group) for group in base.param_groups):
         yield (
             f"{type(base).__name__} adds weight decay to the gradient, so its second moments measure decay too; use "
             "AdamW, weight_decay 0, or state: u8"
         )
 
 
-def _adds_decay_to_gradient(base: Any, group: dict[str, Any]) -> bool:
+def is_adam(base: Any) -> bool:
+    """Whether an optimizer is an Adam whose moments are known."""
+    return type(base) in ADAM_FAMILY
+
+
+def adds_decay_to_gradient(base: Any, group: dict[str, Any]) -> bool:
+    """Whether an Adam decays the weights of a parameter group through their gradient."""
     if isinstance(base, (FusedAdam, DeepSpeedCPUAdam)):
         return not base.adam_w_mode
     # A setting of the group, and of torch's Adam only in the older releases, where AdamW is a class apart.

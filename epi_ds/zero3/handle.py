@@ -1,4 +1,10 @@
-"""``engine.epi``: how users and tests look at isolation and steer it."""
+"""``engine.epi``: how users and tests look at isolation and steer it.
+
+[Note: names] A DeepSpeed engine passes names that it does not have on to its module, so that every attribute which
+isolation adds to an engine hides one of the user's model. It adds one, ``epi``, and refuses a module that has an
+attribute of that name. What the classes of engine and optimizer need besides begins with ``_epi_``; everything else is
+a method of DeepSpeed's. tests/zero3/test_contract.py holds it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from epi_ds.checkpoint.commit import Run
 from epi_ds.choices import ADAPTIVE, PolicyName, StateFormat
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError, nearest
@@ -73,9 +80,11 @@ class MemoryReport(NamedTuple):
 class EPI:
     """The isolation of one engine. Methods marked collective must be called by every rank."""
 
-    def __init__(self, engine: Any, controller: IsolationController) -> None:
+    def __init__(self, engine: Any, controller: IsolationController, *, run: Run) -> None:
         self._engine = engine
         self._controller = controller
+        self.run = run
+        """The checkpoints of the run, for the parts of the library that save and load them."""
 
     @property
     def config(self) -> EPIConfig:
@@ -145,8 +154,10 @@ class EPI:
     def refresh_now(self) -> RefreshReport:
         """Select a new mask from the importance as it is, between two steps. Collective.
 
-        Raises UserError under ``policy: none``, and RuntimeError where nothing is measured.
+        Raises UserError under ``policy: none`` or in an accumulation window, and RuntimeError where nothing is
+        measured.
         """
+        self._check_window("refresh_now()")
         if self.config.policy is PolicyName.NONE:
             raise UserError("policy: none isolates nothing, but a refresh selects a mask; set policy: evolving")
         return self._controller.refresh()
@@ -156,7 +167,9 @@ class EPI:
 
         Between two steps; does nothing and returns None under ``memory: none``. ``memory: per_task`` wants the stage's
         ``name``, and raises UserError without; a stage of a name that ended before is the same task, trained further.
+        UserError also in the middle of an accumulation window.
         """
+        self._check_window("finish_stage()")
         return self._controller.finish_stage(name)
 
     def check_planned_steps(self, planned_steps: int) -> None:
@@ -181,7 +194,7 @@ class EPI:
                 "the second moments are the importance under state: adam, and a reset would forget it; carry the "
                 "optimizer's state over, or set another state"
             )
-        self._engine.optimizer.reset_optimizer_state()
+        self._engine.optimizer._epi_reset_optimizer_state()
 
     def probe(self, losses: Iterable[Tensor]) -> RefreshReport:
         """Isolate by the mean squared gradient of ``losses``, taken without stepping. Collective.
@@ -192,14 +205,15 @@ class EPI:
         The losses decide how many batches are probed: ``probe_steps`` says it to `epi-ds train` only, and elsewhere
         that the mask comes from a call of this method before the first step. Importance measured so far is replaced.
 
-        Raises UserError under ``policy: none``, and RuntimeError when no loss gave finite gradients. Afterwards the
-        importance is freed unless the policy measures it during training.
+        Raises UserError under ``policy: none`` or in an accumulation window, and RuntimeError when no loss gave finite
+        gradients. Afterwards the importance is freed unless the policy measures it during training.
         """
         engine, controller = self._engine, self._controller
         if self.config.policy is PolicyName.NONE:
             raise UserError("policy: none isolates nothing, but a probe selects a mask; set policy: static")
         if self.config.state is StateFormat.ADAM:
             raise UserError("state: adam has no importance of its own for a probe to measure; set another state")
+        self._check_window("probe()")
         controller.start_measuring()
         observed = 0
         try:
@@ -207,7 +221,7 @@ class EPI:
                 # Every probe is a window of its own; with offload, gradients leave the accelerator at a boundary only.
                 engine.set_gradient_accumulation_boundary(True)
                 engine.backward(loss, scale_wrt_gas=False)
-                observed += engine.optimizer.observe_probe(ema_decay=observed / (observed + 1))
+                observed += engine.optimizer._epi_observe_probe(ema_decay=observed / (observed + 1))
         finally:
             engine.set_gradient_accumulation_boundary(None)
             if not observed and not controller.observes:
@@ -221,6 +235,11 @@ class EPI:
         if not controller.observes:
             controller.stop_measuring()
         return refresh
+
+    def _check_window(self, call: str) -> None:
+        self._engine.optimizer._epi_context.window.check_closed(
+            call, because="all of its gradients are to be under one mask", remedy="call it"
+        )
 
     def _segment(self, name: str) -> Segment:
         segments = self._controller.layout.by_name

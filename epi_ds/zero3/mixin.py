@@ -47,9 +47,9 @@ _CERTAINLY_VALID = 1e37
 
 
 class IsolationMixin(Zero3Optimizer):
-    """Mixed over ``DeepSpeedZeroOptimizer_Stage3``; ``isolation`` is set when the class is assigned."""
+    """Mixed over ``DeepSpeedZeroOptimizer_Stage3``; ``_epi_context`` is set when the class is assigned."""
 
-    isolation: IsolationContext
+    _epi_context: IsolationContext
 
     # --- overrides, in the order in which a step reaches them ---
 
@@ -57,7 +57,7 @@ class IsolationMixin(Zero3Optimizer):
         """Record the reduced parameters. See [Note: stale gradients] in window.py."""
         is_copied_out = bool(self.offload_optimizer and self.is_gradient_accumulation_boundary())
         for parameter, partition in zip(params_to_release, grad_partitions):  # noqa: B905 - as ZeRO-3 pairs them
-            self.isolation.window.record(
+            self._epi_context.window.record(
                 parameter, partition, buffer_is_stale=self.micro_step_id != 0, is_copied_out=is_copied_out
             )
         return super().partition_grads(params_to_release, grad_partitions)
@@ -70,7 +70,7 @@ class IsolationMixin(Zero3Optimizer):
         offload_fp32_offsets: dict[int, list[int]],
     ) -> None:
         """Take the masked norm of a parameter where ZeRO-3 takes its norm: afterwards NVMe may have the gradient."""
-        context = self.isolation
+        context = self._epi_context
         if context.controller.is_active:
             param_id = self.get_param_id(param)
             sub_group, start, _ = self.grad_position[param_id]
@@ -88,12 +88,12 @@ class IsolationMixin(Zero3Optimizer):
 
     def _constant_buffered_norm2(self, input: Tensor, buffer_size: int = 250000000) -> Tensor:  # noqa: A002
         """Return the norm of a gradient at the boundary without reading it again: the masked one's pass took it too."""
-        norm = self.isolation.boundary_norm
+        norm = self._epi_context.boundary_norm
         return super()._constant_buffered_norm2(input, buffer_size) if norm is None else norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the open window along with its gradients."""
-        self.isolation.window.discard()
+        self._epi_context.window.discard()
         super().zero_grad(set_to_none=set_to_none)
 
     def step(self, closure: Any = None) -> None:
@@ -101,7 +101,7 @@ class IsolationMixin(Zero3Optimizer):
 
         Raises RemedyError where no step could be applied for too long, and RuntimeError where a probe is still due.
         """
-        context = self.isolation
+        context = self._epi_context
         if context.controller.awaits_probe:
             raise RuntimeError(
                 f"policy: static with probe_steps: {context.controller.config.probe_steps} has no mask yet, so this "
@@ -109,7 +109,7 @@ class IsolationMixin(Zero3Optimizer):
             )
         context.window.close()
         context.backward_scale = float(self.loss_scale)
-        suspects = list(self._not_finite()) if context.skipped.next_is_too_many else []
+        suspects = list(self._epi_not_finite()) if context.skipped.next_is_too_many else []
         super().step(closure)
         context.window.forget()
         context.offloaded_sumsq.clear()
@@ -133,10 +133,10 @@ class IsolationMixin(Zero3Optimizer):
 
         A step that plain ZeRO-3 would skip gets plain ZeRO-3's norms: a NaN in an isolated entry is still a NaN.
         """
-        context = self.isolation
+        context = self._epi_context
         if not context.controller.is_active:
             return super()._get_norm_groups()
-        squares = torch.stack([self._sums_of_squares(sub_group) for sub_group in range(len(self.fp16_groups))])
+        squares = torch.stack([self._epi_sums_of_squares(sub_group) for sub_group in range(len(self.fp16_groups))])
         # A collective of its own would cost as much as the norm; and it is sent also where there is nothing to say: a
         # longer vector may be summed in another order, to other bits.
         energy = context.step_energy
@@ -151,7 +151,7 @@ class IsolationMixin(Zero3Optimizer):
                 return plain
         if energy is not None:
             energy.settle()
-            self._note_step_energy(on_host[squares.numel() :])
+            self._epi_note_step_energy(on_host[squares.numel() :])
         if whole > 0:
             context.controller.note_held_gradient_energy(1.0 - plastic / whole)
         # As plain ZeRO-3 returns them.
@@ -160,16 +160,16 @@ class IsolationMixin(Zero3Optimizer):
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
         """Observe the raw gradient of a sub-group, and unscale and clip it in the same pass."""
-        controller = self.isolation.controller
+        controller = self._epi_context.controller
         if controller.observes and self.fp32_partitioned_groups_flat[sub_group_id].grad is not None:
-            rescale = self._rescale(total_norm)
-            self._observe(sub_group_id, ema_decay=controller.config.ema_decay, rescale=rescale)
+            rescale = self._epi_rescale(total_norm)
+            self._epi_observe(sub_group_id, ema_decay=controller.config.ema_decay, rescale=rescale)
         else:
             super().unscale_and_clip_grads(sub_group_id, total_norm)
 
     def _optimizer_step(self, sub_group_id: int) -> None:
         """Update a sub-group, its isolated weights excepted."""
-        context, controller = self.isolation, self.isolation.controller
+        context, controller = self._epi_context, self._epi_context.controller
         if not controller.is_active:
             super()._optimizer_step(sub_group_id)
             return
@@ -193,17 +193,17 @@ class IsolationMixin(Zero3Optimizer):
 
     # --- what the overrides are made of ---
 
-    def _not_finite(self) -> Iterator[str]:
+    def _epi_not_finite(self) -> Iterator[str]:
         """Yield the parameters of which this rank's accumulated gradient is not finite."""
-        context = self.isolation
+        context = self._epi_context
         for sub_group_id, spans in enumerate(context.parameter_spans):
             for parameter, span in spans:
-                if not self._accumulated(sub_group_id, span).isfinite().all():
+                if not self._epi_accumulated(sub_group_id, span).isfinite().all():
                     yield context.names[parameter]
 
-    def _rescale(self, total_norm: Tensor) -> float:
+    def _epi_rescale(self, total_norm: Tensor) -> float:
         """Return what plain ZeRO-3 multiplies the gradients of this step by to unscale and clip them."""
-        context = self.isolation
+        context = self._epi_context
         if context.rescale is None or context.rescale.norm is not total_norm:
             # Asked once a step: on an accelerator every answer waits for all that was started before.
             combined_scale = self.loss_scale
@@ -213,25 +213,25 @@ class IsolationMixin(Zero3Optimizer):
             context.rescale = Rescale(total_norm, float(1.0 / combined_scale))
         return context.rescale.factor
 
-    def _note_step_energy(self, energies: Tensor) -> None:
+    def _epi_note_step_energy(self, energies: Tensor) -> None:
         held, whole = energies.tolist()
         if whole > 0:
-            self.isolation.controller.note_held_step_energy(held / whole)
+            self._epi_context.controller.note_held_step_energy(held / whole)
 
-    def _was_copied_out(self, parameter: Any) -> bool:
+    def _epi_was_copied_out(self, parameter: Any) -> bool:
         """Whether, with offload, the optimizer's own gradient is of this window.
 
         The sum leaves the accelerator at the accumulation boundary only: what that micro-batch did not use is stale.
         """
         return self.get_param_id(parameter) in self.norm_for_param_grads
 
-    def _accumulated(self, sub_group_id: int, span: Span) -> Tensor:
+    def _epi_accumulated(self, sub_group_id: int, span: Span) -> Tensor:
         """Return a view of the accumulation buffer. ``span`` is in the sub-group's flat partition."""
-        start = self.isolation.buffer_starts[sub_group_id] + span.start
+        start = self._epi_context.buffer_starts[sub_group_id] + span.start
         return self.grad_partitions_flat_buffer.narrow(0, start, span.stop - span.start)
 
-    def _observe(self, sub_group_id: int, *, ema_decay: float, rescale: float = 1.0) -> None:
-        context = self.isolation
+    def _epi_observe(self, sub_group_id: int, *, ema_decay: float, rescale: float = 1.0) -> None:
+        context = self._epi_context
         exceptions: dict[str, Tensor | None] = {}
         for parameter, span in context.parameter_spans[sub_group_id]:
             name = context.names[parameter]
@@ -239,8 +239,8 @@ class IsolationMixin(Zero3Optimizer):
                 exceptions[name] = None
             elif (own := context.window.own_gradient(parameter)) is not None:
                 exceptions[name] = own
-            elif self.offload_optimizer and not self._was_copied_out(parameter):
-                exceptions[name] = self._accumulated(sub_group_id, span)
+            elif self.offload_optimizer and not self._epi_was_copied_out(parameter):
+                exceptions[name] = self._epi_accumulated(sub_group_id, span)
         context.controller.observe(
             sub_group_id,
             self.fp32_partitioned_groups_flat[sub_group_id].grad,
@@ -250,17 +250,17 @@ class IsolationMixin(Zero3Optimizer):
             ema_decay=ema_decay,
         )
 
-    def _sums_of_squares(self, sub_group_id: int) -> Tensor:
+    def _epi_sums_of_squares(self, sub_group_id: int) -> Tensor:
         """Sums over this rank's entries of the gradients that plain ZeRO-3's norm is taken over: all, and plastic ones.
 
         [2] fp64, on the accelerator.
         """
-        context = self.isolation
+        context = self._epi_context
         total = torch.zeros(2, dtype=torch.float64, device=get_accelerator().current_device_name())
         spans = context.parameter_spans[sub_group_id]
         if self.offload_optimizer:
             for parameter, _ in spans:
-                if self._was_copied_out(parameter):
+                if self._epi_was_copied_out(parameter):
                     param_id = self.get_param_id(parameter)
                     if param_id in context.offloaded_sumsq:
                         total += context.offloaded_sumsq[param_id]
@@ -268,7 +268,7 @@ class IsolationMixin(Zero3Optimizer):
                         # Without a mask at that time, a refresh out of turn put one in force since: all entries count.
                         total += self.norm_for_param_grads[param_id].double() ** 2
             return total
-        gradient = self._accumulated(sub_group_id, Span(0, self.fp16_partitioned_groups_flat_numel[sub_group_id]))
+        gradient = self._epi_accumulated(sub_group_id, Span(0, self.fp16_partitioned_groups_flat_numel[sub_group_id]))
         bits = context.controller.masks.bits[sub_group_id]
         for start, stop in merge_spans(span for _, span in spans):
             total += masked_sumsq(gradient[start:stop], bits, first_entry=start)
@@ -276,11 +276,11 @@ class IsolationMixin(Zero3Optimizer):
 
     # --- called from outside a step ---
 
-    def mask_changes(self, sub_group: int, *, before: Tensor, now: Tensor, importance: ReadPartition) -> None:
+    def _epi_mask_changes(self, sub_group: int, *, before: Tensor, now: Tensor, importance: ReadPartition) -> None:
         """Set the moments of what is isolated or released. See [Note: release] in moments.py."""
         if torch.equal(before, now):
             return
-        context = self.isolation
+        context = self._epi_context
         param_group = self.sub_group_to_group_id[sub_group]
         beta2 = self.optimizer.param_groups[param_group]["betas"][1]
         weight = context.controller.counters.importance_weight
@@ -295,18 +295,18 @@ class IsolationMixin(Zero3Optimizer):
                 importance_scale=scale,
             )
 
-    def settle_step_energy(self) -> None:
+    def _epi_settle_step_energy(self) -> None:
         """Note what the last update was, before the counters are saved. Collective."""
-        energy = self.isolation.step_energy
+        energy = self._epi_context.step_energy
         if energy is not None:
             sent = energy.pending.clone()
             energy.settle()
             dist.all_reduce(sent, group=self.dp_process_group)
-            self._note_step_energy(sent)
+            self._epi_note_step_energy(sent)
 
-    def stale_parameters(self) -> list[str]:
+    def _epi_stale_parameters(self) -> list[str]:
         """Return the parameters of which a later step may apply an old gradient. See [Note: leftovers] in window.py."""
-        context = self.isolation
+        context = self._epi_context
         return [
             context.names[parameter]
             for group in self.fp16_groups
@@ -315,26 +315,26 @@ class IsolationMixin(Zero3Optimizer):
         ]
 
     @property
-    def has_unsaved_moments(self) -> bool:
+    def _epi_has_unsaved_moments(self) -> bool:
         """Whether moments live in the second optimizer of partial offload, which DeepSpeed's checkpoints leave out."""
         sub_groups = range(len(self.fp16_groups))
         return any(stepping_optimizer(self, sub_group) is not self.optimizer for sub_group in sub_groups)
 
-    def reset_optimizer_state(self) -> None:
+    def _epi_reset_optimizer_state(self) -> None:
         """Return the optimizer to the state of one that has taken no step, for the next stage of a run."""
         for sub_group in range(len(self.fp16_groups)):
             with optimizer_state(self, sub_group) as state:
                 reset_moments(state)
-        for average in self.isolation.clipping:
+        for average in self._epi_context.clipping:
             average.reset()
 
-    def observe_probe(self, *, ema_decay: float) -> bool:
+    def _epi_observe_probe(self, *, ema_decay: float) -> bool:
         """Observe the gradients of the last backward without stepping, then drop them. Collective.
 
         Returns whether they were finite; if not, nothing was observed, and a dynamic loss scale is told of it.
         """
-        self.isolation.window.close()
-        self.isolation.backward_scale = float(self.loss_scale)
+        self._epi_context.window.close()
+        self._epi_context.backward_scale = float(self.loss_scale)
         self._pre_step()
         self._partition_all_parameters()
         finite = not is_invalid_grad_norm(combine_grad_norm_groups(super()._get_norm_groups()))
@@ -344,18 +344,18 @@ class IsolationMixin(Zero3Optimizer):
         for sub_group_id in range(len(self.fp16_groups)):
             self._prepare_sub_group(sub_group_id, set())
             if finite:
-                self._observe(sub_group_id, ema_decay=ema_decay)
-            self._drop_gradient(sub_group_id)
+                self._epi_observe(sub_group_id, ema_decay=ema_decay)
+            self._epi_drop_gradient(sub_group_id)
         # As before any backward: a parameter that the next window does not use must not step with a probe's gradient.
         self.grad_partitions_flat_buffer.zero_()
         self.zero_grad(set_to_none=True)
-        self.isolation.window = AccumulationWindow()
+        self._epi_context.window = AccumulationWindow()
         self._post_step(set())
         if finite:
-            self.isolation.controller.count_observation(ema_decay)
+            self._epi_context.controller.count_observation(ema_decay)
         return finite
 
-    def _drop_gradient(self, sub_group_id: int) -> None:
+    def _epi_drop_gradient(self, sub_group_id: int) -> None:
         """Release a sub-group that was prepared, without the gradient that it was prepared with."""
         gradient = self.fp32_partitioned_groups_flat[sub_group_id].grad
         # On NVMe a sub-group none of whose parameters was ever reduced has no gradient.

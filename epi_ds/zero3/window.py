@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epi_ds.errors import UserError
+
 
 class BufferRecord:
     """Which parameters a window did not overwrite in one buffer, by ZeRO-3's parameter id. See [Note: leftovers]."""
@@ -77,6 +79,19 @@ class AccumulationWindow:
     def is_open(self) -> bool:
         """Whether gradients have arrived since the last step."""
         return bool(self._reduced)
+
+    def check_closed(self, what: str, *, because: str, remedy: str) -> None:
+        """Raise UserError where gradients have arrived since the last step.
+
+        what     is not to be done with them
+        because  of what would become of them, as it follows "the accumulation window is open, and"
+        remedy   ends before "after engine.step() at an accumulation boundary"
+        """
+        if self.is_open:
+            raise UserError(
+                f"{what}: the accumulation window is open, and {because}; {remedy} after engine.step() at an "
+                "accumulation boundary"
+            )
 
     def discard(self) -> None:
         """Forget the open window: its gradients were thrown away."""

@@ -150,6 +150,7 @@ def refusals(folder: str) -> dict[str, str]:
     found["auto_find_batch_size"] = message_of(
         lambda: trainer_of(folder, [epi_ds.EPICallback(SECTION)], stage=2, arguments={"auto_find_batch_size": True})
     )
+    found["pattern"] = message_of(lambda: trainer_of(f"{folder}/run[1]", [epi_ds.EPICallback(SECTION)]))
     return found
 
 
@@ -168,3 +169,4 @@ def test_a_trainer_without_its_engine_says_why(tmp_path: Path) -> None:
     assert "instead of calling add_callback" in found["add_callback"]
     assert "ZeRO stage is 2" in found["stage 2"]
     assert "set per_device_train_batch_size instead" in found["auto_find_batch_size"]
+    assert "transformers looks for what it resumes from by a pattern" in found["pattern"]

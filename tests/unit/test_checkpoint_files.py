@@ -28,7 +28,7 @@ from epi_ds.checkpoint.catalog import (
 )
 from epi_ds.checkpoint.digest import problems_of_files, record_of
 from epi_ds.checkpoint.durable import write_json
-from epi_ds.checkpoint.loading import share_of
+from epi_ds.checkpoint.loading import newest_checkpoint, share_of
 from epi_ds.checkpoint.manifest import FOLDER, PATH, read_manifest
 from epi_ds.checkpoint.random_states import random_states, restore_random_states
 from epi_ds.checkpoint.retention import Retention, prune, surplus
@@ -483,3 +483,8 @@ def test_random_states_survive_json(tmp_path: Path) -> None:
     draw()
     restore_random_states(saved.tensors, others)
     assert [draw() for _ in range(3)] == expected
+
+
+def test_the_newest_of_a_folder_is_asked_for_by_ranks_only(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no process group yet; call it after the trainer is constructed"):
+        newest_checkpoint(tmp_path)

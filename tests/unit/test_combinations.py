@@ -23,6 +23,7 @@ ADAM = {"state": "adam", "apply": "update"}
         ({}, {}, ["ZeRO stage is 0", "set zero_optimization.stage: 3"]),
         ({"zero_optimization": {"stage": 2}}, {}, ["ZeRO stage is 2"]),
         ({"zero_optimisation": {"stage": 3}}, {}, ["ZeRO stage is 0", "did you mean 'zero_optimization'"]),
+        (ZERO3 | {"gradient_cliping": 1.0}, {}, ["gradient_cliping: ", "did you mean 'gradient_clipping'?"]),
         (ZERO3 | {"optimizer": {"type": "Lion"}}, {}, ["apply: reduction", "Lion", "apply: update"]),
         (ZERO3 | {"optimizer": {"type": "OneBitAdam"}}, ADAM, ["state: adam", "OneBitAdam", "state: u8"]),
         (
@@ -56,6 +57,7 @@ def test_impossible_combinations_are_named(
         (ZERO3, {}),
         (ZERO3 | {"optimizer": {"type": "AdamW"}}, ADAM),
         (ZERO3 | {"optimizer": {"type": "Adam"}}, {}),
+        (ZERO3 | {"comment": "a note", "my_own": {}, "comet": {}}, {}),
         (ZERO3 | {"optimizer": {"type": "Lion"}}, {"apply": "update"}),
         (ZERO3 | {"optimizer": "auto"}, {}),
         ({"zero_optimization": {"stage": "auto"}, "optimizer": {"type": "auto"}}, ADAM),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
+from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 from transformers import Trainer
 from trl import SFTConfig
@@ -26,6 +27,7 @@ from epi_ds.api import read_section
 from epi_ds.cli.main import app
 from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, parse_config
+from epi_ds.ds_configs.keys import KNOWN
 from epi_ds.ds_configs.values import auto_keys
 from epi_ds.errors import UserError
 from epi_ds.recipe.arguments import deepspeed_config
@@ -117,6 +119,47 @@ def test_changes_are_at_dotted_keys_and_sections_are_merged() -> None:
 def test_changes_that_have_no_place_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ds_configs.load("zero3", changes)
+
+
+def test_a_misspelt_section_is_refused_beside_the_right_one() -> None:
+    """DeepSpeed would train with the preset's own section and not say a word about the changes."""
+    for changes in ({"zero_optimisation": {"stage3_max_live_parameters": 7}}, {"zero_optimisation.stage": 3}):
+        with pytest.raises(UserError, match=r"zero_optimisation: .* did you mean 'zero_optimization'\?"):
+            ds_configs.load("zero3", changes)
+        with pytest.raises(UserError, match="did you mean 'zero_optimization'"):
+            deepspeed_config({"deepspeed": {"preset": "zero3", **changes}})
+
+
+class Reading(dict[str, Any]):
+    """Notes which of its keys are asked for."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def __copy__(self) -> Reading:
+        return self
+
+
+def keys_that_deepspeed_reads() -> set[str]:
+    values = Reading({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
+    DeepSpeedConfig(values)
+    return values.asked
+
+
+def test_every_key_that_deepspeed_reads_is_known() -> None:
+    asked = run_ranks(keys_that_deepspeed_reads, 1)[0]
+    assert len(asked) > 40
+    assert asked - KNOWN == set()
+    assert all(set(ds_configs.read(name)) <= KNOWN for name in ds_configs.names())
 
 
 def test_a_variable_is_read_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,13 @@ def test_a_run_that_never_isolates_is_an_error() -> None:
         check_planned_steps(500, 500, allow_inactive=False)
 
 
+def test_what_is_set_already_is_no_remedy() -> None:
+    with pytest.raises(ValueError, match=r"isolated\. Train for 2 steps at least, with refresh_interval: 1"):
+        check_planned_steps(1, 1, allow_inactive=False)
+    with pytest.raises(ValueError, match=r"isolated\. Set warmup_steps: 1, or allow_inactive"):
+        check_planned_steps(9, 1, warmup_steps=9, allow_inactive=False)
+
+
 def test_the_setting_that_decides_is_named() -> None:
     with pytest.raises(ValueError, match=r"from step 51 \(check_interval 50.*Set check_interval: 3"):
         check_planned_steps(30, 50, setting="check_interval", allow_inactive=False)

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 import epi_ds
 from epi_ds.errors import UserError
-from tests.support.engines import assert_same, ds_config, engine_of, full_masks, full_weights, train_step
+from tests.support.engines import (
+    assert_same,
+    collected_logs,
+    ds_config,
+    engine_of,
+    full_masks,
+    full_weights,
+    train_step,
+)
 from tests.support.models import OddNet, TwoHeads, odd_batch
 from tests.support.ranks import end_ranks, run_ranks
 from tests.support.tiers import values_first
@@ -401,6 +409,72 @@ def check_late_attach() -> None:
 
 def test_attach_to_an_engine_that_has_trained() -> None:
     run_ranks(check_late_attach, 2)
+
+
+def attach_after_a_load(folder: str) -> tuple[str, list[str], int]:
+    """Return how attaching after a load is refused; where it is asked for, what is said, and what is isolated then."""
+    section = {"ratio": 0.25, "refresh_interval": 3, "state": "fp32"}
+    with engine_of(OddNet, ds_config(epi=section)) as engine:
+        for step in range(4):
+            train_step(engine, step, odd_batch)
+        assert engine.save_checkpoint(folder)
+        masks = full_masks(engine)
+    with engine_of(OddNet, ds_config()) as engine, collected_logs() as messages:
+        classes = type(engine), type(engine.optimizer)
+        engine.load_checkpoint(folder)
+        with pytest.raises(UserError) as refused:
+            epi_ds.attach(engine, section)
+        assert (type(engine), type(engine.optimizer)) == classes
+        isolated = epi_ds.attach(engine, {**section, "missing_state": "fresh"}).stats().isolated
+        # Isolated now, an engine takes the masks from the tag as always.
+        engine.load_checkpoint(folder)
+        assert_same(full_masks(engine), masks)
+        return str(refused.value), list(messages), isolated
+
+
+def test_attach_after_a_load_is_refused_unless_isolation_is_to_begin_there(tmp_path: Path) -> None:
+    refused, messages, isolated = run_ranks(attach_after_a_load, 2, str(tmp_path))[0]
+    assert "has loaded a checkpoint already (it is at step 4)" in refused
+    assert "attach before load_checkpoint" in refused
+    assert isolated == 0
+    assert any("isolation begins at step 4 of a checkpoint that was loaded before it" in text for text in messages)
+
+
+class NamedNet(OddNet):
+    """Has methods under names that parts of a training library like to take."""
+
+    def run(self, number: int) -> int:
+        return number + 1
+
+    def isolation(self) -> str:
+        return "the model's"
+
+    def _write(self) -> str:
+        return "the model's"
+
+
+class TakenNet(OddNet):
+    epi = "the model's"
+
+
+def names_of_the_model() -> str:
+    with engine_of(NamedNet, ds_config()) as engine:
+        before = {id(engine): set(vars(engine)), id(engine.optimizer): set(vars(engine.optimizer))}
+        epi_ds.attach(engine, {"ratio": 0.2})
+        assert set(vars(engine)) - before[id(engine)] == {"epi"}
+        assert {
+            name for name in set(vars(engine.optimizer)) - before[id(engine.optimizer)] if not name.startswith("_epi_")
+        } == set()
+        assert (engine.run(3), engine.isolation(), engine._write()) == (4, "the model's", "the model's")
+    with engine_of(TakenNet, ds_config()) as engine:
+        with pytest.raises(UserError, match="rename the module's") as refused:
+            epi_ds.attach(engine, {"ratio": 0.2})
+        assert engine.epi == "the model's"
+        return str(refused.value)
+
+
+def test_isolation_takes_one_name_of_an_engine_and_none_of_the_model_s() -> None:
+    assert "the module has an attribute 'epi'" in run_ranks(names_of_the_model, 1)[0]
 
 
 # --- the handle ---

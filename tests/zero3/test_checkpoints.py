@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from epi_ds.checkpoint import digest, loading, saving, store
+from epi_ds.checkpoint import commit, digest, loading, saving, seats, store
 from epi_ds.checkpoint.catalog import checkpoints_in, leftovers_in
 from epi_ds.checkpoint.durable import write_json
 from epi_ds.checkpoint.manifest import PATH, sealed
@@ -373,17 +375,29 @@ def test_a_save_that_fails_stops_the_run_where_that_is_wanted(tmp_path: Path) ->
     assert "zero_pp_rank_1" in results[0][0]
 
 
+@contextmanager
+def another_process() -> Iterator[None]:
+    """Let engines act as in another process, which knows nothing of what this one holds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commit, "_held", {})
+        patch.setattr(seats, "_seats", {})
+        yield
+
+
 def two_jobs(folder: str) -> tuple[bool, str]:
     """A second job begins to save where the first one does: the first one saves no more."""
     with engine_of(OddNet, ds_config(epi=SECTION)) as first, engine_of(OddNet, ds_config(epi=SECTION)) as second:
-        for engine in (first, second):
-            train_step(engine, 0, odd_batch)
-            assert engine.save_checkpoint(folder)
+        train_step(first, 0, odd_batch)
+        train_step(second, 0, odd_batch)
+        assert first.save_checkpoint(folder)
+        with another_process():
+            assert second.save_checkpoint(folder)
         train_step(first, 1, odd_batch)
         with pytest.raises(CheckpointError) as refused:
             first.save_checkpoint(folder)
         train_step(second, 1, odd_batch)
-        return second.save_checkpoint(folder), str(refused.value)
+        with another_process():
+            return second.save_checkpoint(folder), str(refused.value)
 
 
 def test_of_two_jobs_in_one_folder_the_later_one_saves(tmp_path: Path) -> None:
@@ -395,6 +409,42 @@ def test_of_two_jobs_in_one_folder_the_later_one_saves(tmp_path: Path) -> None:
     assert "Stop one of the two jobs, or give each a folder of its own" in refusal
     assert [found.step for found in checkpoints_in(tmp_path)] == [1, 2]
     assert json.loads((tmp_path / "epi_run.json").read_text())["incarnation"] == 2
+
+
+def two_engines(folder: str) -> tuple[str, str]:
+    """An actor and a critic of one process save in one folder; each is resumed after the other, in another process."""
+    config = ds_config(epi=SECTION | {"checkpoint": {"keep_last": 1}})
+    with engine_of(OddNet, config) as actor, engine_of(OddNet, config) as critic:
+        for step in range(2):
+            for name, engine in (("actor", actor), ("critic", critic)):
+                train_step(engine, step, odd_batch)
+                assert engine.save_checkpoint(folder, tag=f"{name}{step}")
+        with pytest.raises(UserError) as replaced:
+            actor.save_checkpoint(folder, tag="critic1")
+        # Its own newest, though the critic's is newer.
+        assert "/actor1/" in actor.load_checkpoint(folder)[0]
+    assert sorted(found.path.name for found in checkpoints_in(Path(folder))) == ["actor1", "critic1"]
+    with another_process(), engine_of(OddNet, config) as critic, engine_of(OddNet, config) as actor:
+        with pytest.raises(UserError) as unknown:
+            critic.load_checkpoint(folder)
+        for name, engine in (("critic", critic), ("actor", actor)):
+            engine.load_checkpoint(folder, tag=f"{name}1")
+            train_step(engine, 2, odd_batch)
+            assert engine.save_checkpoint(folder, tag=f"{name}2")
+    return str(replaced.value), str(unknown.value)
+
+
+def test_engines_of_one_process_share_a_folder_and_keep_their_own(tmp_path: Path) -> None:
+    results = run_ranks(two_engines, 2, str(tmp_path))
+    assert results[0] == results[1]
+    replaced, unknown = results[0]
+    assert "critic1 is a tag of engine 1 of those that save there, and this is engine 0" in replaced
+    assert "holds checkpoints of 2 engines" in unknown
+    assert "actor1, critic1" in unknown
+    assert {found.path.name: manifest_of(found.path).engine for found in checkpoints_in(tmp_path)} == {
+        "actor2": 0,
+        "critic2": 1,
+    }
 
 
 def test_older_checkpoints_go_when_newer_ones_are_whole(tmp_path: Path) -> None:
@@ -443,11 +493,28 @@ def test_a_tag_is_one_name_in_a_folder(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "epi_run.json").read_text())["incarnation"] == 1
 
 
+def save_and_load(folder: str) -> list[str]:
+    """Return what the load of what was just saved says."""
+    with engine_of(OddNet, ds_config(epi=SECTION)) as engine:
+        train_step(engine, 0, odd_batch)
+        assert engine.save_checkpoint(folder, tag="best[*]?")
+        weights = full_weights(engine)
+    with collected_logs() as messages, engine_of(OddNet, ds_config(epi=SECTION)) as engine:
+        engine.load_checkpoint(folder)
+        assert_same(full_weights(engine), weights)
+        return list(messages)
+
+
+def test_folders_and_tags_may_have_the_signs_of_patterns_in_their_names(tmp_path: Path) -> None:
+    said = run_ranks(save_and_load, 2, str(tmp_path / "run[lr=1e-5]"))[0]
+    assert [text for text in said if "replaces hyper-parameters" in text] == []
+
+
 def take_over_during_a_save(folder: str) -> str:
     """Another job begins to save after this one's files were written, and before they get their name."""
     with engine_of(OddNet, ds_config(epi=SECTION)) as engine:
         train_step(engine, 0, odd_batch)
-        write = type(engine)._write
+        write = type(engine)._epi_write
 
         def slow(self: Any, *arguments: Any) -> None:
             write(self, *arguments)
@@ -456,7 +523,7 @@ def take_over_during_a_save(folder: str) -> str:
             dist.barrier()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(engine), "_write", slow)
+            patch.setattr(type(engine), "_epi_write", slow)
             with pytest.raises(CheckpointError) as refused:
                 engine.save_checkpoint(folder)
         return str(refused.value)

@@ -51,6 +51,7 @@ ENGINE_OVERRIDES = {
         "load_module_only",
         "custom_load_fn",
     ],
+    "destroy": ["self"],
     "zero_nvme_offload_optimizer": ["self"],
     "_copy_recovery_script": ["self", "save_path"],
     "_get_all_ckpt_names": ["self", "checkpoints_path", "tag"],
@@ -123,6 +124,12 @@ def test_nothing_is_overridden_that_this_test_does_not_pin() -> None:
         own = {name: value for part in mixin.__mro__[:-1] for name, value in vars(part).items()}
         methods = {name for name, value in own.items() if inspect.isfunction(value)}
         assert {name for name in methods if hasattr(base, name)} == set(pinned)
+
+
+def test_no_name_of_ours_hides_one_of_the_user_s_model() -> None:
+    for mixin, base in ((IsolationMixin, DeepSpeedZeroOptimizer_Stage3), (IsolationEngineMixin, DeepSpeedEngine)):
+        own = {name for part in mixin.__mro__[:-1] for name in vars(part) if not name.startswith("__")}
+        assert {name for name in own if not hasattr(base, name) and not name.startswith("_epi_")} == set()
 
 
 def test_a_step_runs_in_the_order_that_isolation_relies_on() -> None:

@@ -42,7 +42,7 @@ def check_agreement(folder: str, heard_by: tuple[int, ...], number: int) -> None
             with pytest.raises(CheckpointError, match=r"told to end \(SIG.*\) after step 3, and the last 3 are in no"):
                 preemption.leave()
             assert engine.save_checkpoint(folder)
-            assert engine.run.saved_step == 3
+            assert engine.epi.run.saved_step == 3
         finally:
             stop_signals.stop_listening()
 

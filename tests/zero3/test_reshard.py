@@ -78,7 +78,7 @@ def snapshot(engine: Any) -> dict[str, Any]:
     numbers = {
         "counters": engine.epi.stats().counters,
         "thresholds": engine.epi.thresholds(),
-        "clipping": [average.to_dict() for average in engine.optimizer.isolation.clipping],
+        "clipping": [average.to_dict() for average in engine.optimizer._epi_context.clipping],
         "groups": [
             {key: value for key, value in group.items() if key != "params"}
             for group in engine.optimizer.optimizer.param_groups
@@ -196,6 +196,79 @@ def test_every_state_and_placement_can_be_dealt_anew(tmp_path: Path, case: str, 
 def test_other_sub_groups_on_as_many_ranks(tmp_path: Path) -> None:
     saved = run_ranks(save, 2, str(tmp_path), {"state": "u16"}, {"sub_group_size": 50}, None)[0]
     compare(saved, run_ranks(resume, 2, str(tmp_path), {"state": "u16"}, {"sub_group_size": 10**6}, None)[0])
+
+
+class Blocks(torch.optim.SGD):
+    """Keeps an average of squares as 8-bit codes, and a scale for every block of 64 entries."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in (one for group in self.param_groups for one in group["params"] if one.grad is not None):
+            state, blocks = self.state[parameter], -(-parameter.numel() // 64)
+            scales = state.setdefault("absmax", torch.zeros(blocks))
+            scales.copy_(
+                torch.nn.functional.pad(parameter.grad.abs(), (0, -parameter.numel() % 64)).view(-1, 64).amax(1)
+            )
+            state["codes"] = (parameter.grad.abs() / scales.repeat_interleave(64)[: parameter.numel()] * 255).byte()
+        super().step(closure)
+
+
+class Means(torch.optim.SGD):
+    """Keeps one number for every partition, as optimizers with a trust ratio do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in (one for group in self.param_groups for one in group["params"] if one.grad is not None):
+            mean = self.state[parameter].setdefault("mean", torch.zeros(1))
+            mean.lerp_(parameter.grad.abs().mean(), 0.1)
+        super().step(closure)
+
+
+def own_states(world_size: int) -> dict[str, Any]:
+    config = config_of(world_size, {"apply": "update"}, zero_allow_untested_optimizer=True)
+    del config["optimizer"], config["scheduler"]
+    return config
+
+
+def save_own_states(folder: str, kinds: list[type[torch.optim.SGD]]) -> None:
+    config = own_states(dist.get_world_size())
+    for kind in kinds:
+        with engine_of(OddNet, config, optimizer=partial(_made, kind)) as engine:
+            for step in range(2):
+                train_step(engine, step)
+            assert engine.save_checkpoint(f"{folder}/{kind.__name__}")
+
+
+def _made(kind: type[torch.optim.SGD], model: nn.Module) -> torch.optim.Optimizer:
+    return kind(model.parameters(), lr=1e-2)
+
+
+def load_own_states(folder: str, kinds: list[type[torch.optim.SGD]]) -> list[str]:
+    """Return what the loads say, where they are refused; nothing is touched by them."""
+    config = own_states(dist.get_world_size())
+    said = []
+    for kind in kinds:
+        with engine_of(OddNet, config, optimizer=partial(_made, kind)) as engine:
+            before = full_weights(engine)
+            try:
+                engine.load_checkpoint(f"{folder}/{kind.__name__}")
+            except UserError as error:
+                assert_same(full_weights(engine), before)
+                said.append(str(error))
+            else:
+                said.append("")
+    return said
+
+
+@pytest.mark.parametrize(("before", "after"), slow_but([(2, 1), (1, 2)], (2, 1)))
+def test_states_of_a_partition_alone_are_refused_by_name(tmp_path: Path, before: int, after: int) -> None:
+    kinds = [Blocks, Means]
+    run_ranks(save_own_states, before, str(tmp_path), kinds)
+    assert run_ranks(load_own_states, before, str(tmp_path), kinds)[0] == ["", ""]
+    blocks, means = run_ranks(load_own_states, after, str(tmp_path), kinds)[0]
+    assert f"was saved by {before} ranks with other partitions than here, and the states of Blocks cannot" in blocks
+    assert "absmax of sub-group 0 has" in blocks
+    assert "the states of Means cannot be dealt out again: mean of sub-group 0 is 0." in means
 
 
 def test_uint8_importance_is_encoded_anew_within_a_code(tmp_path: Path) -> None:

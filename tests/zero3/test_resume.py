@@ -60,7 +60,7 @@ def _final(engine: Any) -> dict[str, Any]:
         "numbers": (
             engine.epi.stats().counters,
             engine.epi.thresholds(),
-            [average.to_dict() for average in engine.optimizer.isolation.clipping],
+            [average.to_dict() for average in engine.optimizer._epi_context.clipping],
         ),
     }
 
@@ -378,21 +378,102 @@ def test_random_generators_continue(tmp_path: Path) -> None:
     run_ranks(check_dropout, 2, str(tmp_path))
 
 
-def check_open_window(folder: str) -> str:
+class Sign(torch.optim.Optimizer):
+    """Steps by the sign of an average that it calls what Adam calls its first moment."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                average = self.state[parameter].setdefault("exp_avg", torch.zeros_like(parameter))
+                average.lerp_(parameter.grad, 0.1)
+                parameter.add_(average.sign(), alpha=-group["lr"])
+
+
+OTHERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "sign": lambda model: Sign(model.parameters(), lr=1e-4),
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    "l2": lambda model: torch.optim.Adam(model.parameters(), weight_decay=0.1),
+    "amsgrad": lambda model: torch.optim.AdamW(model.parameters(), amsgrad=True),
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.99), weight_decay=0.2),
+}
+
+
+def check_other_optimizers(folder: str) -> dict[str, str]:
+    """Return what a load into each says: the refusal, or what it warns of."""
+    section = SECTION | {"apply": "update"}
+    with engine_of(OddNet, ds_config(epi=section)) as engine:
+        train_step(engine, 0, odd_batch)
+        assert engine.save_checkpoint(folder)
+        expected = _final(engine)
+    config = ds_config(epi=section, zero_allow_untested_optimizer=True)
+    del config["optimizer"]
+    said = {}
+    for name, optimizer in OTHERS.items():
+        with collected_logs() as messages, engine_of(OddNet, config, optimizer=optimizer) as engine:
+            before = full_weights(engine)
+            try:
+                engine.load_checkpoint(folder)
+            except UserError as error:
+                said[name] = str(error)
+                assert_same(before, full_weights(engine))
+                continue
+            # Another maker's AdamW, with the same states.
+            assert_same(_final(engine)["state"], expected["state"])
+            said[name] = "\n".join(messages)
+    return said
+
+
+def test_another_optimizer_is_refused_and_other_hyper_parameters_are_told(tmp_path: Path) -> None:
+    results = run_ranks(check_other_optimizers, 1, str(tmp_path))
+    said = results[0]
+    saved = "the optimizer was FusedAdam (AdamW, states exp_avg, exp_avg_sq, step), and is "
+    assert f"{saved}Sign, which" in said["sign"]
+    assert f"{saved}SGD, which" in said["sgd"]
+    assert f"{saved}Adam, which" in said["l2"]
+    assert f"{saved}AdamW (AdamW with amsgrad), which" in said["amsgrad"]
+    assert "replaces hyper-parameters of the optimizer: lr 0.005 by 0.01, weight_decay 0.2 by 0.1. To" in said["adamw"]
+
+
+def check_open_window(folder: str) -> list[str]:
+    """Return how everything is refused that a window must not be cut by; and it is as if nothing had been asked."""
+    with engine_of(OddNet, ds_config(epi=SECTION, accumulation=2)) as engine:
+        for step in range(2):
+            train_step(engine, step, odd_batch)
+        expected = _final(engine)
+    refused = []
     with engine_of(OddNet, ds_config(epi=SECTION, accumulation=2)) as engine:
         train_step(engine, 0, odd_batch)
+        assert engine.save_checkpoint(f"{folder}/before")
         engine.backward(engine(*odd_batch(1, dist.get_rank(), 0)))
         engine.step()
-        with pytest.raises(UserError) as refused:
-            engine.save_checkpoint(folder)
+        for call in (
+            lambda: engine.save_checkpoint(folder),
+            lambda: engine.load_checkpoint(f"{folder}/before"),
+            lambda: engine.load_checkpoint(f"{folder}/before", load_module_only=True),
+            engine.epi.refresh_now,
+            engine.epi.finish_stage,
+            lambda: engine.epi.probe([]),
+        ):
+            with pytest.raises(UserError) as error:
+                call()
+            refused.append(str(error.value))
         engine.backward(engine(*odd_batch(1, dist.get_rank(), 1)))
         engine.step()
+        found = _final(engine)
+        assert found.pop("numbers") == expected.pop("numbers")
+        for part, tensors in expected.items():
+            assert_same(found[part], tensors)
         assert engine.save_checkpoint(folder)
-    return str(refused.value)
+    return refused
 
 
-def test_a_save_within_an_accumulation_window_is_refused(tmp_path: Path) -> None:
+def test_what_would_cut_an_accumulation_window_is_refused(tmp_path: Path) -> None:
     errors = run_ranks(check_open_window, 2, str(tmp_path))
     assert errors[0] == errors[1]
-    assert "the accumulation window is open" in errors[0]
+    assert len(errors[0]) == 6
+    assert all("the accumulation window is open" in error for error in errors[0])
     assert [path.name for path in tmp_path.glob("global_step*")] == ["global_step2"]

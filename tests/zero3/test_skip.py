@@ -43,7 +43,7 @@ def _snapshot(engine: Any) -> dict[str, Any]:
         "masks": full_masks(engine),
         "counters": engine.epi.stats().counters,
         "thresholds": engine.epi.thresholds(),
-        "clipping": [average.to_dict() for average in engine.optimizer.isolation.clipping],
+        "clipping": [average.to_dict() for average in engine.optimizer._epi_context.clipping],
     }
 
 

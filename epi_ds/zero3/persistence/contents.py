@@ -16,6 +16,7 @@ from epi_ds.checkpoint.run import RunRecord
 from epi_ds.checkpoint.saving import now
 from epi_ds.checkpoint.store import isolation_of
 from epi_ds.zero3.persistence.nvme import swapped_weights
+from epi_ds.zero3.persistence.optimizers import optimizer_of
 
 
 def batch_of(engine: Any) -> Batch:
@@ -48,11 +49,14 @@ def bytes_to_save(engine: Any) -> int:
     return int(total)
 
 
-def manifest_of(engine: Any, files: Mapping[str, FileRecord], record: RunRecord) -> Manifest:
-    """Return what the manifest of a tag of the engine says. The same on every rank, but for ``files``."""
+def manifest_of(engine: Any, files: Mapping[str, FileRecord], record: RunRecord, *, number: int) -> Manifest:
+    """Return what the manifest of a tag of the engine says. The same on every rank, but for ``files``.
+
+    number  of the engine in the folder: see [Note: engines] in seats.py
+    """
     zero3 = engine.optimizer
     extra = EngineState(
-        clipping=tuple(average.to_dict() for average in zero3.isolation.clipping),
+        clipping=tuple(average.to_dict() for average in zero3._epi_context.clipping),
         swapped=swapped_weights(zero3),
     )
     return Manifest(
@@ -60,12 +64,14 @@ def manifest_of(engine: Any, files: Mapping[str, FileRecord], record: RunRecord)
         kind=Kind.TAG,
         run_id=record.run_id,
         incarnation=record.incarnation,
+        engine=number,
         saved_at=now(),
         versions={"epi_ds": epi_ds.__version__, "deepspeed": deepspeed.__version__, "torch": torch.__version__},
         step=engine.global_steps,
         batch=batch_of(engine),
         model_dtype=str(zero3.dtype).removeprefix("torch."),
         sub_groups=sub_groups_of(zero3),
+        optimizer=optimizer_of(zero3),
         isolation=isolation_of(engine.epi.controller, extra=extra),
         files=dict(files),
     )

@@ -73,6 +73,19 @@ def check_parameters(zero3: Any, saved: SavedPartitions) -> None:
                 )
 
 
+def check_states(zero3: Any, saved: SavedPartitions) -> None:
+    """Raise UserError where optimizer states of a tag cannot be dealt out to other partitions. Each rank reads some."""
+    group = zero3.dp_process_group
+    for rank in range(dist.get_rank(group), saved.world_size, dist.get_world_size(group)):
+        if (problem := next(saved.states_that_stay(rank), None)) is not None:
+            raise UserError(
+                f"{saved.folder} was saved by {saved.world_size} ranks with other partitions than here, and the states "
+                f"of {type(zero3.optimizer).__name__} cannot be dealt out again: {problem}. Resume with "
+                f"{saved.world_size} ranks and the sub_group_size that saved, or begin a new run from the weights "
+                "(load_module_only)"
+            )
+
+
 def _fill(flat: Tensor, zero3: Any, sub_group: int, saved: SavedPartitions, kind: str) -> None:
     """Copy this rank's entries of every parameter of a sub-group into a flat partition; padding is left alone."""
     rank, offset = dist.get_rank(zero3.dp_process_group), 0

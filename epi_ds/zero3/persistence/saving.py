@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from epi_ds.checkpoint.commit import Run
 from epi_ds.checkpoint.deepspeed_files import tag_name
 from epi_ds.checkpoint.run import RunRecord
 from epi_ds.checkpoint.saving import SaveTimes, TagWriter, check_space
@@ -32,9 +31,8 @@ class SavingMixin(DeepSpeedEngine):
     """Saves with the engine's own checkpoints."""
 
     epi: EPI
-    run: Run
     # Within `save_checkpoint` DeepSpeed does not copy swapped files: we do, so that all ranks hear of a failure.
-    _hides_nvme = False
+    _epi_hides_nvme = False
 
     def save_checkpoint(
         self,
@@ -55,43 +53,43 @@ class SavingMixin(DeepSpeedEngine):
         folder = Path(save_dir)
         if not save_dir or tag == ".." or Path(tag).name != tag:
             raise UserError(f"save_dir {save_dir!r}, tag {tag!r}: give a folder, and a tag that is one name in it")
-        self._check_window(tag)
-        self._warn_of_what_is_lost(tag)
-        self.optimizer.settle_step_energy()
+        self._epi_check_window(tag)
+        self._epi_warn_of_what_is_lost(tag)
+        self.optimizer._epi_settle_step_energy()
         path = folder / tag
 
         def write(record: RunRecord) -> SaveTimes:
+            self.epi.run.check_name(path)
+            number = self.epi.run.number_in(folder) or 0
             check_space(folder, bytes_to_save(self))
             writer = TagWriter(folder, tag)
             try:
-                self._write(writer, client_state, exclude_frozen_parameters)
+                self._epi_write(writer, client_state, exclude_frozen_parameters)
             except Exception:
                 writer.discard()
                 raise
             # Another job may have begun meanwhile, and write under the same name.
-            self.run.occupy(self.run.home_of(path))
-            return writer.commit(lambda files: manifest_of(self, files, record), save_latest=save_latest)
+            self.epi.run.occupy(self.epi.run.home_of(path))
+            return writer.commit(lambda files: manifest_of(self, files, record, number=number), save_latest=save_latest)
 
-        times = self.run.save(path, write)
+        times = self.epi.run.save(path, write)
         if times is None:
             return False
-        self.run.last_save = times
+        self.epi.run.last_save = times
         # Under a trainer its checkpoint is not yet whole; the callback says when.
-        if self.run.trainer_folder is None:
-            self.run.completed(path, step=self.global_steps)
+        if self.epi.run.trainer_folder is None:
+            self.epi.run.completed(path, step=self.global_steps)
         return True
 
-    def _check_window(self, tag: str) -> None:
-        if self.optimizer.isolation.window.is_open:
-            raise UserError(
-                f"{tag}: the accumulation window is open, and its gradients are in no checkpoint, so a resume would "
-                "train other weights; save after engine.step() at an accumulation boundary"
-            )
+    def _epi_check_window(self, tag: str) -> None:
+        self.optimizer._epi_context.window.check_closed(
+            tag, because="its gradients are in no checkpoint, so a resume would train other weights", remedy="save"
+        )
 
-    def _warn_of_what_is_lost(self, tag: str) -> None:
+    def _epi_warn_of_what_is_lost(self, tag: str) -> None:
         if dist.get_rank() != 0:
             return
-        stale = self.optimizer.stale_parameters()
+        stale = self.optimizer._epi_stale_parameters()
         if stale:
             logger.warning(
                 "%s: ZeRO-3 may apply old gradients of %s, which a window did not use, or not in its first or (with "
@@ -99,23 +97,23 @@ class SavingMixin(DeepSpeedEngine):
                 tag,
                 ", ".join(stale),
             )
-        if self.optimizer.has_unsaved_moments:
+        if self.optimizer._epi_has_unsaved_moments:
             logger.warning(
                 "%s: DeepSpeed saves no moments of the sub-groups that partial offload (offload_optimizer.ratio) keeps "
                 "on the accelerator, so a resume begins them anew and is not bit-exact",
                 tag,
             )
 
-    def _write(self, writer: TagWriter, client_state: dict[str, Any], exclude_frozen_parameters: bool) -> None:
+    def _epi_write(self, writer: TagWriter, client_state: dict[str, Any], exclude_frozen_parameters: bool) -> None:
         """Let DeepSpeed write its files, and write ours beside them."""
-        self._hides_nvme = True
+        self._epi_hides_nvme = True
         try:
             with guarded(self, writer):
                 super().save_checkpoint(
                     str(writer.folder.parent), writer.temporary_tag, client_state, False, exclude_frozen_parameters
                 )
         finally:
-            self._hides_nvme = False
+            self._epi_hides_nvme = False
         if self.zero_nvme_offload_optimizer():
             copy_swapped_files(self, writer)
         write_state(writer, self.epi.controller)
@@ -128,5 +126,5 @@ class SavingMixin(DeepSpeedEngine):
             logger.warning("DeepSpeed's zero_to_fp32.py could not be put into %s: %s", save_path, error)
 
     def zero_nvme_offload_optimizer(self) -> bool:
-        """Whether optimizer states are on NVMe, as far as DeepSpeed's own save is to know; see `_hides_nvme`."""
-        return not self._hides_nvme and bool(super().zero_nvme_offload_optimizer())
+        """Whether optimizer states are on NVMe, as far as DeepSpeed's own save is to know; see `_epi_hides_nvme`."""
+        return not self._epi_hides_nvme and bool(super().zero_nvme_offload_optimizer())
