@@ -57,6 +57,8 @@ def _main(work: Path, result: Path) -> None:
     try:
         folders = [prepare(one, tokens, cache=cache, num_processes=num_processes).folder for one in sources]
         values = {"folders": [str(folder) for folder in folders]}
+    except OSError as error:
+        values = {"kind": RemedyError.__name__, "message": str(error)}
     except tuple(_ERRORS.values()) as error:
         kind = next(name for name, one in _ERRORS.items() if isinstance(error, one))
         values = {"kind": kind, "message": str(error)}

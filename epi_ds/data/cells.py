@@ -34,7 +34,8 @@ def text_of(cell: Any, what: str) -> str:
 
     ``what`` names the cell in the message. Raises UserError for what is no text.
     """
-    if cell is None:
+    # A table writes NaN where nothing is.
+    if cell is None or (isinstance(cell, (Number, float)) and str(cell).lower() == "nan"):
         return ""
     if isinstance(cell, str):
         if not cell.isascii():
@@ -51,7 +52,12 @@ def text_of(cell: Any, what: str) -> str:
 
 def value_of(cell: Any) -> Any:
     """Return what a cell holds that may be a text: of a table with texts only, the value of the JSON in it."""
-    return list_of(cell) if isinstance(cell, Untyped) else cell
+    if not isinstance(cell, Untyped):
+        return cell
+    value = list_of(cell)
+    # An answer may be JSON: only turns are no text.
+    holds_turns = is_turn(value) or (isinstance(value, list) and bool(value) and all(is_turn(one) for one in value))
+    return value if holds_turns else cell
 
 
 def list_of(cell: Any) -> Any:
@@ -59,7 +65,7 @@ def list_of(cell: Any) -> Any:
     if isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{"):
         try:
             return parse(cell)
-        except ValueError:
+        except (ValueError, RecursionError):
             return cell
     return cell
 
@@ -104,7 +110,7 @@ def trained_of(turn: Mapping[str, Any], what: str) -> bool | None:
 
 
 def _message(turn: Any, what: str) -> dict[str, Any]:
-    if not is_turn(turn) or not any(key in turn for key in (*_CONTENT_KEYS, "tool_calls")):
+    if not is_turn(turn):
         raise UserError(
             f"{what} must have role and content (or from and value), got {json.dumps(turn, default=str)[:200]}"
         )
@@ -114,7 +120,7 @@ def _message(turn: Any, what: str) -> dict[str, Any]:
     others = {
         key: plain(value)
         for key, value in turn.items()
-        if key not in (role_key, content_key, "tool_calls", *_TRAINED_KEYS) and value is not None
+        if key not in (role_key, content_key, "tool_calls", *_TRAINED_KEYS) and value not in (None, "")
     }
     if speaker == _FUNCTION_CALL:
         return {"role": "assistant", "content": "", "tool_calls": _calls_of(turn.get(content_key), what), **others}

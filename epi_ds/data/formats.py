@@ -179,6 +179,8 @@ def _hint(sample: Sequence[Mapping[str, Any]], names: Sequence[str], given: Form
         return f"which are not those of format: {given}; remove the key, or name the columns to use"
     conversations = [name for name in names if _is_conversation(_first(sample, name))]
     if _are_preferences(names):
+        if "chosen" in conversations:
+            return "which are preferences; to train on the answers that were preferred, set messages: chosen"
         prompt = next((name for name in (*conversations, "prompt", "question", "instruction") if name in names), None)
         remedy = f"prompt: {prompt}, completion: chosen" if prompt else "prompt: <column>, completion: chosen"
         return f"which are preferences; to train on the answers that were preferred, set {remedy}"
@@ -202,9 +204,7 @@ def _messages(cells: Mapping[str, Any], columns: Columns) -> Conversation | Left
     if cell in (None, [], ""):
         return LeftOut.NO_QUESTION
     messages = messages_of(cell, str(columns.messages))
-    turns = [cell] if isinstance(cell, Mapping) else cell
-    trained = tuple(trained_of(turn, f"{columns.messages}, turn {number}") for number, turn in enumerate(turns, 1))
-    return Conversation(tuple(messages), trained=trained if any(one is not None for one in trained) else ())
+    return Conversation(tuple(messages), trained=_said(_trained_in(cell, str(columns.messages))))
 
 
 def _pair(cells: Mapping[str, Any], columns: Columns) -> Conversation | LeftOut:
@@ -212,16 +212,36 @@ def _pair(cells: Mapping[str, Any], columns: Columns) -> Conversation | LeftOut:
     completion = value_of(cells.get(str(columns.completion)))
     if len(prompts) > 1 and any(_is_list(cell) for _, cell in prompts):
         raise UserError(f"{', '.join(columns.prompt)} cannot be joined where one of them holds turns; name that alone")
+    trained: list[bool | None] = []
     if _is_list(prompts[0][1]):
         question = messages_of(prompts[0][1], prompts[0][0])
+        trained += _trained_in(prompts[0][1], prompts[0][0])
     else:
         texts = [text_of(cells.get(name), name) for name in columns.prompt]
         question = [{"role": "user", "content": "\n\n".join(text for text in texts if text)}]
+        trained.append(None)
     if _is_list(completion):
         answer = messages_of(completion, str(columns.completion))
+        trained += _trained_in(completion, str(columns.completion))
+        if len(answer) > 1 and answer[0] == question[0]:
+            raise UserError(
+                f"{columns.completion} begins with the prompt, so it is the whole conversation; set messages: "
+                f"{columns.completion} instead of prompt and completion"
+            )
     else:
         answer = [{"role": "assistant", "content": text_of(completion, str(columns.completion))}]
-    return Conversation((*question, *answer))
+        trained.append(None)
+    return Conversation((*question, *answer), trained=_said(trained))
+
+
+def _trained_in(cell: Any, what: str) -> list[bool | None]:
+    turns = [cell] if isinstance(cell, Mapping) else cell
+    return [trained_of(turn, f"{what}, turn {number}") for number, turn in enumerate(turns, 1)]
+
+
+def _said(trained: Sequence[bool | None]) -> tuple[bool | None, ...]:
+    """Return what turns say of being learnt; nothing where none says anything."""
+    return tuple(trained) if any(one is not None for one in trained) else ()
 
 
 def _is_list(cell: Any) -> bool:

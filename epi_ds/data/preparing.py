@@ -6,8 +6,10 @@ import itertools
 import logging
 import multiprocessing
 import os
-import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -15,15 +17,17 @@ from typing import Any, NamedTuple, TypeAlias
 from epi_ds.data.conversation import Conversation
 from epi_ds.data.rendering import Encoded, Learnt, Renderer
 from epi_ds.data.sources import SkillRows, skill_conversations
-from epi_ds.data.store import ROWS, Summary, Writer, claimed, digest_of, key_of, read_summary, write_summary
+from epi_ds.data.store import NOT_LEARNT, ROWS, Summary, Writer, claimed, digest_of, key_of, read_summary, seal
 from epi_ds.data.table import Reading, Table, describe, read_table
-from epi_ds.errors import UserError
+from epi_ds.errors import RemedyError, UserError
 
 # Of what a store holds: another number makes all stores anew.
 _VERSION = 1
 # Fewer rows are tokenised before other processes would have started.
 _SINGLE_ROWS = 4096
 _CHUNK_ROWS = 128
+# The packing that cuts rows longer than a sequence, as no packing does.
+_CUTTING = "bfd"
 
 
 PlacedRow: TypeAlias = tuple[str, Conversation]
@@ -60,7 +64,9 @@ class _Counts:
     cut: int = 0
     unlearnt: int = 0
     whole: int = 0
-    """Rows of which every token is learnt."""
+    """Rows of which every token is learnt, and should not be."""
+    sequences_unlearnt: int = 0
+    """Packed sequences that were left out because nothing in them is learnt."""
     longest: int = 0
     lengths: list[int] = field(default_factory=list)
 
@@ -72,9 +78,15 @@ def prepare(source: Table | SkillRows, tokens: Tokens, *, cache: Path, num_proce
     """
     digests = {str(path): digest_of(path) for path in source.files} if isinstance(source, Table) else {}
     folder = cache / key_of({"version": _VERSION, "source": _key(source, digests), "tokens": _tokens_key(tokens)})
-    with claimed(folder) as begun:
-        if begun is not None:
-            write_summary(begun, _write(source, tokens, begun, digests, num_processes))
+    try:
+        with claimed(folder) as begun:
+            if begun is not None:
+                seal(begun, _write(source, tokens, begun, digests, num_processes))
+    except OSError as error:
+        raise RemedyError(
+            f"{cache}, where prepared rows are kept, cannot be written: {error}; free it, or set EPI_DS_CACHE to "
+            "another folder"
+        ) from error
     return Prepared(folder, read_summary(folder))
 
 
@@ -109,7 +121,7 @@ def _write(
     writer.close()
     _refuse_nonsense(name, tokens, counts)
     if tokens.packing is not None:
-        _pack(folder, tokens)
+        _pack(folder, tokens, counts)
     told = list(describe(source, reading)) if isinstance(source, Table) else []
     return Summary(
         num_rows=counts.rows,
@@ -131,9 +143,9 @@ def _fit(row: Encoded, tokens: Tokens, counts: _Counts) -> Encoded | None:
     bin_ = length.bit_length()
     counts.lengths += [0] * (bin_ + 1 - len(counts.lengths))
     counts.lengths[bin_] += 1
-    counts.whole += all(row.learnt)
-    # Packing cuts for itself: what is too long goes on in the next sequence, or is cut there.
-    limit = tokens.max_length if tokens.packing is None else None
+    counts.whole += all(row.learnt) and not row.is_wholly_learnt
+    # What other strategies find too long goes on in another sequence.
+    limit = tokens.max_length if tokens.packing in (None, _CUTTING) else None
     cut = limit is not None and length > limit
     if limit is not None and cut:
         kept = slice(-limit, None) if tokens.keeps_end else slice(limit)
@@ -163,6 +175,12 @@ def _refuse_nonsense(name: str, tokens: Tokens, counts: _Counts) -> None:
 
 
 def _warnings(name: str, tokens: Tokens, counts: _Counts) -> Iterator[tuple[int, str]]:
+    if counts.sequences_unlearnt:
+        yield (
+            logging.WARNING,
+            f"{name}: left out {counts.sequences_unlearnt} packed sequences of {tokens.max_length} tokens, which hold "
+            "prompts alone; set train.max_length higher, or packing_strategy: bfd",
+        )
     if counts.unlearnt:
         yield (
             logging.WARNING,
@@ -177,7 +195,9 @@ def _warnings(name: str, tokens: Tokens, counts: _Counts) -> Iterator[tuple[int,
         )
 
 
-def _pack(folder: Path, tokens: Tokens) -> None:
+def _pack(folder: Path, tokens: Tokens, counts: _Counts) -> None:
+    """Put rows together into sequences; those in which nothing is learnt are left out. Counts tokens anew."""
+    import pyarrow
     from datasets import Dataset
     from trl import pack_dataset
 
@@ -185,12 +205,14 @@ def _pack(folder: Path, tokens: Tokens) -> None:
     (folder / ROWS).rename(unpacked)
     rows = Dataset.from_file(str(unpacked))
     packed = pack_dataset(rows, tokens.max_length, tokens.packing, {"keep_in_memory": True})
-    with (folder / ROWS).open("wb") as file:
-        import pyarrow
-
-        table = packed.data.table.combine_chunks()
-        with pyarrow.ipc.new_stream(file, table.schema) as stream:
-            stream.write_table(table, max_chunksize=64)
+    learnt = [sum(label != NOT_LEARNT for label in labels) for labels in packed["labels"]]
+    kept = [index for index, count in enumerate(learnt) if count]
+    counts.sequences_unlearnt = len(learnt) - len(kept)
+    chosen = packed.select(kept)
+    counts.learnt, counts.tokens = sum(learnt), sum(len(ids) for ids in chosen["input_ids"])
+    table = chosen.with_format("arrow")[:] if kept else packed.data.table.slice(0, 0)
+    with (folder / ROWS).open("wb") as file, pyarrow.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table.combine_chunks(), max_chunksize=64)
     unpacked.unlink()
 
 
@@ -212,18 +234,23 @@ def _encoded(rows: Iterator[PlacedRow], tokens: Tokens, num_processes: int) -> I
 def _encoded_by_processes(rows: Iterator[PlacedRow], renderer: Renderer, num_processes: int) -> Iterator[Encoded]:
     # As forks they have the tokenizer already; its own threads would not survive that.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # A pool reads ahead as far as it can, and would hold all rows.
-    room = threading.Semaphore(4 * num_processes)
-
-    def chunks() -> Iterator[list[PlacedRow]]:
-        while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
-            room.acquire()
-            yield chunk
-
-    with multiprocessing.get_context("fork").Pool(num_processes, _own.append, (renderer,)) as pool:
-        for encoded in pool.imap(_encode_chunk, chunks()):
-            room.release()
-            yield from encoded
+    fork = multiprocessing.get_context("fork")
+    chunks = iter(lambda: list(itertools.islice(rows, _CHUNK_ROWS)), [])
+    with ProcessPoolExecutor(num_processes, fork, initializer=_own.append, initargs=(renderer,)) as pool:
+        # Never more than these: all that is read ahead is held.
+        waiting = deque(pool.submit(_encode_chunk, chunk) for chunk in itertools.islice(chunks, 4 * num_processes))
+        try:
+            while waiting:
+                yield from waiting.popleft().result()
+                waiting.extend(pool.submit(_encode_chunk, chunk) for chunk in itertools.islice(chunks, 1))
+        except BrokenProcessPool as error:
+            raise RemedyError(
+                "a process that tokenises was killed; look for the kernel's out-of-memory killer (dmesg), and set "
+                "train.dataset_num_proc lower"
+            ) from error
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def _encode_chunk(chunk: list[PlacedRow]) -> list[Encoded]:

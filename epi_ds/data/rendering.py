@@ -7,6 +7,7 @@ generation prompt may end in an empty thought that no conversation has), it is w
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from enum import StrEnum
@@ -30,6 +31,8 @@ class Encoded(NamedTuple):
     input_ids: list[int]
     learnt: list[bool]
     """For every token whether the loss is on it."""
+    is_wholly_learnt: bool = False
+    """Whether every token is meant to be: of a document, or where the loss is on everything."""
 
 
 class _Span(NamedTuple):
@@ -41,6 +44,10 @@ class _Span(NamedTuple):
 
 # No template takes it away as white space, and no text has it.
 _MARK = "\u2063epi-ds\u2063"
+_UNTELLABLE = (
+    "the chat template does not let us tell where turn {turn} {what}; mark what the assistant says by "
+    "{{% generation %}} in it, or leave out train.assistant_only_loss and weights of turns"
+)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Keys of rows and turns that a template has to know by name to say anything of them.
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
@@ -68,27 +75,35 @@ class Renderer:
         learnt because its turns say so.
         """
         if conversation.text is not None:
-            ids = self._tokenizer(conversation.text)["input_ids"]
-            if not ids or ids[-1] != self._tokenizer.eos_token_id:
-                ids = [*ids, self._tokenizer.eos_token_id]
-            return Encoded(ids, [True] * len(ids))
-        if self._learnt is Learnt.EVERYTHING and not conversation.trained:
-            ids = self.ids(conversation.messages, conversation)
-            return Encoded(ids, [True] * len(ids))
-        if self._learnt is Learnt.LAST_TURN and not conversation.trained:
-            ids = self.ids(conversation.messages, conversation)
-            start = self.answer_start(conversation, ids)
-            return Encoded(ids, [False] * start + [True] * (len(ids) - start))
-        return self._encode_turns(conversation)
+            return self._encode_document(conversation.text)
+        whole = self.text(conversation.messages, conversation)
+        _check_whole(conversation, whole)
+        if conversation.trained or self._learnt is Learnt.ASSISTANT_TURNS:
+            return self._encode_turns(conversation, whole)
+        ids = self._tokens(whole)
+        if self._learnt is Learnt.EVERYTHING:
+            return Encoded(ids, [True] * len(ids), is_wholly_learnt=True)
+        prompt = self.ids(conversation.prompt, conversation, prompt=True)
+        start = common_prefix_length(prompt, ids)
+        if start < len(prompt) and not whole.startswith(self.text(conversation.prompt, conversation)):
+            # Not the generation prompt is another, but turns before it: all that follows would be learnt, too.
+            return self._encode_turns(conversation, whole)
+        return Encoded(ids, [False] * start + [True] * (len(ids) - start))
 
     def ids(self, messages: Sequence[Message], row: Conversation, *, prompt: bool = False) -> list[int]:
         """Return the tokens of some turns of a row; with ``prompt`` the assistant is asked to go on."""
-        return list(self._tokenizer(self.text(messages, row, prompt=prompt), add_special_tokens=False)["input_ids"])
+        return self._tokens(self.text(messages, row, prompt=prompt))
 
-    def answer_start(self, conversation: Conversation, ids: Sequence[int]) -> int:
-        """Return which of a row's tokens is the first of its last turn."""
-        prompt = self.ids(conversation.prompt, conversation, prompt=True)
-        return common_prefix_length(prompt, ids)
+    def _tokens(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _encode_document(self, text: str) -> Encoded:
+        end = self._tokenizer.eos_token_id
+        if end is None:
+            raise UserError("the tokenizer has no end token to end a document with; set train.eos_token")
+        ids = self._tokenizer(text)["input_ids"]
+        ids = ids if ids and ids[-1] == end else [*ids, end]
+        return Encoded(ids, [True] * len(ids), is_wholly_learnt=True)
 
     def text(self, messages: Sequence[Message], row: Conversation, *, prompt: bool = False) -> str:
         """Return what the template writes for some turns of a row. Raises UserError where it refuses them."""
@@ -106,12 +121,13 @@ class Renderer:
         except Exception as error:
             # Templates are programs: theirs fail with jinja2's errors, TypeError, KeyError and what else they call.
             raise UserError(f"the chat template refuses the row: {error}") from error
-        for number, message in enumerate(messages, 1):
-            if message["role"] == "user" and str(message["content"]).strip() not in written:
-                raise UserError(
-                    f"the chat template leaves out what the user says in turn {number}; it is made for another form of "
-                    "content, so set train.chat_template_path to one for plain texts"
-                )
+        try:
+            written.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the row holds half of a character (\\u{ord(written[error.start]):04x}, a lone surrogate), which no "
+                "tokenizer takes; write the row again from its source"
+            ) from error
         return written
 
     def end_of_turn(self) -> int | None:
@@ -146,7 +162,7 @@ class Renderer:
 
     # --- turns ---
 
-    def _encode_turns(self, row: Conversation) -> Encoded:
+    def _encode_turns(self, row: Conversation, whole: str) -> Encoded:
         if not self._tokenizer.is_fast:
             raise UserError(
                 "a loss on single turns needs to know which text a token stands for, and this tokenizer is a slow one "
@@ -156,7 +172,6 @@ class Renderer:
         wanted = [self._is_learnt(index, mark, row) for index, mark in enumerate(marks)]
         if not any(wanted):
             raise UserError("none of the row's turns is to be learnt, because of its weights; remove the row")
-        whole = self.text(row.messages, row)
         spans = self._marked_spans(row, whole) if self._marks_answers else None
         if spans is None:
             spans = {index: self._span(index, row, whole) for index, learn in enumerate(wanted) if learn}
@@ -195,6 +210,12 @@ class Renderer:
         messages = row.messages
         before = self.text(messages[:index], row, prompt=messages[index]["role"] == "assistant") if index else ""
         start = common_prefix_length(before, whole)
+        if start < len(before) and not whole.startswith(self.text(messages[:index], row)):
+            # Turns before it are written otherwise once this one follows: what it says tells where it begins.
+            begun = {**messages[index], "content": f"{_MARK}{messages[index]['content']}"}
+            start = self.text((*messages[:index], begun, *messages[index + 1 :]), row).find(_MARK)
+            if start < 0:
+                raise UserError(_UNTELLABLE.format(turn=index + 1, what="begins"))
         until = self.text(messages[: index + 1], row)
         if whole.startswith(until):
             return _Span(start, len(until))
@@ -204,11 +225,31 @@ class Renderer:
         _, found, rest = self.text((*messages[:index], marked, *messages[index + 1 :]), row).partition(_MARK)
         _, found_alone, end = self.text((*messages[:index], marked), row).partition(_MARK)
         if not (found and found_alone and whole.endswith(rest)):
-            raise UserError(
-                f"the chat template does not let us tell where turn {index + 1} ends; mark what the assistant says by "
-                "{% generation %} in it, or leave out train.assistant_only_loss and weights of turns"
-            )
+            raise UserError(_UNTELLABLE.format(turn=index + 1, what="ends"))
         return _Span(start, len(whole) - len(rest) + common_prefix_length(end, rest))
+
+
+def _check_whole(row: Conversation, written: str) -> None:
+    """Raise UserError where a template leaves out what a turn says, but for thoughts of turns before the last."""
+    last = len(row.messages)
+    for number, message in enumerate(row.messages, 1):
+        thought, _, said = str(message["content"]).rpartition("</think>")
+        parts = [said]
+        if number == last:
+            parts += [thought.rpartition("<think>")[2], *(str(message.get(name) or "") for name in _THOUGHTS)]
+        for part in parts:
+            if not _is_in(part.strip(), written):
+                raise UserError(
+                    f"the chat template leaves out what the {message['role']} says in turn {number} "
+                    f"({part.strip()!r:.60}); set train.chat_template_path to one that writes all of a row"
+                )
+
+
+def _is_in(text: str, written: str) -> bool:
+    if text in written:
+        return True
+    # Results of functions are written as JSON by some.
+    return any(json.dumps(text, ensure_ascii=escaped)[1:-1] in written for escaped in (True, False))
 
 
 def has_marks(template: str) -> bool:

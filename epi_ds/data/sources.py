@@ -41,9 +41,18 @@ def find_files(path: str, *, subset: str | None = None, split: str = "train") ->
         return files_of(path, subset=subset, split=split)
     if not Path(path).exists():
         raise UserError(f"there is no data file {path}")
-    if split.partition("[")[0] != "train":
-        raise UserError(f"split {split!r}: the file {path} is one split called train; give the file of the other split")
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; name its files with glob, for example glob: {path}/*.jsonl")
+    if not Path(path).is_file():
+        raise UserError(f"{path} is no file that can be read twice; write what it gives to a file")
+    check_split(split, path)
     return (Path(path),)
+
+
+def check_split(split: str, name: str) -> None:
+    """Raise UserError for a split that files do not have."""
+    if split.partition("[")[0] != "train":
+        raise UserError(f"split {split!r}: {name} is one split called train; give the files of the other split")
 
 
 # Of names that have the form of an id, these are meant for files.

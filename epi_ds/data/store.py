@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
-import time
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from epi_ds.data.once import Listener, beating
 from epi_ds.data.rendering import Encoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 ROWS, SUMMARY = "rows.arrow", "summary.json"
 NOT_LEARNT = -100
 """The label of a token that the loss is not on, as torch's cross-entropy has it."""
 # Rows are looked up one by one: a batch of the file is what one look-up walks over at most.
 _BATCH_ROWS = 512
-_LOOK_SECONDS = 0.1
+_DIGEST = "rows_sha256"
 
 
 class Summary(NamedTuple):
@@ -93,41 +96,64 @@ def key_of(values: Mapping[str, Any]) -> str:
 def claimed(folder: Path) -> Iterator[Path | None]:
     """Yield a folder to write a store into, which appears under its name when all of it is written; None if it has.
 
-    Of several processes, on several nodes too, one writes; the others wait, and one of them takes over where it died.
+    Of several processes one writes, and the others wait; where it dies, the next one does. A damaged store, as a full
+    disk or a power failure leaves it, is written anew.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock, alive = folder.with_suffix(".lock"), folder.with_suffix(".alive")
-    listener = Listener(alive)
-    while not folder.exists():
+    with _locked(folder.with_suffix(".lock")):
+        if folder.exists():
+            problem = _problem_of(folder)
+            if problem is None:
+                yield None
+                return
+            logger.warning("%s is damaged (%s) and is written anew", folder, problem)
+            shutil.rmtree(folder)
+        for old in folder.parent.glob(f"{folder.name}.begun-*"):
+            # Of a process that died: nobody else writes, or would hold the lock.
+            shutil.rmtree(old, ignore_errors=True)
+        begun = folder.with_name(f"{folder.name}.begun-{uuid.uuid4().hex}")
+        begun.mkdir()
         try:
-            lock.touch(exist_ok=False)
-        except FileExistsError:
-            if listener.is_silent():
-                lock.unlink(missing_ok=True)
-            time.sleep(_LOOK_SECONDS)
-            continue
-        begun = folder.with_suffix(f".{os.getpid()}")
-        try:
-            with beating(alive):
-                begun.mkdir()
-                yield begun
+            yield begun
+            with suppress(FileExistsError):
                 begun.rename(folder)
         finally:
             shutil.rmtree(begun, ignore_errors=True)
-            alive.unlink(missing_ok=True)
-            lock.unlink(missing_ok=True)
-        return
-    yield None
 
 
-def write_summary(folder: Path, summary: Summary) -> None:
-    """Write the counts of a store into its folder."""
-    (folder / SUMMARY).write_text(json.dumps(summary._asdict()))
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes out, on other nodes too; a process that dies lets go of it."""
+    with path.open("w") as file:
+        # Some shared disks have no locks: two nodes then write the same store, and one of both stays.
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def seal(folder: Path, summary: Summary) -> None:
+    """Write the counts of a store into its folder, and all of it to the disk."""
+    rows = folder / ROWS
+    values = {**summary._asdict(), _DIGEST: digest_of(rows)}
+    (folder / SUMMARY).write_text(json.dumps(values))
+    for path in (rows, folder / SUMMARY):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _problem_of(folder: Path) -> str | None:
+    """Return what is wrong with a store; None for one that is whole."""
+    try:
+        digest = json.loads((folder / SUMMARY).read_text())[_DIGEST]
+        return None if digest == digest_of(folder / ROWS) else f"{ROWS} has other bytes than were written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def read_summary(folder: Path) -> Summary:
     """Return the counts of a store."""
     values = json.loads((folder / SUMMARY).read_text())
+    del values[_DIGEST]
     told = tuple((int(level), str(text)) for level, text in values["told"])
     return Summary(**{**values, "lengths": tuple(values["lengths"]), "told": told})
 

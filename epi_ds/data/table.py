@@ -136,9 +136,12 @@ def _is_one_of(cell: Any, wanted: Any) -> bool:
     """Whether a cell is a value, or one of several; a table without types has their texts."""
     if isinstance(wanted, (list, tuple)):
         return any(_is_one_of(cell, one) for one in wanted)
-    if type(plain(cell)) is type(wanted) or isinstance(cell, bool) or isinstance(wanted, bool):
-        same = plain(cell) == wanted and isinstance(cell, bool) == isinstance(wanted, bool)
-        return same or (isinstance(cell, str) and cell == text_of(wanted, "where"))
+    value = plain(cell)
+    if isinstance(value, bool) or isinstance(wanted, bool):
+        # Tables without types write true, True and TRUE.
+        return value is wanted or (isinstance(value, str) and value.lower() == str(wanted).lower())
+    if isinstance(value, (int, float)) and isinstance(wanted, (int, float)):
+        return value == wanted
     return text_of(cell, "where") == text_of(wanted, "where")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
@@ -11,7 +12,7 @@ from epi_ds.choices import Protects, StateFormat
 from epi_ds.config import EPIConfig
 from epi_ds.data.formats import Columns, Format
 from epi_ds.data.skills import SKILLS
-from epi_ds.data.sources import SkillRows, find_files, is_local
+from epi_ds.data.sources import SkillRows, check_split, find_files, is_local
 from epi_ds.data.table import Table, files_matching
 from epi_ds.errors import UserError, nearest
 
@@ -112,24 +113,26 @@ class DataSource(BaseModel):
             raise UserError("give messages, or prompt and completion, not both")
         elif self.format is not None and (self.messages is not None or self.prompt is not None):
             raise UserError("format says how columns are called, so it goes without messages, prompt and completion")
-        elif self.path is not None and is_local(self.path):
-            find_files(self.path, split=self.split)
-        elif self.glob is not None:
-            files_matching(self.glob)
+        elif self.path is None or is_local(self.path):
+            if self.subset is not None:
+                raise UserError(f"subset {self.subset!r} is of a data set of the hub, and these are files; remove it")
+            self._files()
         return self
+
+    def _files(self) -> tuple[Path, ...]:
+        if self.glob is None:
+            return find_files(self.path or "", subset=self.subset, split=self.split)
+        check_split(self.split, self.glob)
+        return files_matching(self.glob)
 
     def resolve(self, *, seed: int) -> Table | SkillRows:
         """Return what to read. Downloads what the hub has and this machine lacks; raises what `find_files` raises."""
         if self.skill is not None:
             return SkillRows(self.skill, self.split, self.rows or 0, seed)
-        if self.glob is not None:
-            files = files_matching(self.glob)
-        else:
-            files = find_files(self.path or "", subset=self.subset, split=self.split)
         prompt = (self.prompt,) if isinstance(self.prompt, str) else self.prompt or ()
         return Table(
             name=self.glob or self.path or "",
-            files=files,
+            files=self._files(),
             columns=Columns(self.messages, prompt, self.completion),
             format=self.format,
             split=self.split,

@@ -63,7 +63,7 @@ def check_vocabulary(model: Any, tokenizer: Any, *, path: str) -> None:
 
 
 @contextmanager
-def told(path: str) -> Iterator[None]:
+def told(path: str, *, what: str = "model.path") -> Iterator[None]:
     """Turn what transformers raises for a path that it cannot load into one message with its remedy.
 
     Raises UserError for what is not there or no such model, and RemedyError where the hub cannot be reached.
@@ -75,15 +75,13 @@ def told(path: str) -> Iterator[None]:
             raise
         said = _first_of(str(error))
         if Path(path).exists() or isinstance(error, ValueError):
-            raise UserError(
-                f"model.path {path} cannot be loaded: {said}; give a language model's folder or id"
-            ) from error
+            raise UserError(f"{what} {path} cannot be loaded: {said}; give a language model's folder or id") from error
         if isinstance(error, ConnectionError) or "connect" in str(error).lower() or "offline" in str(error).lower():
             raise RemedyError(
-                f"model.path {path} is no folder here, and the hub cannot be reached: {said}; check the path or the "
+                f"{what} {path} is no folder here, and the hub cannot be reached: {said}; check the path or the "
                 "network, or fetch the model where there is one and give its folder"
             ) from error
-        raise UserError(f"model.path {path} is neither a folder here nor a model of the hub: {said}") from error
+        raise UserError(f"{what} {path} is neither a folder here nor a model of the hub: {said}") from error
 
 
 def _first_of(text: str) -> str:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 # More processes than these wait for the one that reads.
 _MOST_PROCESSES = 8
+_PACKINGS = ("bfd", "bfd_split", "wrapped")
 
 
 class SourceRows(NamedTuple):
@@ -56,9 +57,19 @@ class RowArguments(NamedTuple):
 
 
 def row_arguments_of(recipe: Recipe) -> RowArguments:
-    """Return what a recipe's ``train`` says of rows, and TRL's default where it says nothing."""
+    """Return what a recipe's ``train`` says of rows, and TRL's default where it says nothing.
+
+    Raises UserError for a packing that there is not, or without a length.
+    """
     defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
-    return RowArguments(*(recipe.train.get(name, defaults[name]) for name in RowArguments._fields))
+    found = RowArguments(*(recipe.train.get(name, defaults[name]) for name in RowArguments._fields))
+    if found.packing and found.max_length is None:
+        raise UserError("train.packing puts rows into sequences of train.max_length tokens, which is null; set it")
+    if found.packing_strategy not in _PACKINGS:
+        raise UserError(
+            f"train.packing_strategy: must be one of {', '.join(_PACKINGS)}, got {found.packing_strategy!r}"
+        )
+    return found
 
 
 def load_tokenizer(model: ModelSection, arguments: RowArguments) -> Any:
@@ -70,10 +81,14 @@ def load_tokenizer(model: ModelSection, arguments: RowArguments) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
     template = arguments.chat_template_path
     if template is not None and Path(template).is_file():
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"train.chat_template_path {template} is not UTF-8 ({error}); save it as UTF-8") from error
     elif template is not None:
         # As TRL does once more when it has the model, whose embedding then grows.
-        other = AutoTokenizer.from_pretrained(template)
+        with told(template, what="train.chat_template_path"):
+            other = AutoTokenizer.from_pretrained(template)
         tokenizer.chat_template = other.get_chat_template()
         tokenizer.add_tokens([one for one in other.added_tokens_decoder.values() if one.content not in tokenizer.vocab])
         tokenizer.eos_token = other.eos_token

@@ -25,7 +25,7 @@ def test_what_exists_is_never_taken_for_a_hub_id(tmp_path: Path, monkeypatch: py
     assert is_local("openai/gsm8k")
     assert find_files("openai/gsm8k") == (Path("openai/gsm8k"),)
     assert not is_local("openai/other")
-    with pytest.raises(UserError, match="is one split called train; give the file of the other split"):
+    with pytest.raises(UserError, match="is one split called train; give the files of the other split"):
         find_files("openai/gsm8k", split="test")
 
 

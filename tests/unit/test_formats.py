@@ -244,7 +244,10 @@ def test_rows_that_say_nothing_are_left_out_and_counted(tmp_path: Path) -> None:
             "line 1: a conversation must have a prompt and end with the assistant, this one has",
         ),
         ({"messages": [QUESTION, ANSWER, QUESTION]}, "this one has user, assistant, user"),
-        ({"messages": [QUESTION, {"role": "assistant"}]}, "turn 2 must have role and content"),
+        ({"messages": [QUESTION, {"role": "assistant"}]}, "has no row to train on (1 no answer)"),
+        ({"messages": [QUESTION, {"content": "2"}]}, "of which no format is known"),
+        ({"prompt": [QUESTION], "completion": [QUESTION, ANSWER]}, "begins with the prompt, so it is the whole"),
+        ({"prompt": "a", "chosen": [QUESTION, ANSWER], "rejected": [QUESTION, ANSWER]}, "set messages: chosen"),
         ({"messages": [QUESTION, {"role": "asistant", "content": "2"}]}, "did you mean 'assistant'"),
         ({"messages": [QUESTION, {"role": "assistant", "content": {"a": 1}}]}, "turn 2: content must be a text or a"),
         ({"messages": [QUESTION, ANSWER], "prompt": "a", "completion": "b"}, "format: messages (messages), or format:"),
@@ -377,3 +380,34 @@ def test_columns_that_tell_something_are_named(tmp_path: Path) -> None:
     assert "the columns label are not read" in told[logging.WARNING]
     assert "where: {label: true}" in told[logging.WARNING]
     assert "not read are the columns source" in told[logging.INFO]
+
+
+def test_weights_hold_in_prompts_and_completions(tmp_path: Path) -> None:
+    row = {"prompt": [QUESTION, {**ANSWER, "weight": 1}, QUESTION], "completion": [{**ANSWER, "weight": 0}]}
+    (found,) = read(write_lines(tmp_path / "rows", [row]))
+    assert found.trained == (None, True, None, False)
+
+
+@pytest.mark.parametrize("answer", ['{"name": "Bob"}', "[1, 2]", '[{"a": 1}]'])
+def test_json_in_a_table_of_texts_is_a_text(tmp_path: Path, answer: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(CONTAINERS["CSV"]([{"": "0", "question": "q", "answer": answer}]))
+    assert [row.answer for row in read(path)] == [answer]
+
+
+def test_nan_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_text('{"instruction": "Say hi", "input": NaN, "output": "hi"}\n{"instruction": "x", "output": NaN}\n')
+    found, reading = read_with(path)
+    assert [row.messages[0]["content"] for row in found] == ["Say hi"]
+    assert reading.left_out_counts == {LeftOut.NO_ANSWER: 1}
+
+
+def test_a_turn_without_content_is_counted_in_every_container(tmp_path: Path) -> None:
+    rows = [{"messages": [QUESTION, ANSWER]}, {"messages": [QUESTION, {"role": "assistant", "content": None}]}]
+    for container in ("JSON lines", "Parquet", "Arrow file"):
+        path = tmp_path / "rows"
+        path.write_bytes(CONTAINERS[container](rows))
+        found, reading = read_with(path)
+        assert len(found) == 1
+        assert reading.left_out_counts == {LeftOut.NO_ANSWER: 1}

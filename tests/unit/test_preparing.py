@@ -61,7 +61,7 @@ def expected(tokenizer: Any, rows: list[dict[str, str]]) -> list[tuple[list[int]
     found = []
     for row in rows:
         turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
-        ids, learnt = renderer.encode(conversation_of(turns))
+        ids, learnt, _ = renderer.encode(conversation_of(turns))
         found.append((ids, [token if learn else NOT_LEARNT for token, learn in zip(ids, learnt, strict=True)]))
     return found
 
@@ -107,7 +107,7 @@ def test_a_store_is_written_once_and_again_where_anything_changed(tmp_path: Path
     write_lines(path, rows_of(6))
     others.add(folder())
     assert len(others - {first}) == 5
-    assert not [one for one in tmp_path.iterdir() if one.suffix in (".lock", ".alive")]
+    assert not list(tmp_path.glob("*.begun-*"))
 
 
 def test_long_rows_are_cut_counted_and_told(tmp_path: Path, tokenizer: Any) -> None:
@@ -135,6 +135,53 @@ def test_a_loss_on_everything_by_accident_is_refused(tmp_path: Path, tokenizer: 
     path = write_lines(tmp_path / "rows.jsonl", rows_of(3))
     with pytest.raises(UserError, match="the loss would be on every token of all rows, prompts included"):
         prepare(table_of(path), tokens_of(tokenizer, template=template), cache=tmp_path, num_processes=1)
+
+
+def test_documents_are_learnt_whole(tmp_path: Path, tokenizer: Any) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [{"text": f"document {number}"} for number in range(20)])
+    _, summary = prepare(table_of(path), tokens_of(tokenizer), cache=tmp_path, num_processes=1)
+    assert (summary.num_rows, summary.num_learnt) == (20, summary.num_tokens)
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_packing_leaves_out_what_nothing_is_learnt_of(tmp_path: Path, tokenizer: Any, strategy: str) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [*rows_of(6, words=80), *rows_of(5)])
+    folder, summary = prepare(table_of(path), tokens_of(tokenizer, packing=strategy), cache=tmp_path, num_processes=1)
+    packed = content(open_store(folder))
+    learnt = [sum(label != NOT_LEARNT for label in labels) for _, labels in packed]
+    assert all(learnt)
+    assert (summary.num_learnt, summary.num_tokens) == (sum(learnt), sum(len(ids) for ids, _ in packed))
+    assert any("lie beyond train.max_length" in text or "packed sequences" in text for _, text in summary.told)
+
+
+def fail_at_400(renderer: Renderer, place: str, row: Any) -> Any:
+    if row.messages[0]["content"].startswith("q400 "):
+        raise UserError(f"{place} is wrong")
+    return ENCODE(renderer, place, row)
+
+
+def die_at_400(renderer: Renderer, place: str, row: Any) -> Any:
+    if row.messages[0]["content"].startswith("q400 "):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ENCODE(renderer, place, row)
+
+
+ENCODE = preparing._encode
+
+
+@pytest.mark.parametrize(
+    ("encode", "kind", "said"),
+    [(fail_at_400, UserError, "line 401 is wrong"), (die_at_400, RemedyError, "a process that tokenises was killed")],
+)
+def test_what_ends_one_of_several_processes_ends_all(
+    tmp_path: Path, tokenizer: Any, encode: Any, kind: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "_SINGLE_ROWS", 100)
+    monkeypatch.setattr(preparing, "_encode", encode)
+    path = write_lines(tmp_path / "rows.jsonl", rows_of(5000))
+    with pytest.raises(kind, match=said):
+        prepare(table_of(path), tokens_of(tokenizer), cache=tmp_path / "cache", num_processes=2)
+    assert not list((tmp_path / "cache").glob("*.begun-*"))
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
@@ -190,8 +237,7 @@ def write_and_stall(folder: Path, begun: Path) -> None:
         time.sleep(60)
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_dead_writer_is_replaced_and_a_slow_one_is_waited_for(tmp_path: Path) -> None:
+def test_a_slow_writer_is_waited_for_and_a_dead_one_is_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     writer = multiprocessing.get_context("fork").Process(target=write_and_stall, args=(folder, tmp_path / "begun"))
     writer.start()
@@ -202,20 +248,50 @@ def test_a_dead_writer_is_replaced_and_a_slow_one_is_waited_for(tmp_path: Path) 
         with store.claimed(folder) as begun:
             found.append(begun is not None)
             if begun is not None:
-                (begun / "content").write_text("whole")
+                (begun / store.ROWS).write_text("whole")
+                store.seal(begun, preparing.Summary(*[0] * 6, (), {}, ()))
 
-    waiting = threading.Thread(target=claim)
-    waiting.start()
-    waiting.join(2.5)
-    # It writes slowly, but it does.
-    assert waiting.is_alive()
+    waiting = [threading.Thread(target=claim) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    waiting[0].join(1.0)
+    assert all(thread.is_alive() for thread in waiting)
     os.kill(writer.pid or 0, signal.SIGKILL)
     writer.join()
-    waiting.join(20)
-    assert found == [True]
-    assert (folder / "content").read_text() == "whole"
-    claim()
-    assert found == [True, False]
+    for thread in waiting:
+        thread.join(20)
+    assert sorted(found) == [False, False, True]
+    # What the dead one had begun is gone.
+    assert {path.name for path in tmp_path.iterdir()} == {"store", "store.lock", "begun"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "empty", "no summary", "empty summary", "no rows"])
+def test_a_damaged_store_is_written_anew(
+    tmp_path: Path, tokenizer: Any, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", rows_of(600))
+
+    def folder() -> Path:
+        return prepare(table_of(path), tokens_of(tokenizer), cache=tmp_path / "cache", num_processes=1).folder
+
+    whole = content(open_store(folder()))
+    rows, summary = folder() / store.ROWS, folder() / store.SUMMARY
+    raw = rows.read_bytes()
+    if damage == "cut":
+        rows.write_bytes(raw[: len(raw) // 2])
+    elif damage == "zeroed":
+        rows.write_bytes(raw[:9000] + bytes(400) + raw[9400:])
+    elif damage == "empty":
+        rows.write_bytes(b"")
+    elif damage == "no summary":
+        summary.unlink()
+    elif damage == "empty summary":
+        summary.write_bytes(b"")
+    else:
+        rows.unlink()
+    assert content(open_store(folder())) == whole
+    assert "is damaged" in caplog.text
+    assert "is written anew" in caplog.text
 
 
 def run_once(attempt: Path, is_worker: bool, work: Any, outcomes: Any) -> None:

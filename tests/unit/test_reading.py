@@ -72,7 +72,8 @@ CONTAINERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
 }
 CODECS: dict[str, Callable[[bytes], bytes]] = {
     "plain": bytes,
-    "gzip": gzip.compress,
+    # Without the time of day, which the workers of xdist do not share.
+    "gzip": lambda raw: gzip.compress(raw, mtime=0),
     "zstd": lambda raw: bytes(pyarrow.compress(raw, codec="zstd", asbytes=True)),
 }
 
@@ -157,7 +158,7 @@ def test_many_rows_are_not_held(tmp_path: Path) -> None:
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
         (b"a,b\n1,2\n3\n", "line 3: the row has 1 cells, the header 2"),
-        (b"a,a\n1,2\n", "line 1: the column name 'a' is empty or stands twice"),
+        (b"a,a\n1,2\n", "line 1: the column name 'a' stands twice"),
         ("a,b\n1,ö\n".encode("latin1"), "is not UTF-8"),
         (b'a,b\n1,"2\n', "unexpected end of data"),
         (b"hello\nworld\n", "holds no rows that can be read: it begins with 'hello'"),
@@ -165,7 +166,7 @@ def test_many_rows_are_not_held(tmp_path: Path) -> None:
         (b"BZh91", "is compressed by bzip2"),
         (b"PAR1 and then nothing", "the file is cut or damaged"),
         (b"ARROW1 and then nothing", "the file is cut or damaged"),
-        (gzip.compress(lines(ROWS))[:-12], "is cut or damaged: its gzip data"),
+        (CODECS["gzip"](lines(ROWS))[:-12], "is cut or damaged: its gzip data"),
         (CODECS["zstd"](lines(ROWS) * 100)[:-12], "is cut or damaged: its zstd data"),
         (b"version https://git-lfs.github.com/spec/v1\n", "run git lfs pull"),
     ],

@@ -188,6 +188,17 @@ CALL = {
     [
         ("gemma", conversation_of([SYSTEM, *ASKS]), "the chat template refuses the row: System role not supported"),
         ("smolvlm", conversation_of(ASKS), "the chat template leaves out what the user says in turn 1"),
+        (
+            "deepseekv3",
+            conversation_of([ASKS[0], {"role": "assistant", "content": "<think>hm</think>4"}]),
+            "leaves out what the assistant says in turn 2 ('hm')",
+        ),
+        (
+            "phi3",
+            conversation_of([*ASKS[:2], {"role": "tool", "content": "found"}, ASKS[1]]),
+            "leaves out what the tool says in turn 3 ('found')",
+        ),
+        ("chatml", conversation_of([ASKS[0], {**ASKS[1], "name": "\ud83d", "content": "\ud83d"}]), "a lone surrogate"),
         ("chatml", conversation_of([ASKS[0], CALL, *ASKS]), "the chat template has no place for tool_calls"),
         (
             "chatml",
@@ -251,3 +262,14 @@ def test_the_token_that_ends_a_turn_is_found(name: str, end: str | None, tokeniz
     template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}" if name == "none" else template_of(name)
     found = Renderer(tokenizer, learnt=Learnt.LAST_TURN, template=template).end_of_turn()
     assert found == (None if end is None else tokenizer.convert_tokens_to_ids(end))
+
+
+def test_results_of_functions_are_not_learnt_where_a_template_rewrites_what_came_before(tokenizer: Any) -> None:
+    """It drops the first thought once an answer follows, so that the prompt alone is written otherwise."""
+    call = {**CALL, "thinking": "call it"}
+    turns = [ASKS[0], call, {"role": "tool", "content": "TOOLRES"}, {**ASKS[1], "thinking": "so it is"}]
+    row = Conversation(tuple(turns), tools=({"type": "function", "function": {"name": "f", "description": "d"}},))
+    encoded = Renderer(tokenizer, learnt=Learnt.LAST_TURN, template=template_of("gptoss")).encode(row)
+    said = "".join(learnt_texts(tokenizer, encoded))
+    assert "It is 4." in said
+    assert "TOOLRES" not in said

@@ -72,5 +72,7 @@ def _told(place: Callable[[int], str]) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{place(1)} cannot be read: {error}; the file is cut or damaged, copy it again") from error

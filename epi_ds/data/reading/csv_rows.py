@@ -31,10 +31,12 @@ def separated_rows(stream: BinaryIO, delimiter: str, place: Callable[[int], str]
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     try:
-        header = next(reader)
+        header = [name.strip() for name in next((cells for cells in reader if cells), [])]
+        # The index of a table, which pandas writes without a name.
+        header = [name or f"column {number}" for number, name in enumerate(header, 1)]
         for name in header:
-            if not name.strip() or header.count(name) > 1:
-                raise UserError(f"{place(1)}: the column name {name!r} is empty or stands twice; give each its own")
+            if header.count(name) > 1:
+                raise UserError(f"{place(1)}: the column name {name!r} stands twice; give each its own")
         for cells in reader:
             if not cells:
                 continue
@@ -49,5 +51,5 @@ def separated_rows(stream: BinaryIO, delimiter: str, place: Callable[[int], str]
     except UnicodeDecodeError as error:
         raise UserError(
             f"{place(reader.line_num + 1)} or soon after: byte 0x{error.object[error.start]:02x} is not UTF-8; save "
-            "the file as UTF-8, for example with iconv -f latin1 -t utf-8"
+            "the file as UTF-8, for example with iconv -f cp1252 -t utf-8"
         ) from error

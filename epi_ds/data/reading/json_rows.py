@@ -12,7 +12,7 @@ from epi_ds.data.reading.record import Number, Record
 from epi_ds.errors import UserError
 
 _CHUNK = 1 << 20
-_ENCODING_REMEDY = "save it as UTF-8, for example with iconv -f latin1 -t utf-8"
+_ENCODING_REMEDY = "save it as UTF-8, for example with iconv -f cp1252 -t utf-8"
 
 
 class _RepeatedKeyError(ValueError):
