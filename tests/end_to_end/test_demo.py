@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from epi_ds.data.skills import Split, get_skill, rows
 from epi_ds.evaluation.tasks import TEST_SEED
 from epi_ds.recipe.loading import load_recipe
-from epi_ds.recipe.models import Recipe
-from tests.end_to_end.conftest import Demo
+from tests.end_to_end.conftest import SHORT_DEMO, Demo
 from tests.support.processes import checked, run_command
 
 pytestmark = pytest.mark.end_to_end
@@ -101,7 +100,7 @@ def test_it_ends_with_a_table_and_the_files_it_wrote(demo: Demo) -> None:
 
 def test_the_export_scores_what_the_last_evaluation_said(demo: Demo, metrics: dict[str, list[dict[str, Any]]]) -> None:
     """One process and transformers alone repeat what two ranks of ZeRO-3 measured, answer by answer."""
-    recipe = Recipe.model_validate_json((demo.folder / "recipe.json").read_text())
+    recipe = load_recipe("demo", SHORT_DEMO)
     model = AutoModelForCausalLM.from_pretrained(demo.folder / "export").eval()
     tokenizer = AutoTokenizer.from_pretrained(demo.folder / "export", padding_side="left")
     skill_name = recipe.stages[-1].skill

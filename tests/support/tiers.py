@@ -9,17 +9,24 @@ import pytest
 
 
 def values_first(cases: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """Return the cases of a parametrized test; those in which every value has occurred before are marked ``slow``.
+    """Return the cases of a parametrized test, of which few enough to try every value once are in the first tier.
 
     So every value of every parameter is tried in the first tier, and what is left of their combinations in the second.
     """
-    seen: list[tuple[int, Any]] = []
-    found = []
-    for case in cases:
-        new = [place for place in enumerate(case) if place not in seen]
-        seen += new
-        found.append(pytest.param(*case, marks=() if new else pytest.mark.slow))
-    return found
+    every = list(cases)
+    unseen = {place for case in every for place in _places_of(case)}
+    first: list[int] = []
+    while unseen:
+        # Whoever has most of what no other has tried; of several the first.
+        best = max(range(len(every)), key=lambda index: (len(unseen & _places_of(every[index])), -index))
+        unseen -= _places_of(every[best])
+        first.append(best)
+    return [pytest.param(*case, marks=() if index in first else pytest.mark.slow) for index, case in enumerate(every)]
+
+
+def _places_of(case: tuple[Any, ...]) -> set[tuple[int, str]]:
+    """Return what a case tries: values by position. By what they are called, because some have no hash."""
+    return {(position, repr(value)) for position, value in enumerate(case)}
 
 
 def slow_but(cases: Iterable[Any], *kept: Any) -> list[Any]:

@@ -89,6 +89,7 @@ def test_clearing_a_run_leaves_what_it_did_not_write(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "mine.txt"]
 
 
+@pytest.mark.slow
 def test_a_resume_that_would_train_other_rows_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     checkpoint(folder, 3)

@@ -19,10 +19,7 @@ COMPONENTS = {
     "ZeRO-3, 4 ranks": "tests/zero3/test_hold.py::test_isolated_entries_do_not_move[4-",
     "DeepSpeed's launcher": "tests/end_to_end/test_demo.py",
     "NVMe": "tests/zero3/test_placements.py::test_ratio_zero_is_plain_zero3_with_nvme",
-    "mpirun, two ranks that train": (
-        "tests/end_to_end/test_mpirun.py::test_ranks_of_mpirun_save_when_they_are_told_to_end"
-    ),
-    "mpirun, two ranks of the doctor": "tests/end_to_end/test_doctor.py::test_processes_of_mpirun_print_one_report",
+    "MPI": "tests/end_to_end/test_doctor.py::test_processes_of_mpirun_print_one_report",
     "Slurm, its daemons": "tests/docker/test_slurm_cluster.py::test_tasks_run_on_both_nodes",
     "Slurm, a preempted job": "tests/docker/test_slurm_cluster.py::test_an_urgent_job_requeues_one_of_main",
     "Slurm, a job that trains": "tests/slurm/test_slurm.py::test_a_job_that_is_cancelled_saves_and_does_not_come_back",

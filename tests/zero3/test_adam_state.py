@@ -120,6 +120,7 @@ def attach_error(optimizer: str) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "expected"),
     [

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from tests.support.engines import ds_config, engine_of
 from tests.support.ranks import run_ranks
+from tests.support.tiers import slow_but
 
 pytestmark = pytest.mark.zero3
 
@@ -77,7 +78,7 @@ def check_backbone(name: str, folder: str) -> dict[str, Any]:
     return {"layers": layers, "equal": torch.equal(logits, again), "class": type(reloaded).__name__}
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", slow_but(BACKBONES, "llama", "llama-tied", "qwen3", "gemma3"))
 def test_backbone(name: str, tmp_path: Path) -> None:
     for result in run_ranks(check_backbone, 2, name, str(tmp_path)):
         assert result["class"] == BACKBONES[name][1]

@@ -34,6 +34,7 @@ from tests.support.engines import (
 from tests.support.models import OddNet, TiedLM, odd_batch
 from tests.support.ranks import run_ranks
 from tests.support.tags import change_manifest, flip_bit, manifest_of
+from tests.support.tiers import slow_but
 
 pytestmark = pytest.mark.zero3
 
@@ -308,7 +309,7 @@ def check_weights_alone(folder: str, arguments: dict[str, Any]) -> tuple[int, di
         return engine.global_steps, engine.epi.stats().counters.to_dict()  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", slow_but([2, 3], 3))
 @pytest.mark.parametrize(
     ("arguments", "steps"),
     [({"load_module_only": True}, 1), ({"load_optimizer_states": False, "load_lr_scheduler_states": False}, 5)],

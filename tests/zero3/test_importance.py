@@ -27,7 +27,7 @@ from tests.support.engines import (
 )
 from tests.support.models import OddNet, TiedLM, TwoHeads, head_batch, late_batch, odd_batch
 from tests.support.ranks import run_ranks
-from tests.support.tiers import values_first
+from tests.support.tiers import slow_but, values_first
 
 pytestmark = pytest.mark.zero3
 
@@ -103,10 +103,15 @@ def test_importance_is_the_average_of_what_the_commit_shows(world_size: int, off
     [
         (TiedLM, tied_batch, {}),
         (OddNet, odd_batch, {"bf16": {"enabled": True}}),
-        (OddNet, odd_batch, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
+        pytest.param(
+            OddNet,
+            odd_batch,
+            {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+            marks=pytest.mark.slow,
+        ),
         (OddNet, odd_batch, {"zero_optimization": {"sub_group_size": 40}}),
-        (OddNet, odd_batch, {"zero_optimization": {"reduce_scatter": False}}),
-        (OddNet, odd_batch, PARTIAL_OFFLOAD),
+        pytest.param(OddNet, odd_batch, {"zero_optimization": {"reduce_scatter": False}}, marks=pytest.mark.slow),
+        pytest.param(OddNet, odd_batch, PARTIAL_OFFLOAD, marks=pytest.mark.slow),
     ],
     ids=["tied", "bf16", "bf16-fp32-accumulation", "sub-groups", "all-reduce", "partial-offload"],
 )
@@ -139,7 +144,7 @@ def check_own_gradients(apply: str, offload: bool) -> None:
             assert error < 1e-4, f"{name}: relative L2 error {error:.1e}"
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", slow_but([1, 2, 3, 4], 1, 3))
 def test_importance_equals_an_oracle_with_its_own_gradients(world_size: int) -> None:
     run_ranks(check_own_gradients, world_size, "reduction", False)
     run_ranks(check_own_gradients, world_size, "update", True)

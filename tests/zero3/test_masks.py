@@ -29,7 +29,7 @@ from tests.support.engines import (
 from tests.support.models import OddNet, odd_batch
 from tests.support.oracle import oracle_masks
 from tests.support.ranks import run_ranks
-from tests.support.tiers import values_first
+from tests.support.tiers import slow_but, values_first
 
 pytestmark = pytest.mark.zero3
 
@@ -137,7 +137,7 @@ def test_masks_do_not_depend_on_the_world_size_or_the_transport(world_size: int,
     _assert_equal(run_ranks(select_masks, world_size, exchange, {}))
 
 
-@pytest.mark.parametrize("state", ["bf16", "u16"])
+@pytest.mark.parametrize("state", slow_but(["bf16", "u16"], "u16"))
 def test_masks_of_16_bit_states_do_not_depend_on_the_world_size(state: str) -> None:
     """The same importance is rounded to the same codes wherever a parameter is cut."""
     _assert_equal(run_ranks(select_masks, 3, "auto", {}, state), state)

@@ -373,7 +373,7 @@ def load_partly_frozen(
         return all_weights(engine), messages
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize(("before", "after"), slow_but([(2, 3), (3, 1), (1, 4), (2, 2)], (2, 3), (3, 1)))
 def test_frozen_parameters_are_dealt_anew(tmp_path: Path, before: int, after: int) -> None:
     saved = run_ranks(save_partly_frozen, before, str(tmp_path), False)[0]
     for found, _ in run_ranks(load_partly_frozen, after, str(tmp_path), FROZEN, {}):

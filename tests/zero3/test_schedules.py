@@ -165,11 +165,11 @@ def check_adaptive_refresh(folder: str, max_drift: float, selection: str) -> lis
 @pytest.mark.parametrize(
     ("max_drift", "refreshes", "selection"),
     [
-        (0.0, {3}, "raw_global"),
+        pytest.param(0.0, {3}, "raw_global", marks=pytest.mark.slow),
         (0.3, {1, 2}, "raw_global"),
         (1.0, {0}, "raw_global"),
         (0.0, {3}, "per_layer"),
-        (0.3, {1, 2}, "per_layer"),
+        pytest.param(0.3, {1, 2}, "per_layer", marks=pytest.mark.slow),
     ],
 )
 def test_an_adaptive_run_refreshes_masks_that_have_drifted(
@@ -345,8 +345,8 @@ def check_tasks(folder: str, changes: dict[str, Any]) -> None:
         ({"selection": "raw_global"}, 1),
         ({"normalizer": "minmax", "apply": "update"}, 2),
         ({"normalizer": "mean", "protects": "past"}, 3),
-        ({"selection": "per_layer"}, 2),
-        ({"normalizer": "mean"}, 4),
+        pytest.param({"selection": "per_layer"}, 2, marks=pytest.mark.slow),
+        pytest.param({"normalizer": "mean"}, 4, marks=pytest.mark.slow),
     ],
 )
 def test_tasks_share_the_budget(tmp_path: Path, changes: dict[str, Any], world_size: int) -> None:
