@@ -16,7 +16,7 @@ from epi_ds.recipe.models import Recipe
 from epi_ds.report.page import write_report
 from epi_ds.report.scores import score_table
 from epi_ds.train.metrics import MetricsWriter, read_metrics
-from epi_ds.train.resume import MARKER, find_resume, marker_of
+from epi_ds.train.resume import MARKER, check_data, find_resume, marker_of
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.settings import END, changes_since, end_of
 from tests.support.ranks import run_ranks
@@ -236,3 +236,21 @@ def test_metrics_are_strict_json_whatever_a_loss_is(tmp_path: Path) -> None:
     line = json.loads(path.read_text(), parse_constant=refuse)
     assert (line["loss"], line["grad_norm"], line["fine"], line["scores"]) == (None, None, 0.5, {"a": [1.0, None]})
     assert line["not_finite"] == {"loss": "nan", "grad_norm": "inf", "scores": "{'a': [1.0, -inf]}"}
+
+
+def test_a_resume_knows_its_data(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    saved = [{"digests": ["aa"], "rows": 8}]
+    path = checkpoint(folder, 3)
+    (path / MARKER).write_text(json.dumps(marker_of(RECIPE, saved)))
+    found = open_checkpoint(path)
+    check_data(found, RECIPE, saved)
+    with pytest.raises(UserError, match=r"the data of stage a: it had 8 rows, has 9"):
+        check_data(found, RECIPE, [{"digests": ["bb"], "rows": 9}])
+    with pytest.raises(UserError, match=r"the data of stage a: it had 8 rows, has 8, whose content is another"):
+        check_data(found, RECIPE, [{"digests": ["bb"], "rows": 8}])
+    # A release of before said nothing of it.
+    values = marker_of(RECIPE)
+    del values["data"]
+    (path / MARKER).write_text(json.dumps(values))
+    check_data(found, RECIPE, saved)
