@@ -21,10 +21,15 @@ _SPEAKERS = {
     "chatgpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
+    "ai": "assistant",
+    "prompter": "user",
     "observation": "tool",
+    "function": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
 }
-_FUNCTION_CALL = "function_call"
+_CALLS = ("function_call", "tool_call")
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
 _TRAINED_KEYS = ("weight", "train")
 
@@ -116,13 +121,13 @@ def _message(turn: Any, what: str) -> dict[str, Any]:
         )
     role_key = next(key for key in _ROLE_KEYS if key in turn)
     content_key = next((key for key in _CONTENT_KEYS if key in turn), "content")
-    speaker = str(turn[role_key])
+    speaker = str(turn[role_key]).lower()
     others = {
         key: plain(value)
         for key, value in turn.items()
         if key not in (role_key, content_key, "tool_calls", *_TRAINED_KEYS) and value not in (None, "")
     }
-    if speaker == _FUNCTION_CALL:
+    if speaker in _CALLS:
         return {"role": "assistant", "content": "", "tool_calls": _calls_of(turn.get(content_key), what), **others}
     if speaker not in _SPEAKERS:
         raise UserError(

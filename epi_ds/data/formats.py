@@ -58,6 +58,12 @@ class RowFormat(NamedTuple):
 
     def read(self, cells: Mapping[str, Any]) -> Conversation | LeftOut:
         """Return what a row says, or why it is left out. Raises UserError for what is no conversation."""
+        if not any(name in cells for name in self.used):
+            raise UserError(
+                f"it has the columns {', '.join(cells)}, and none of {', '.join(self.used)}, by which the first rows "
+                "are read; give rows of another form as a source of their own"
+            )
+        _check_text_only(cells)
         found = _READERS[self.format](cells, self.columns)
         if isinstance(found, LeftOut):
             return found
@@ -87,9 +93,11 @@ def find_format(
     Raises UserError where nothing fits, where two formats do, and where named columns are missing.
     """
     names = tuple(dict.fromkeys(name for cells in sample for name in cells))
-    for name in _NOT_TEXT:
-        if any(cells.get(name) not in (None, [], "") for cells in sample):
-            raise UserError(f"{place} has a column {name}, and only text is trained on; use rows without it")
+    try:
+        for cells in sample:
+            _check_text_only(cells)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
     if columns.names:
         if missing := [name for name in columns.names if name not in names]:
             raise UserError(f"{place} has no column {', '.join(missing)}; there are {', '.join(names)}")
@@ -113,6 +121,12 @@ def find_format(
             f"{candidates[0].used[0]}"
         )
     raise UserError(f"{place} has the columns {', '.join(names)}, {_hint(sample, names, given)}")
+
+
+def _check_text_only(cells: Mapping[str, Any]) -> None:
+    for name in _NOT_TEXT:
+        if cells.get(name) not in (None, [], ""):
+            raise UserError(f"it has a column {name}, and only text is trained on; use rows without it")
 
 
 def unread_columns(found: RowFormat, sample: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
@@ -166,6 +180,12 @@ def _is_conversation(cell: Any) -> bool:
     return isinstance(cell, list) and bool(cell) and all(is_turn(turn) for turn in cell)
 
 
+def _is_table(cell: Any) -> bool:
+    """Whether a cell holds rows: objects that are no turns, not even half of one."""
+    turn = {"role", "from", "content", "value"}
+    return isinstance(cell, list) and bool(cell) and all(isinstance(one, dict) and not turn & set(one) for one in cell)
+
+
 def _is_texts(cell: Any) -> bool:
     return isinstance(cell, list) and len(cell) > 1 and all(type(one) is str for one in cell)
 
@@ -184,6 +204,9 @@ def _hint(sample: Sequence[Mapping[str, Any]], names: Sequence[str], given: Form
         prompt = next((name for name in (*conversations, "prompt", "question", "instruction") if name in names), None)
         remedy = f"prompt: {prompt}, completion: chosen" if prompt else "prompt: <column>, completion: chosen"
         return f"which are preferences; to train on the answers that were preferred, set {remedy}"
+    nested = [name for name in names if _is_table(_first(sample, name))]
+    if len(sample) == 1 and nested:
+        return f"of which {nested[0]} holds rows itself; write that list alone into a file"
     # What can be meant are texts of several words.
     texts = [name for name in names if isinstance(cell := _first(sample, name), str) and " " in cell.strip()]
     if len(texts) == 2:

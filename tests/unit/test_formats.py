@@ -214,7 +214,7 @@ def test_texts_in_parts_are_joined_and_pictures_refused(tmp_path: Path) -> None:
     assert messages_of({"messages": [{"role": "user", "content": parts}, ANSWER]}, tmp_path) == [QUESTION, ANSWER]
     with pytest.raises(UserError, match="turn 1: content of type image is not supported, only text is"):
         messages_of({"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, tmp_path)
-    with pytest.raises(UserError, match="has a column images, and only text is trained on"):
+    with pytest.raises(UserError, match="it has a column images, and only text is trained on"):
         messages_of({"messages": [QUESTION, ANSWER], "images": ["x.png"]}, tmp_path)
 
 
@@ -239,6 +239,7 @@ def test_rows_that_say_nothing_are_left_out_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
+        ({"train": [{"question": "q", "answer": "a"}]}, "of which train holds rows itself; write that list alone"),
         (
             {"messages": [QUESTION]},
             "line 1: a conversation must have a prompt and end with the assistant, this one has",
@@ -411,3 +412,26 @@ def test_a_turn_without_content_is_counted_in_every_container(tmp_path: Path) ->
         found, reading = read_with(path)
         assert len(found) == 1
         assert reading.left_out_counts == {LeftOut.NO_ANSWER: 1}
+
+
+def test_rows_of_another_form_are_refused_wherever_they_stand(tmp_path: Path) -> None:
+    pairs: list[dict[str, Any]] = [{"question": "q", "answer": "a"}] * 150
+    chats = [{"messages": [QUESTION, ANSWER]}]
+    one = write_lines(tmp_path / "one.jsonl", [*pairs, *chats])
+    with pytest.raises(
+        UserError, match=r"one\.jsonl, line 151: it has the columns messages, and none of question, answer"
+    ):
+        read(one)
+    first, second = write_lines(tmp_path / "a.jsonl", pairs), write_lines(tmp_path / "b.jsonl", chats)
+    with pytest.raises(UserError, match=r"b\.jsonl, line 1: it has the columns messages"):
+        read(first, second)
+    late = write_lines(tmp_path / "late.jsonl", [*pairs, {**pairs[0], "image": "x.png"}])
+    with pytest.raises(UserError, match=r"late\.jsonl, line 151: it has a column image"):
+        read(late)
+
+
+@pytest.mark.parametrize("speaker", ["User", "prompter", "human"])
+@pytest.mark.parametrize("answerer", ["Assistant", "ai", "gpt"])
+def test_speakers_are_known_by_many_names(tmp_path: Path, speaker: str, answerer: str) -> None:
+    turns = [{"role": speaker, "content": "1+1?"}, {"role": answerer, "content": "2"}]
+    assert messages_of({"messages": turns}, tmp_path) == [QUESTION, ANSWER]
