@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from epi_ds.errors import CheckpointError, UserError
 from tests.faults.points import PointName, kill_at
 from tests.support.engines import collected_logs, ds_config
 from tests.support.models import odd_batch
+from tests.support.processes_of_engines import another_process
 
 SECTION: dict[str, Any] = {"ratio": 0.2, "refresh_interval": 3, "ema_decay": 0.9, "state": "u16"}
 # Tags are saved after these steps; a fault happens to the last one, or while another one is saved after it.
@@ -141,10 +143,11 @@ def save_on(folder: str, section: dict[str, Any]) -> str:
 def two_jobs(folder: str) -> str:
     """A second job takes the folder over; return what the first one says at its next save."""
     first, second = make_engine({}), make_engine({})
-    for engine in (first, second):
-        engine.load_checkpoint(folder)
-        train(engine, engine.global_steps, FAULT_STEP)
-        assert engine.save_checkpoint(folder)
+    for engine, process in ((first, nullcontext()), (second, another_process())):
+        with process:
+            engine.load_checkpoint(folder)
+            train(engine, engine.global_steps, FAULT_STEP)
+            assert engine.save_checkpoint(folder)
     try:
         first.save_checkpoint(folder)
     except CheckpointError as error:

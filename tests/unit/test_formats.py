@@ -418,9 +418,7 @@ def test_rows_of_another_form_are_refused_wherever_they_stand(tmp_path: Path) ->
     pairs: list[dict[str, Any]] = [{"question": "q", "answer": "a"}] * 150
     chats = [{"messages": [QUESTION, ANSWER]}]
     one = write_lines(tmp_path / "one.jsonl", [*pairs, *chats])
-    with pytest.raises(
-        UserError, match=r"one\.jsonl, line 151: it has the columns messages, and none of"
-    ):
+    with pytest.raises(UserError, match=r"one\.jsonl, line 151: it has the columns messages, and none of"):
         read(one)
     first, second = write_lines(tmp_path / "a.jsonl", pairs), write_lines(tmp_path / "b.jsonl", chats)
     with pytest.raises(UserError, match=r"b\.jsonl, line 1: it has the columns messages"):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from epi_ds.checkpoint import commit, digest, loading, saving, seats, store
+from epi_ds.checkpoint import digest, loading, saving, store
 from epi_ds.checkpoint.catalog import checkpoints_in, leftovers_in
 from epi_ds.checkpoint.durable import write_json
 from epi_ds.checkpoint.manifest import PATH, sealed
@@ -32,6 +30,7 @@ from tests.support.engines import (
     train_step,
 )
 from tests.support.models import OddNet, TiedLM, odd_batch
+from tests.support.processes_of_engines import another_process
 from tests.support.ranks import run_ranks
 from tests.support.tags import change_manifest, flip_bit, manifest_of
 from tests.support.tiers import slow_but
@@ -374,15 +373,6 @@ def test_a_save_that_fails_stops_the_run_where_that_is_wanted(tmp_path: Path) ->
     assert results[0][0] == results[1][0]
     assert "rank 1: " in results[0][0]
     assert "zero_pp_rank_1" in results[0][0]
-
-
-@contextmanager
-def another_process() -> Iterator[None]:
-    """Let engines act as in another process, which knows nothing of what this one holds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commit, "_held", {})
-        patch.setattr(seats, "_seats", {})
-        yield
 
 
 def two_jobs(folder: str) -> tuple[bool, str]:
