@@ -23,6 +23,10 @@ NODES = ("n1", "n2")
 PATIENCE = 180
 
 
+# A job is SIGNALING while a signal to it is on its way.
+_ON_THE_WAY = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SIGNALING")
+
+
 class Cluster:
     """Runs Slurm's commands, and takes nodes away."""
 
@@ -84,7 +88,7 @@ class Cluster:
         """Wait for a job's good end, however often it is queued again; do not let it wait for old credentials."""
         deadline = time.monotonic() + PATIENCE
         while (state := self.state(job)) != "COMPLETED":
-            assert state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"), self.logs()
+            assert state in _ON_THE_WAY, f"job {job} is {state}\n{self.logs()}"
             assert time.monotonic() < deadline, f"job {job} is {state}\n{self.logs()}"
             time.sleep(0.2)
 

@@ -179,10 +179,13 @@ def test_a_job_saves_before_its_time_is_up(
     by_signal: bool, job: Job, undisturbed: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Told by Slurm, as ``--signal`` asks; or, where nobody asked, by what Slurm says of the time limit."""
-    # A minute is the least that Slurm can limit: the first process is still training then.
-    monkeypatch.setenv("RECORDER_SECONDS", "1.25")
+    # The first process is still training when it is told. Slurm looks at its limits every 30 seconds, and sends the
+    # signal at the last look that is early enough: here 40 to 70 seconds after the start. A minute is the least that it
+    # can limit.
+    monkeypatch.setenv("RECORDER_SECONDS", "3.5" if by_signal else "1.25")
+    limits = ["--time", "2", "--grace", "50"] if by_signal else ["--time", "1", "--option=--signal=CONT@1"]
     # On a busy machine the signal may come before training begins.
-    job.submit("--time", "1", "--retries", "9", *(["--grace", "30"] if by_signal else ["--option=--signal=CONT@1"]))
+    job.submit("--retries", "9", *limits)
     job.cluster.finish(job.id)
     assert_undisturbed(job, undisturbed)
     assert len(job.starts) > 1
