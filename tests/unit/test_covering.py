@@ -81,4 +81,4 @@ def test_cases_that_are_not_kept_are_slow() -> None:
     with pytest.raises(ValueError, match=r"\[4\] are none of the cases \[1, 2, 3\]"):
         slow_but([1, 2, 3], 1, 4)
     pairs = [(1, "a"), (1, "b"), (2, "a"), (2, "b"), (1, [])]
-    assert names(values_first(pairs)) == [(1, "a"), (1, "b"), (2, "a"), (2, "b", "slow"), (1, [])]
+    assert names(values_first(pairs)) == [(1, "a"), (1, "b", "slow"), (2, "a", "slow"), (2, "b"), (1, [])]
