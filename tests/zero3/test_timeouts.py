@@ -17,13 +17,14 @@ pytestmark = pytest.mark.zero3
 
 
 def zero3_timeout(seconds: float) -> timedelta:
-    group = groups._get_data_parallel_group()
     try:
         prepare_accelerate(timeout_seconds=seconds)
-        return group._get_backend(torch.device("cpu")).options._timeout
-    finally:
+        group = groups._get_data_parallel_group()
+        found: timedelta = group._get_backend(torch.device("cpu")).options._timeout
         # The next call in these ranks waits as long as it did.
         _set_pg_timeout(timedelta(seconds=DEFAULT_TIMEOUT_SECONDS), group)
+        return found
+    finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
