@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,14 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from epi_ds.data.once import as_json, error_of
 from epi_ds.data.preparing import Tokens, prepare
 from epi_ds.data.sources import SkillRows
 from epi_ds.data.table import Table
 from epi_ds.errors import RemedyError, UserError
+from epi_ds.launch.lost_ranks import die_with_parent
 
 # Below this, in bytes of files or in generated rows, another process would take longer to start than to do it.
 _SMALL_BYTES, _SMALL_ROWS = 1 << 23, 20_000
-_ERRORS = {kind.__name__: kind for kind in (UserError, RemedyError)}
 
 
 def prepare_all(sources: Sequence[Table | SkillRows], tokens: Tokens, *, cache: Path, num_processes: int) -> list[str]:
@@ -41,7 +43,7 @@ def prepare_all(sources: Sequence[Table | SkillRows], tokens: Tokens, *, cache: 
             )
         values = json.loads(result.read_text())
     if "folders" not in values:
-        raise _ERRORS[values["kind"]](values["message"])
+        raise error_of(values)
     return list(values["folders"])
 
 
@@ -53,15 +55,14 @@ def _is_small(source: Table | SkillRows) -> bool:
 
 def _main(work: Path, result: Path) -> None:
     sources, tokens, cache, num_processes = pickle.loads(work.read_bytes())
+    # Nobody wants its rows once the rank is gone.
+    die_with_parent(signal.SIGKILL)
     values: dict[str, Any]
     try:
         folders = [prepare(one, tokens, cache=cache, num_processes=num_processes).folder for one in sources]
         values = {"folders": [str(folder) for folder in folders]}
-    except OSError as error:
-        values = {"kind": RemedyError.__name__, "message": str(error)}
-    except tuple(_ERRORS.values()) as error:
-        kind = next(name for name, one in _ERRORS.items() if isinstance(error, one))
-        values = {"kind": kind, "message": str(error)}
+    except (UserError, RemedyError) as error:
+        values = as_json(error)
     result.write_text(json.dumps(values))
 
 

@@ -20,7 +20,6 @@ from epi_ds.errors import LostRankError, RemedyError, UserError
 
 _BEAT_SECONDS, _SILENCE_SECONDS, _LOOK_SECONDS = 1.0, 30.0, 0.1
 _OLD_SECONDS = 3 * 24 * 3600.0
-_ERRORS = {kind.__name__: kind for kind in (UserError, RemedyError)}
 
 
 def once_per_node(attempt: Path, work: Callable[[], Any], *, is_worker: bool) -> Any:
@@ -38,18 +37,27 @@ def once_per_node(attempt: Path, work: Callable[[], Any], *, is_worker: bool) ->
     _forget_old(attempt.parent)
     place.mkdir(parents=True, exist_ok=True)
     try:
-        with beating(place / "alive"):
+        with _beating(place / "alive"):
             result = work()
     except Exception as error:
-        kind = type(error).__name__ if isinstance(error, tuple(_ERRORS.values())) else ""
-        _write(place / "failed", {"kind": kind, "message": str(error)})
+        _write(place / "failed", as_json(error))
         raise
     _write(place / "done", result)
     return result
 
 
+def as_json(error: Exception) -> dict[str, str]:
+    """Return an error for another process."""
+    return {"kind": type(error).__name__, "message": str(error)}
+
+
+def error_of(values: dict[str, str]) -> Exception:
+    """Return the error that `as_json` wrote down: a UserError, or for all others a RemedyError."""
+    return (UserError if values["kind"] == UserError.__name__ else RemedyError)(values["message"])
+
+
 @contextmanager
-def beating(path: Path) -> Iterator[None]:
+def _beating(path: Path) -> Iterator[None]:
     """Keep writing to a file while the body runs, so that others can tell a long work from a dead worker."""
     ended = threading.Event()
 
@@ -70,7 +78,7 @@ def beating(path: Path) -> Iterator[None]:
         thread.join()
 
 
-class Listener:
+class _Listener:
     """Tells by a file that somebody keeps writing whether they are silent; clocks of two machines are not compared."""
 
     def __init__(self, path: Path) -> None:
@@ -87,14 +95,13 @@ class Listener:
 
 
 def _wait(place: Path) -> Any:
-    listener = Listener(place / "alive")
+    listener = _Listener(place / "alive")
     while True:
         if (done := place / "done").exists():
             return json.loads(done.read_text())
         if (failed := place / "failed").exists():
-            values = json.loads(failed.read_text())
             # What is no user's mistake is told with its traceback by the process where it happened.
-            raise _ERRORS.get(values["kind"], RemedyError)(values["message"])
+            raise error_of(json.loads(failed.read_text()))
         if listener.is_silent():
             raise LostRankError(
                 f"the process that prepares the data on {place.name} has been silent for {_SILENCE_SECONDS:.0f} s; it "

@@ -94,7 +94,7 @@ def _key(source: Table | SkillRows, digests: dict[str, str]) -> Any:
     if isinstance(source, SkillRows):
         return source._asdict()
     # Where files lie does not change what is in them, but their order does.
-    return {**source._asdict(), "files": list(digests.values()), "name": source.name}
+    return {**source._asdict(), "files": list(digests.values())}
 
 
 def _tokens_key(tokens: Tokens) -> Any:

@@ -134,15 +134,9 @@ class Renderer:
         """Return the token that ends what the assistant says last: the first special one behind it; None for none."""
         turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK})
         end = self.text(turns, Conversation(turns)).rpartition(_MARK)[2]
-        special = {*self._tokenizer.all_special_ids, *(i for i, t in self._added.items() if t.special)}
-        return next(
-            (one for one in self._tokenizer(end, add_special_tokens=False)["input_ids"] if one in special), None
-        )
-
-    @property
-    def _added(self) -> dict[int, Any]:
-        found: dict[int, Any] = self._tokenizer.added_tokens_decoder
-        return found
+        added = self._tokenizer.added_tokens_decoder
+        special = {*self._tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+        return next((one for one in self._tokens(end) if one in special), None)
 
     def _check_names(self, messages: Sequence[Message], row: Conversation) -> None:
         keys = {key for message in messages for key in message} | ({"tools"} if row.tools else set())

@@ -10,7 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -115,8 +115,12 @@ def claimed(folder: Path) -> Iterator[Path | None]:
         begun.mkdir()
         try:
             yield begun
-            with suppress(FileExistsError):
+            try:
                 begun.rename(folder)
+            except OSError:
+                # Where disks have no locks another node may have been faster; its store is as good.
+                if not folder.exists():
+                    raise
         finally:
             shutil.rmtree(begun, ignore_errors=True)
 
@@ -125,9 +129,10 @@ def claimed(folder: Path) -> Iterator[Path | None]:
 def _locked(path: Path) -> Iterator[None]:
     """Keep other processes out, on other nodes too; a process that dies lets go of it."""
     with path.open("w") as file:
-        # Some shared disks have no locks: two nodes then write the same store, and one of both stays.
-        with suppress(OSError):
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): nodes that share it may each prepare the same rows", path, error)
         yield
 
 

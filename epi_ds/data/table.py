@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from epi_ds.data.cells import text_of
 from epi_ds.data.conversation import Conversation
-from epi_ds.data.formats import SAMPLE_ROWS, Columns, Format, LeftOut, RowFormat, find_format, unread_columns
+from epi_ds.data.format_search import SAMPLE_ROWS, find_format, unread_columns
+from epi_ds.data.formats import Columns, Format, LeftOut, RowFormat
 from epi_ds.data.reading.containers import open_rows
 from epi_ds.data.reading.record import Record, plain
 from epi_ds.errors import UserError

@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 
 from epi_ds.data.store import NOT_LEARNT, Summary
 from epi_ds.recipe.models import Recipe, TrainingData
-from epi_ds.train.rows import SourceRows, load_tokenizer, prepare_here, row_arguments_of, rows_in, stage_rows_of
+from epi_ds.train.rows import (
+    SourceRows,
+    argument_of,
+    load_tokenizer,
+    prepare_here,
+    row_arguments_of,
+    rows_in,
+    stage_rows_of,
+)
 from epi_ds.train.stages import plan_stages
 
 
@@ -78,9 +86,9 @@ def _preview_of(source: TrainingData, found: SourceRows, tokenizer: Any, num_sam
 
 def global_batch_of(recipe: Recipe, *, ranks: int) -> int:
     """Return how many rows a step of a recipe trains."""
-    # TRL's defaults.
-    micro_batch: int = recipe.train.get("per_device_train_batch_size", 8)
-    accumulation: int = recipe.train.get("gradient_accumulation_steps", 1)
+    micro_batch, accumulation = (
+        int(argument_of(recipe, name)) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
     return micro_batch * accumulation * ranks
 
 

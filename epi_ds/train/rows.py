@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import SFTConfig, get_training_chat_template
 
+from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.data.apart import prepare_all
 from epi_ds.data.once import once_per_node
 from epi_ds.data.preparing import Tokens
@@ -56,13 +57,18 @@ class RowArguments(NamedTuple):
     seed: int
 
 
+def argument_of(recipe: Recipe, name: str) -> Any:
+    """Return what a recipe's ``train`` says, and TRL's default where it says nothing."""
+    defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
+    return recipe.train.get(name, defaults[name])
+
+
 def row_arguments_of(recipe: Recipe) -> RowArguments:
     """Return what a recipe's ``train`` says of rows, and TRL's default where it says nothing.
 
     Raises UserError for a packing that there is not, or without a length.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
-    found = RowArguments(*(recipe.train.get(name, defaults[name]) for name in RowArguments._fields))
+    found = RowArguments(*(argument_of(recipe, name) for name in RowArguments._fields))
     if found.packing and found.max_length is None:
         raise UserError("train.packing puts rows into sequences of train.max_length tokens, which is null; set it")
     if found.packing_strategy not in _PACKINGS:
@@ -141,11 +147,10 @@ def prepare_rows(sources: Sequence[DataSource], arguments: RowArguments, tokeniz
     Raises, on all ranks of the node, what `prepare_here` raises, and LostRankError where the process that prepares the
     rows died.
     """
-    attempt: list[str] = [uuid.uuid4().hex]
     # Right away, while no rank is behind: it tells the files of this start from those of others.
-    dist.broadcast_object_list(attempt)
+    attempt = on_first_rank(lambda: uuid.uuid4().hex)
     folders = once_per_node(
-        cache_folder() / "data" / "starts" / attempt[0],
+        cache_folder() / "data" / "starts" / attempt,
         lambda: [str(folder) for folder in prepare_here(sources, arguments, tokenizer)],
         is_worker=int(os.environ.get("LOCAL_RANK", 0)) == 0,
     )

@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -223,12 +222,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(once, "_BEAT_SECONDS", 0.1)
 
 
-def wait_for(path: Path) -> Iterator[None]:
+def wait_for(path: Path) -> None:
     deadline = time.monotonic() + 20
     while not path.exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    yield
 
 
 def write_and_stall(folder: Path, begun: Path) -> None:
@@ -241,7 +239,7 @@ def test_a_slow_writer_is_waited_for_and_a_dead_one_is_replaced(tmp_path: Path) 
     folder = tmp_path / "store"
     writer = multiprocessing.get_context("fork").Process(target=write_and_stall, args=(folder, tmp_path / "begun"))
     writer.start()
-    next(wait_for(tmp_path / "begun"))
+    wait_for(tmp_path / "begun")
     found: list[bool] = []
 
     def claim() -> None:
