@@ -98,9 +98,9 @@ def test_kernel_rows_hold_every_operation_and_backend() -> None:
     rows = bench("kernels", "--threads", "2", "--numel", "1000003", "--repeats", "3")
     keys = {"op", "state", "backend", "threads", "numel", "ns_per_element", "gb_per_s", "fraction_of_stream"}
     assert all(set(row) == keys for row in rows)
-    # The stream and two optimizers; three backends: observe_ of 4 states, decode and encode_ of 3, a histogram of 2, 7
+    # The stream and two optimizers; three backends: observe_ of 4 states, decode and encode_ of 3, a histogram of 2, 8
     # more; a whole search of 4 states.
-    assert len(rows) == 3 + 3 * (4 + 2 * 3 + 2 + 7) + 4
+    assert len(rows) == 3 + 3 * (4 + 2 * 3 + 2 + 8) + 4
     assert all(row["fraction_of_stream"] == 1.0 for row in rows if row["op"] == "stream")
     speed = {(row["op"], row["state"], row["backend"]): row["ns_per_element"] for row in rows}
     for op, state in (("observe_", "u16"), ("observe_", "u8"), ("sketch_counts, first round", "fp32")):
