@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from itertools import product
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
