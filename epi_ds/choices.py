@@ -91,3 +91,25 @@ class Curve(StrEnum):
 
     LINEAR = "linear"
     COSINE = "cosine"
+
+
+class AnchorWeight(StrEnum):
+    """Which entries an anchor pulls more than others."""
+
+    UNIFORM = "uniform"
+    IMPORTANCE = "importance"
+
+
+class Pull(StrEnum):
+    """Where in a step an anchor pulls."""
+
+    UPDATE = "update"
+    GRADIENT = "gradient"
+
+
+class AnchorDevice(StrEnum):
+    """Where the weights lie that an anchor pulls towards."""
+
+    PARTITION = "partition"
+    CPU = "cpu"
+    DISK = "disk"

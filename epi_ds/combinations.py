@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from epi_ds.choices import Apply, StateFormat
+from epi_ds.choices import Apply, Pull, StateFormat
 from epi_ds.config import EPIConfig
 from epi_ds.ds_configs.keys import misspelt, misspelt_sentence
 from epi_ds.errors import nearest
@@ -46,6 +46,14 @@ def reduction_optimizer_problem(optimizer: str) -> str:
     return (
         f"apply: reduction sets the moments of Adam at release and does not know those of {optimizer}; use AdamW, or "
         "apply: update"
+    )
+
+
+def anchor_optimizer_problem(optimizer: str) -> str:
+    """Return what to say of ``anchor.pull: gradient`` with an optimizer that is no Adam."""
+    return (
+        f"anchor.pull: gradient is in proportion to the size of gradients, which Adam divides by and {optimizer} does "
+        "not; use AdamW, or anchor.pull: update"
     )
 
 
@@ -113,3 +121,5 @@ def _optimizer_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> Iter
             yield reduction_optimizer_problem(name)
         if config.state is StateFormat.ADAM:
             yield adam_state_optimizer_problem(name)
+        if config.anchor is not None and config.anchor.pull is Pull.GRADIENT:
+            yield anchor_optimizer_problem(name)

@@ -8,16 +8,19 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from epi_ds.anchor_config import AnchorConfig
+from epi_ds.checkpoint_config import CheckpointConfig
 from epi_ds.choices import (
     ADAPTIVE,
+    AnchorWeight,
     Apply,
     Curve,
     Memory,
     MissingState,
     Normalizer,
-    OnFailure,
     PolicyName,
     Protects,
+    Pull,
     Selection,
     StateFormat,
     Transport,
@@ -44,41 +47,6 @@ class RatioSchedule(BaseModel):
 
     steps: int = Field(ge=1)
     """Applied steps from the one to the other."""
-
-
-class CheckpointConfig(BaseModel):
-    """How a run's checkpoints are kept and read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    keep_last: int | None = Field(None, ge=1)
-    """Complete checkpoints to keep; older ones are removed once a newer one is complete. None keeps all."""
-
-    keep_every: int | None = Field(None, ge=1)
-    """With ``keep_last``: keep those of every so many steps for good."""
-
-    on_failure: OnFailure = OnFailure.CONTINUE
-    """When a checkpoint cannot be saved (a full disk, say): say so and ``continue`` training, or ``stop`` with an error
-    on all ranks. What was saved before is untouched either way."""
-
-    trust: bool = False
-    """Read the files of a checkpoint that is not of the run whose folder it lies in. DeepSpeed's are pickles: reading
-    them runs whatever their author put there."""
-
-    allow_new_batch_size: bool = False
-    """Resume although a step has another number of rows now (micro-batch x accumulation x ranks)."""
-
-    stop_before_end: float = Field(120, ge=0)
-    """Seconds before the time limit of a Slurm job at which to save and stop: enough for two steps and a save. 0 leaves
-    it to signals."""
-
-    @model_validator(mode="after")
-    def _keep_every_is_used(self) -> CheckpointConfig:
-        if self.keep_every is not None and self.keep_last is None:
-            raise UserError(
-                "keep_every says which of the older checkpoints to keep, and without keep_last all are kept"
-            )
-        return self
 
 
 class EPIConfig(BaseModel):
@@ -155,6 +123,9 @@ class EPIConfig(BaseModel):
     protects: Protects = Protects.PAST_AND_PRESENT
     """With ``memory``: protect what finished stages needed and the present one needs, or the finished ones alone
     (``past``), so that nothing is isolated in the first stage."""
+
+    anchor: AnchorConfig | None = None
+    """A pull of all covered entries towards the weights that knew what must be kept; under any policy, ``none`` too."""
 
     seed: int = Field(0, ge=0)
     """Where the stochastic rounding of ``bf16``, ``u16`` and ``u8`` begins."""
@@ -285,6 +256,22 @@ class EPIConfig(BaseModel):
         if self.memory is not Memory.NONE and self.policy is not PolicyName.EVOLVING:
             raise UserError(
                 f"memory changes what later masks isolate, and policy: {self.policy.value} selects none; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_anchor(self) -> EPIConfig:
+        if self.anchor is None:
+            return self
+        if self.anchor.weight is AnchorWeight.IMPORTANCE and self.memory is Memory.NONE:
+            raise UserError(
+                "anchor.weight: importance pulls by what is remembered of finished stages, and memory: none remembers "
+                "nothing; set memory: stage_max, or anchor.weight: uniform"
+            )
+        if self.anchor.pull is Pull.GRADIENT and self.state is StateFormat.ADAM:
+            raise UserError(
+                "anchor.pull: gradient would enter the second moments, which are the importance under state: adam; set "
+                "another state, or anchor.pull: update"
             )
         return self
 

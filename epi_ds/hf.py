@@ -24,6 +24,7 @@ from epi_ds.choices import Memory, PolicyName
 from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, EPIConfig, parse_config
 from epi_ds.errors import UserError, summarize
+from epi_ds.planned_rates import planned_rates
 from epi_ds.preemption import Preemption
 from epi_ds.trackers import continue_runs
 from epi_ds.zero3.guard import has_optimizer
@@ -173,6 +174,13 @@ class EPICallback(TrainerCallback):
                 interval,
                 interval // 2,
             )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Plan the whole run as one stage for an anchor, where nobody has planned stages."""
+        if self.epi.awaits_plan:
+            self.epi.plan_stage(planned_rates(kwargs["lr_scheduler"], first_step=0, stop_step=state.max_steps))
 
     @property
     def _folder(self) -> Path:

@@ -23,8 +23,8 @@ from epi_ds.checkpoint.run import RunRecord, take_over, why_not_ours
 from epi_ds.checkpoint.saving import SaveTimes
 from epi_ds.checkpoint.seats import free_number, leave_seats, take_seat
 from epi_ds.checkpoint.verdict import AgreedError, on_first_rank
+from epi_ds.checkpoint_config import CheckpointConfig
 from epi_ds.choices import OnFailure
-from epi_ds.config import CheckpointConfig
 from epi_ds.errors import CheckpointError, UserError
 
 logger = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from epi_ds.choices import PolicyName
 from epi_ds.evaluation.evaluator import Evaluator
 from epi_ds.hf import EPICallback
+from epi_ds.planned_rates import planned_rates
 from epi_ds.recipe.models import Moments
 from epi_ds.train.metrics_callback import BEFORE, MetricsCallback
 from epi_ds.train.stages import StageSpan, stage_at
@@ -50,6 +51,7 @@ class StageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Before the first step, probe where asked for and evaluate; else evaluate what an earlier process had not."""
+        self._plan(stage_at(self._spans, state.global_step))
         if state.global_step == 0:
             self._probe()
             self._evaluate(0, BEFORE)
@@ -110,3 +112,10 @@ class StageCallback(TrainerCallback):
             self._metrics.write_refresh(stage.stop_step, stage.name, refresh)
         if self._trainer.stages[position].moments is Moments.RESET:
             self._epi.reset_optimizer_state()
+        self._plan(self._spans[position])
+
+    def _plan(self, stage: StageSpan) -> None:
+        """Say what the stage's learning rates will add up to, where an anchor's strength depends on it."""
+        if self._epi.awaits_plan:
+            rates = planned_rates(self._trainer.lr_scheduler, first_step=stage.first_step, stop_step=stage.stop_step)
+            self._epi.plan_stage(rates)

@@ -13,11 +13,12 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from epi_ds.choices import Apply, MissingState, StateFormat
+from epi_ds.choices import Apply, MissingState, Pull, StateFormat
 from epi_ds.combinations import (
     adam_state_nvme_problem,
     adam_state_optimizer_problem,
     adam_state_ratio_problem,
+    anchor_optimizer_problem,
     reduction_optimizer_problem,
     stage_problem,
 )
@@ -140,6 +141,8 @@ def _optimizer_reasons(optimizer: Any, config: EPIConfig) -> Iterator[str]:
         yield "sequence parallelism is not covered yet; set sequence_parallel_size: 1"
     if config.apply is Apply.REDUCTION:
         yield from _reduction_reasons(base)
+    if config.anchor is not None and config.anchor.pull is Pull.GRADIENT and not is_adam(base):
+        yield anchor_optimizer_problem(type(base).__name__)
     if config.state is StateFormat.ADAM:
         yield from _adam_reasons(base)
         if optimizer.offload_optimizer and optimizer.partial_offload != 1.0:

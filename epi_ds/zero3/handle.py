@@ -8,11 +8,13 @@ a method of DeepSpeed's. tests/zero3/test_contract.py holds it.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from epi_ds.checkpoint.commit import Run
@@ -24,6 +26,9 @@ from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.layout import Segment
 from epi_ds.isolation.refresh_report import Decision, RefreshReport, values_of
 from epi_ds.isolation.schedule import check_planned_steps, largest_ratio
+from epi_ds.zero3.anchor import Anchor
+
+logger = logging.getLogger(__name__)
 
 
 class IsolationStats(NamedTuple):
@@ -61,7 +66,7 @@ class MemoryReport(NamedTuple):
 
     state_bytes: dict[str, int]
     """``importance`` where it is ours; ``remembered`` under ``memory: stage_max``, or ``task/...`` for each finished
-    stage under ``per_task``; ``masks``; and the sample of the ``first_mask``."""
+    stage under ``per_task``; ``masks``; the sample of the ``first_mask``; and what an ``anchor`` pulls towards."""
     covered_numel: int
     """Covered entries over all ranks."""
     world_size: int
@@ -143,10 +148,21 @@ class EPI:
             controller.refresher.last_decision,
         )
 
+    def anchor(self, name: str) -> Tensor:
+        """Gather what one parameter is pulled towards. Collective. -> its full shape, fp32, CPU.
+
+        Raises UserError without an anchor, and before the first step, which takes the weights that it is to be.
+        """
+        segment = self._segment(name)
+        if self._anchor is None or not self._anchor.is_taken:
+            reason = "there is none; set anchor" if self._anchor is None else "it is taken in the first step"
+            raise UserError(f"the anchor of {name} was asked for, and {reason}")
+        return self._gather(segment, self._anchor.of(segment).float())
+
     def memory_report(self) -> MemoryReport:
         """Return what isolation keeps on this rank."""
         return MemoryReport(
-            self._controller.state_bytes(),
+            self._controller.state_bytes() | ({} if self._anchor is None else {"anchor": self._anchor.num_bytes}),
             self._controller.layout.covered_numel,
             self._controller.exchange.world_size,
         )
@@ -170,7 +186,35 @@ class EPI:
         UserError also in the middle of an accumulation window.
         """
         self._check_window("finish_stage()")
+        if self._anchor is not None:
+            self._anchor.end_stage()
         return self._controller.finish_stage(name)
+
+    @property
+    def awaits_plan(self) -> bool:
+        """Whether an anchor wants to hear from `plan_stage` before the next step, also where a checkpoint had sums."""
+        return self._anchor is not None and self._anchor.strength.awaits_plan
+
+    def plan_stage(self, total_rates: Sequence[float]) -> None:
+        """Say what the learning rates of the stage that begins add up to, which an anchor's strength is divided by.
+
+        total_rates  one sum per parameter group of the optimizer, over the steps of the stage
+
+        After a load in the middle of a stage the sums of its beginning stay in force, and a difference is warned of.
+        Without an anchor nothing happens. Raises UserError for another number of sums, and for one that is negative or
+        not finite.
+        """
+        if self._anchor is None:
+            return
+        groups = len(self._engine.optimizer.optimizer.param_groups)
+        if len(total_rates) != groups:
+            raise UserError(
+                f"plan_stage got {len(total_rates)} sums of learning rates, and the optimizer has {groups} parameter "
+                "groups; give one sum of each"
+            )
+        warning = self._anchor.strength.plan(total_rates)
+        if warning and dist.get_rank() == 0:
+            logger.warning("%s", warning)
 
     def check_planned_steps(self, planned_steps: int) -> None:
         """Warn or raise ValueError when a run of this many applied steps would never use a mask."""
@@ -235,6 +279,11 @@ class EPI:
         if not controller.observes:
             controller.stop_measuring()
         return refresh
+
+    @property
+    def _anchor(self) -> Anchor | None:
+        anchor: Anchor | None = self._engine.optimizer._epi_context.anchor
+        return anchor
 
     def _check_window(self, call: str) -> None:
         self._engine.optimizer._epi_context.window.check_closed(

@@ -29,6 +29,7 @@ from epi_ds.checkpoint.verdict import agree, on_first_rank
 from epi_ds.choices import MissingState
 from epi_ds.errors import CheckpointError, RemedyError, UserError
 from epi_ds.zero3.handle import EPI
+from epi_ds.zero3.persistence.anchor import load_anchor
 from epi_ds.zero3.persistence.contents import batch_of, sub_groups_of
 from epi_ds.zero3.persistence.cpu_adam import replay_steps
 from epi_ds.zero3.persistence.nvme import check_swapped_copies, finish_load
@@ -153,6 +154,7 @@ class LoadingMixin(DeepSpeedEngine):
         # The counters of before, and what is not yet in them, are replaced together.
         self.optimizer._epi_settle_step_energy()
         load_state(tag, self.epi.controller, same_layout=same_layout)
+        load_anchor(self.optimizer._epi_context.anchor, tag, self.epi.controller.layout)
         averages, clipping = self.optimizer._epi_context.clipping, tag.manifest.isolation.extra.clipping
         for average in averages:
             average.reset()

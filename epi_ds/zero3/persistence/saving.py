@@ -14,6 +14,7 @@ from epi_ds.checkpoint.saving import SaveTimes, TagWriter, check_space
 from epi_ds.checkpoint.store import write_state
 from epi_ds.errors import UserError
 from epi_ds.zero3.handle import EPI
+from epi_ds.zero3.persistence.anchor import anchor_states
 from epi_ds.zero3.persistence.contents import bytes_to_save, manifest_of
 from epi_ds.zero3.persistence.guarded_files import guarded
 from epi_ds.zero3.persistence.nvme import copy_swapped_files
@@ -116,7 +117,7 @@ class SavingMixin(DeepSpeedEngine):
             self._epi_hides_nvme = False
         if self.zero_nvme_offload_optimizer():
             copy_swapped_files(self, writer)
-        write_state(writer, self.epi.controller)
+        write_state(writer, self.epi.controller, anchor_states(self.optimizer._epi_context.anchor))
 
     def _copy_recovery_script(self, save_path: str) -> None:
         """Keep a convenience from ending a save: where it cannot be copied, rank 0 alone would raise."""

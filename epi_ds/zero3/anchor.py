@@ -1,0 +1,153 @@
+"""The anchor of one engine: what its flat partitions are pulled towards, and by how much in the step at hand.
+
+[Note: pulled gradient] The gradient that ZeRO-3 shows its optimizer may outlive the step: with offload it is a buffer
+of the host's, and without it may be a view of the accumulation buffer. A parameter that a later window does not use is
+then stepped with what an earlier one left there, and a pull that was left there too would act twice. So where the
+buffer lives on, the optimizer is shown a copy with the pull in it, which takes the room of one sub-group's gradient
+while that is stepped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epi_ds.anchor_config import STAGE, AnchorConfig
+from epi_ds.choices import Pull
+from epi_ds.errors import UserError
+from epi_ds.isolation.anchor.scale import GradientScale
+from epi_ds.isolation.anchor.strength import PullStrength, share_of
+from epi_ds.isolation.anchor.values import AnchorValues, is_bf16
+from epi_ds.isolation.layout import Segment
+from epi_ds.isolation.placement import Placement
+from epi_ds.isolation.search.collectives import GroupExchange
+from epi_ds.kernels import pull_
+from epi_ds.zero3.moments import clipping_factor
+from epi_ds.zero3.optimizer_state import stepping_optimizer
+
+
+class Anchor:
+    """Pulls the covered entries of an engine's partitions. See [Note: strength] in epi_ds/isolation/anchor."""
+
+    def __init__(
+        self, config: AnchorConfig, placement: Placement, exchange: GroupExchange, *, num_entries: int
+    ) -> None:
+        """``num_entries`` are trained, over all ranks."""
+        self.config = config
+        self.strength = PullStrength(config)
+        self.scale = GradientScale()
+        self._values = AnchorValues(placement, config.device)
+        self._placement = placement
+        self._exchange = exchange
+        self._num_entries = num_entries
+        self._scale_of_step: GradientScale | None = None
+
+    # --- a step ---
+
+    def check_planned(self) -> None:
+        """Raise UserError where the strength has nothing to be divided by."""
+        if not self.strength.is_planned:
+            raise UserError(
+                "anchor.strength is divided by the sum of the learning rates that the stage will have, and nobody has "
+                "said it; call engine.epi.plan_stage([sum of the first parameter group, ...]) before the first step of "
+                "every stage, or set anchor.decay, a pull per unit of learning rate"
+            )
+
+    @contextmanager
+    def pulling(self, zero3: Any, sub_group: int, *, num_isolated: int) -> Iterator[None]:
+        """Have the optimizer's step within the block pulled, isolated entries too: who holds them restores them.
+
+        zero3         the ZeRO-3 optimizer, whose gradients of this sub-group are unscaled and clipped
+        num_isolated  entries over all ranks
+
+        Collective in the first step of what is pulled towards.
+        """
+        weights = zero3.fp32_partitioned_groups_flat[sub_group]
+        if not self._values.has(sub_group):
+            self._take(sub_group, weights.data)
+        if not self.config.pulls:
+            yield
+        elif self.config.pull is Pull.UPDATE:
+            yield
+            rate = stepping_optimizer(zero3, sub_group).param_groups[zero3.sub_group_to_group_id[sub_group]]["lr"]
+            share = share_of(self.strength.per_rate(zero3.sub_group_to_group_id[sub_group]) * rate)
+            self._pull(sub_group, weights.data, weights.data, -share)
+        else:
+            scale = self._scale(zero3, num_isolated)
+            factor = self.strength.per_rate(zero3.sub_group_to_group_id[sub_group]) * scale.rms
+            gradient = weights.grad
+            if gradient is not None and factor:
+                weights.grad = gradient.clone() if _outlives_step(zero3, gradient) else gradient
+                self._pull(sub_group, weights.grad, weights.data, factor)
+            try:
+                yield
+            finally:
+                weights.grad = gradient
+
+    def applied(self) -> None:
+        """Note that the step was applied, on all sub-groups."""
+        if self._scale_of_step is not None:
+            self.scale, self._scale_of_step = self._scale_of_step, None
+
+    def _scale(self, zero3: Any, num_isolated: int) -> GradientScale:
+        """Return the size of the gradient with the step at hand in it; computed once a step."""
+        if self._scale_of_step is None:
+            norm = float(zero3._global_grad_norm)
+            clipped = norm * clipping_factor(norm, zero3.clip_grad)
+            self._scale_of_step = self.scale.after(clipped, self._num_entries - num_isolated)
+        return self._scale_of_step
+
+    def _pull(self, sub_group: int, target: Tensor, weights: Tensor, factor: float) -> None:
+        # A factor of zero would still make a negative zero positive.
+        if factor:
+            for start, stop, anchor in self._values.spans(sub_group):
+                pull_(target[start:stop], weights[start:stop], anchor, factor)
+
+    # --- what is pulled towards ---
+
+    def end_stage(self) -> None:
+        """Forget what belongs to a stage: its plan, and its weights where these are what is pulled towards."""
+        self.strength.end_stage()
+        if self.config.to == STAGE:
+            self._values.forget()
+
+    def _take(self, sub_group: int, weights: Tensor) -> None:
+        """Keep the weights as they are now. Collective."""
+        self._keep(sub_group, self._values.packed(sub_group, weights))
+
+    def _keep(self, sub_group: int, packed: Tensor) -> None:
+        # In the same bytes on all ranks, so that a checkpoint of them can be dealt out to others.
+        is_wide = self._exchange.maximum(torch.tensor([not is_bf16(packed)], dtype=torch.int64))
+        self._values.take(sub_group, packed, narrow=not int(is_wide))
+
+    def restore(self, sub_group: int, packed: Tensor) -> None:
+        """Replace what a sub-group is pulled towards by its covered entries, packed, fp32. Collective."""
+        self._keep(sub_group, packed.to(self._placement.devices[sub_group]))
+
+    def restart(self) -> None:
+        """Forget what is pulled towards: the weights before the next step are taken."""
+        self._values.forget()
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether there is anything to save; the same on every rank."""
+        return all(self._values.has(sub_group) for sub_group in range(len(self._placement.devices)))
+
+    def of(self, segment: Segment) -> Tensor:
+        """Return what one parameter's slice is pulled towards. [real_numel] fp32 or bf16, not to be written to."""
+        return self._values.of(segment)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on this rank that outlive a step."""
+        return self._values.num_bytes
+
+
+def _outlives_step(zero3: Any, gradient: Tensor) -> bool:
+    """Whether a gradient lies where a later step may find it. See [Note: pulled gradient]."""
+    buffer = zero3.grad_partitions_flat_buffer
+    return bool(zero3.offload_optimizer or gradient.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr())
