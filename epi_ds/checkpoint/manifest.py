@@ -109,6 +109,8 @@ class SavedAnchor(BaseModel):
     """`AnchorConfig.to`."""
     is_taken: bool
     """Whether the shards hold what it pulls towards; not before the first step of a run or a stage."""
+    folder_files: dict[str, FileRecord] | None = None
+    """Where it lies in a folder: that folder's files, by name. The tag has no copy of them."""
     totals: tuple[float, ...] | None = None
     """Sums of the learning rates that are planned for the stage, by parameter group; None where none were."""
     square_sum: float = 0.0

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from epi_ds.anchor_config import STAGE, AnchorConfig
-from epi_ds.choices import Pull
+from epi_ds.checkpoint.weights_folder import WeightsFolder
+from epi_ds.choices import AnchorDevice, Pull
 from epi_ds.errors import UserError
 from epi_ds.isolation.anchor.scale import GradientScale
 from epi_ds.isolation.anchor.strength import PullStrength, share_of
@@ -26,6 +28,7 @@ from epi_ds.isolation.layout import Segment
 from epi_ds.isolation.placement import Placement
 from epi_ds.isolation.search.collectives import GroupExchange
 from epi_ds.kernels import pull_
+from epi_ds.zero3.anchor_folder import FolderAnchor
 from epi_ds.zero3.moments import clipping_factor
 from epi_ds.zero3.optimizer_state import stepping_optimizer
 
@@ -34,9 +37,21 @@ class Anchor:
     """Pulls the covered entries of an engine's partitions. See [Note: strength] in epi_ds/isolation/anchor."""
 
     def __init__(
-        self, config: AnchorConfig, placement: Placement, exchange: GroupExchange, *, num_entries: int
+        self,
+        config: AnchorConfig,
+        placement: Placement,
+        exchange: GroupExchange,
+        *,
+        num_entries: int,
+        dtype: torch.dtype,
     ) -> None:
-        """``num_entries`` are trained, over all ranks."""
+        """Take nothing yet: the weights may still be loaded.
+
+        num_entries  that are trained, over all ranks
+        dtype        of the model's parameters in the forward pass
+
+        Raises UserError for a folder that does not hold the covered parameters.
+        """
         self.config = config
         self.strength = PullStrength(config)
         self.scale = GradientScale()
@@ -45,6 +60,12 @@ class Anchor:
         self._exchange = exchange
         self._num_entries = num_entries
         self._scale_of_step: GradientScale | None = None
+        self.folder: FolderAnchor | None = None
+        """What is pulled towards, where it lies in a folder."""
+        if config.is_folder:
+            self.folder = FolderAnchor(WeightsFolder(Path(config.to)), placement, dtype=dtype)
+        self._compared: set[int] = set()
+        """With ``device: disk``, sub-groups that are known to have begun as the folder has them."""
 
     # --- a step ---
 
@@ -67,7 +88,7 @@ class Anchor:
         Collective in the first step of what is pulled towards.
         """
         weights = zero3.fp32_partitioned_groups_flat[sub_group]
-        if not self._values.has(sub_group):
+        if not self._has(sub_group):
             self._take(sub_group, weights.data)
         if not self.config.pulls:
             yield
@@ -104,7 +125,8 @@ class Anchor:
     def _pull(self, sub_group: int, target: Tensor, weights: Tensor, factor: float) -> None:
         # A factor of zero would still make a negative zero positive.
         if factor:
-            for start, stop, anchor in self._values.spans(sub_group):
+            source = self.folder if self.folder is not None and self._reads_disk else self._values
+            for start, stop, anchor in source.spans(sub_group):
                 pull_(target[start:stop], weights[start:stop], anchor, factor)
 
     # --- what is pulled towards ---
@@ -115,9 +137,32 @@ class Anchor:
         if self.config.to == STAGE:
             self._values.forget()
 
+    @property
+    def _reads_disk(self) -> bool:
+        return self.config.device is AnchorDevice.DISK
+
+    def _has(self, sub_group: int) -> bool:
+        return sub_group in self._compared if self._reads_disk else self._values.has(sub_group)
+
     def _take(self, sub_group: int, weights: Tensor) -> None:
-        """Keep the weights as they are now. Collective."""
-        self._keep(sub_group, self._values.packed(sub_group, weights))
+        """Keep the weights as they are now, or those of the folder. Collective."""
+        if self.folder is None:
+            self._keep(sub_group, self._values.packed(sub_group, weights))
+        elif self._reads_disk:
+            self._compare(self.folder, sub_group, weights)
+        else:
+            self._keep(sub_group, self.folder.packed(sub_group).to(weights.device))
+
+    def _compare(self, folder: FolderAnchor, sub_group: int, weights: Tensor) -> None:
+        """Raise UserError unless training begins with the folder's weights, on all ranks. Collective."""
+        differing = folder.differing(sub_group, weights)
+        if int(self._exchange.maximum(torch.tensor([len(differing)], dtype=torch.int64))):
+            shown = ", ".join(differing[:3]) or "some of another rank's"
+            raise UserError(
+                f"anchor.device: disk reads the weights that training begins with from {self.config.to}, and they are "
+                f"not these: {shown}; give the folder that the model was loaded from, or another device"
+            )
+        self._compared.add(sub_group)
 
     def _keep(self, sub_group: int, packed: Tensor) -> None:
         # In the same bytes on all ranks, so that a checkpoint of them can be dealt out to others.
@@ -129,17 +174,23 @@ class Anchor:
         self._keep(sub_group, packed.to(self._placement.devices[sub_group]))
 
     def restart(self) -> None:
-        """Forget what is pulled towards: the weights before the next step are taken."""
+        """Forget what is pulled towards: the weights before the next step are taken, or the folder's."""
         self._values.forget()
+
+    def continues_with_folder(self) -> None:
+        """Note that a load found the folder to be that of before; the weights have moved on from it since."""
+        self._compared.update(range(len(self._placement.devices)))
 
     @property
     def is_taken(self) -> bool:
-        """Whether there is anything to save; the same on every rank."""
-        return all(self._values.has(sub_group) for sub_group in range(len(self._placement.devices)))
+        """Whether there is anything to save, which a folder has already; the same on every rank."""
+        return self.folder is None and all(
+            self._values.has(sub_group) for sub_group in range(len(self._placement.devices))
+        )
 
     def of(self, segment: Segment) -> Tensor:
         """Return what one parameter's slice is pulled towards. [real_numel] fp32 or bf16, not to be written to."""
-        return self._values.of(segment)
+        return self._values.of(segment) if self.folder is None else self.folder.of(segment)
 
     @property
     def num_bytes(self) -> int:

@@ -74,4 +74,5 @@ def _anchor_of(config: AnchorConfig, optimizer: Any, controller: IsolationContro
         controller.placement,
         controller.exchange,
         num_entries=sum(parameter.ds_numel for group in optimizer.fp16_groups for parameter in group),
+        dtype=optimizer.dtype,
     )

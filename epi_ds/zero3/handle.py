@@ -154,7 +154,7 @@ class EPI:
         Raises UserError without an anchor, and before the first step, which takes the weights that it is to be.
         """
         segment = self._segment(name)
-        if self._anchor is None or not self._anchor.is_taken:
+        if self._anchor is None or not (self._anchor.is_taken or self._anchor.folder):
             reason = "there is none; set anchor" if self._anchor is None else "it is taken in the first step"
             raise UserError(f"the anchor of {name} was asked for, and {reason}")
         return self._gather(segment, self._anchor.of(segment).float())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from itertools import product
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from epi_ds.errors import UserError
@@ -334,6 +336,82 @@ def check_excluded() -> None:
 
 def test_what_is_not_covered_is_not_pulled() -> None:
     run_ranks(check_excluded, 3)
+
+
+def write_folder(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Save what `engine_of` makes an `OddNet` of, in two files, as Hugging Face does."""
+    torch.manual_seed(0)
+    weights = {name: value.detach().to(dtype) for name, value in OddNet().named_parameters()}
+    names = list(weights)
+    files = {"model-1.safetensors": names[:3], "model-2.safetensors": names[3:]}
+    folder.mkdir(exist_ok=True)
+    for file, own in files.items():
+        save_file({name: weights[name] for name in own}, folder / file)
+    index = {"weight_map": {name: file for file, own in files.items() for name in own}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def check_folder(folder: str, checkpoints: str, pull: str, offload: bool) -> None:
+    """An anchor in a folder, in memory or on the disk, gives the bits of one that is taken at the start."""
+    results = []
+    for changes in ({}, {"to": folder}, {"to": folder, "device": "disk"}):
+        config = ds_config(epi=section_of(pull, **changes), offload=offload)
+        with engine_of(OddNet, config) as engine:
+            engine.epi.plan_stage([TOTAL])
+            for step in range(STEPS):
+                if step == 3 and changes:
+                    engine.save_checkpoint(checkpoints, tag=changes.get("device", "memory"))
+                train_step(engine, step, odd_batch)
+            results.append(full_weights(engine) | full_moments(engine))
+            if "device" in changes:
+                assert engine.epi.memory_report().state_bytes["anchor"] == 0
+        if not changes:
+            continue
+        with engine_of(OddNet, config) as engine:
+            engine.load_checkpoint(checkpoints, tag=changes.get("device", "memory"))
+            for step in range(3, STEPS):
+                train_step(engine, step, odd_batch)
+            results.append(full_weights(engine) | full_moments(engine))
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+@pytest.mark.parametrize(("pull", "offload"), [("update", False), ("gradient", True)])
+def test_an_anchor_in_a_folder_is_the_one_in_memory(pull: str, offload: bool, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "base")
+    run_ranks(check_folder, 3, str(folder), str(tmp_path / "run"), pull, offload)
+
+
+def check_folder_refusals(folder: str, checkpoints: str) -> None:
+    config = ds_config(epi=section_of("update", to=folder, device="disk"))
+    with engine_of(lambda: OddNet(num_blocks=2), config) as engine:
+        engine.epi.plan_stage([TOTAL])
+        train_step(engine, 0, odd_batch)
+        engine.save_checkpoint(checkpoints)
+    with (
+        pytest.raises(UserError, match=r"blocks\.2\.weight is not there"),
+        engine_of(lambda: OddNet(num_blocks=3), config),
+    ):
+        pass
+    with pytest.raises(UserError, match=r"has shape \(11, 13\) there"), engine_of(lambda: OddNet(width=14), config):
+        pass
+    with engine_of(OddNet, config) as engine:
+        engine.epi.plan_stage([TOTAL])
+        with torch.no_grad():
+            engine.optimizer.fp32_partitioned_groups_flat[0][0] += 1
+        with pytest.raises(UserError, match="give the folder that the model was loaded from"):
+            train_step(engine, 0, odd_batch)
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        write_folder(Path(folder), torch.bfloat16)
+    torch.distributed.barrier()
+    with engine_of(OddNet, config) as engine, pytest.raises(UserError, match="Restore its files"):
+        engine.load_checkpoint(checkpoints)
+
+
+def test_a_folder_that_is_not_the_model_s_is_refused(tmp_path: Path) -> None:
+    run_ranks(check_folder_refusals, 2, str(write_folder(tmp_path / "base")), str(tmp_path / "run"))
 
 
 def check_refusals() -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from epi_ds.checkpoint.digest import FileRecord, problems_of_files
 from epi_ds.checkpoint.manifest import SavedAnchor
 from epi_ds.checkpoint.shards import TagShards
 from epi_ds.checkpoint.tag import Tag
-from epi_ds.checkpoint.verdict import agree
+from epi_ds.checkpoint.verdict import agree, on_first_rank
+from epi_ds.errors import UserError
 from epi_ds.isolation.anchor.scale import GradientScale
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.kernels import Stored
@@ -33,6 +36,7 @@ def saved_anchor(anchor: Anchor | None) -> SavedAnchor | None:
     return SavedAnchor(
         to=anchor.config.to,
         is_taken=anchor.is_taken,
+        folder_files=None if anchor.folder is None else anchor.folder.records,
         totals=anchor.strength.totals,
         square_sum=scale.square_sum,
         weight=scale.weight,
@@ -55,7 +59,11 @@ def load_anchor(anchor: Anchor | None, tag: Tag, layout: Layout) -> None:
         return
     saved = tag.manifest.isolation.extra.anchor
     anchor.restart()
-    if saved is None or saved.to != anchor.config.to:
+    if saved is not None and saved.folder_files is not None and anchor.folder is not None:
+        files = saved.folder_files
+        on_first_rank(lambda: _check_folder(Path(anchor.config.to), files, tag))
+        anchor.continues_with_folder()
+    elif saved is None or saved.to != anchor.config.to:
         before = "nothing was pulled" if saved is None else f"weights were pulled towards: {saved.to}"
         if dist.get_rank() == 0:
             logger.warning(
@@ -72,6 +80,15 @@ def load_anchor(anchor: Anchor | None, tag: Tag, layout: Layout) -> None:
     shards = TagShards(*tag)
     for sub_group, segments in enumerate(layout.by_sub_group):
         anchor.restore(sub_group, agree(partial(_packed, shards, segments)))
+
+
+def _check_folder(folder: Path, files: Mapping[str, FileRecord], tag: Tag) -> None:
+    """Raise UserError where the files of a folder are not those that the weights were pulled towards."""
+    if problems := problems_of_files(folder, files):
+        raise UserError(
+            f"{tag.path} was saved while weights were pulled towards a folder, and {folder} is not that: "
+            f"{'; '.join(problems)}. Restore its files"
+        )
 
 
 def _packed(shards: TagShards, segments: tuple[Segment, ...]) -> Tensor:
