@@ -112,18 +112,19 @@ def test_kernel_rows_hold_every_operation_and_backend() -> None:
 @pytest.mark.slow
 def test_step_rows_say_what_isolation_adds() -> None:
     rows = bench("step", "--states", "u16", "--layers", "1", "--pairs", "4")
-    assert [(row["apply"], row["offload"]) for row in rows] == [
-        (apply, offload) for offload in (False, True) for apply in ("reduction", "update")
+    settings = [("reduction", ""), ("update", ""), ("reduction", "update"), ("reduction", "gradient")]
+    assert [(row["apply"], row["pull"], row["offload"]) for row in rows] == [
+        (*one, offload) for offload in (False, True) for one in settings
     ]
     for row in rows:
         assert (row["state"], row["world_size"]) == ("u16", 2)
-        assert row["state_bytes"] < 2.2 * row["params"] / 2
+        assert row["state_bytes"] < (2.2 + 4 * bool(row["pull"])) * row["params"] / 2
         assert 0 < row["own_ms"] < row["plain_ms"]
         assert row["replaced_ms"] > 0
         assert row["overhead"] == pytest.approx((row["own_ms"] - row["replaced_ms"]) / row["plain_ms"])
         assert ("_constant_buffered_norm2" in row["replaced_parts_ms"]) == row["offload"]
         assert {"unscale_and_clip_grads", "_optimizer_step", "_get_norm_groups"} <= set(row["own_parts_ms"])
-        confirmed = not row["offload"] and row["apply"] == "reduction"
+        confirmed = not row["offload"] and row["apply"] == "reduction" and not row["pull"]
         figures = [row[name] for name in ("ratio_median", "ci_low", "ci_high", "pairs")]
         assert (None not in figures) if confirmed else figures == [None] * 4
         assert not confirmed or row["ci_low"] <= row["ratio_median"] <= row["ci_high"]
