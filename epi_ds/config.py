@@ -118,11 +118,14 @@ class EPIConfig(BaseModel):
     """``stage_max``: when a stage ends, its importance is kept as an element-wise maximum over the finished stages, in
     the format of ``state``, so that later masks protect what earlier tasks needed. An average alone has forgotten a
     finished task within a few hundred steps. ``per_task``: every finished stage's importance is kept by itself, and the
-    tasks share the budget: the mask holds about equally many entries for each, and those that several need but once."""
+    tasks share the budget: the mask holds about equally many entries for each, and those that several need but once.
+    ``engine.epi.remember(name, losses)``, and ``method.keep`` of a recipe, remember what is no stage of the run, under
+    every policy; under ``static`` the mask is selected from it."""
 
     protects: Protects = Protects.PAST_AND_PRESENT
     """With ``memory``: protect what finished stages needed and the present one needs, or the finished ones alone
-    (``past``), so that nothing is isolated in the first stage."""
+    (``past``), so that nothing is isolated in the first stage. Where a recipe has ``method.keep``, the default is
+    ``past``."""
 
     anchor: AnchorConfig | None = None
     """A pull of all covered entries towards the weights that knew what must be kept; under any policy, ``none`` too."""
@@ -159,6 +162,11 @@ class EPIConfig(BaseModel):
     def selection_interval(self) -> int:
         """Applied steps from one step after which a mask may be selected to the next."""
         return self.check_interval if isinstance(self.refresh_interval, str) else self.refresh_interval
+
+    @property
+    def has_room_for_answers(self) -> bool:
+        """Whether a refresh stays within 8 collectives where every round of its search takes two."""
+        return self.memory is Memory.NONE or (self.memory is Memory.STAGE_MAX and self.protects is Protects.PAST)
 
     @field_validator("refresh_interval", mode="before")
     @classmethod
@@ -253,10 +261,6 @@ class EPIConfig(BaseModel):
     def _check_memory(self) -> EPIConfig:
         if self.memory is Memory.NONE and "protects" in self.model_fields_set:
             raise UserError("protects belongs to memory, and would be ignored without it; remove it, or set memory")
-        if self.memory is not Memory.NONE and self.policy is not PolicyName.EVOLVING:
-            raise UserError(
-                f"memory changes what later masks isolate, and policy: {self.policy.value} selects none; remove it"
-            )
         return self
 
     @model_validator(mode="after")
@@ -282,20 +286,27 @@ class EPIConfig(BaseModel):
                 f"exchange: reduce_scatter deals layers to ranks, but selection: {self.selection.value} exchanges one "
                 "small vector for all layers, so there is nothing to scatter; set exchange: all_reduce, or auto"
             )
-        if self.exchange is Transport.REDUCE_SCATTER and self.memory is Memory.PER_TASK:
+        if self.exchange is Transport.REDUCE_SCATTER and not self.has_room_for_answers:
+            more = "two rounds more: 12" if self.memory is Memory.PER_TASK else "a mean to take: 9"
             raise UserError(
-                "exchange: reduce_scatter takes two collectives a round, and memory: per_task has two rounds more: "
-                "12 in a refresh, of at most 8; set exchange: all_reduce, or auto"
+                "exchange: reduce_scatter takes two collectives a round, and memory: "
+                f"{self.memory.value} has {more} in a refresh, of at most 8; set exchange: all_reduce, or auto"
             )
         return self
 
     @model_validator(mode="after")
     def _check_policy(self) -> EPIConfig:
         sources = [name for name in ("mask_from", "probe_steps") if getattr(self, name) is not None]
-        if self.policy is PolicyName.STATIC and len(sources) != 1:
+        remembers = self.memory is not Memory.NONE
+        if self.policy is PolicyName.STATIC and len(sources) != 1 and not (remembers and not sources):
             raise UserError(
-                "policy: static needs exactly one source of its mask, mask_from or probe_steps; got "
-                + (" and ".join(sources) or "none")
+                "policy: static needs exactly one source of its mask, mask_from or probe_steps, or memory of what is "
+                "kept; got " + (" and ".join(sources) or "none")
+            )
+        if self.policy is PolicyName.STATIC and remembers and self.probe_steps is not None:
+            raise UserError(
+                "probe_steps and memory both say what the mask of policy: static is selected from; remove probe_steps "
+                "where it is what engine.epi.remember() has measured, else memory"
             )
         if self.policy is not PolicyName.EVOLVING:
             if isinstance(self.ratio, RatioSchedule):
