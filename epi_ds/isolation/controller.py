@@ -114,6 +114,13 @@ class IsolationController:
             raise RuntimeError(f"there is no importance: policy {self.config.policy.value} does not measure it")
         return importance
 
+    def remembered_importance(self) -> Importance | None:
+        """Return what is remembered of all finished stages; None where none has ended. Collective.
+
+        See `Remembered.largest`.
+        """
+        return self._remembered.largest(self.exchange)
+
     def segment_importance(self, segment: Segment) -> Tensor:
         """Return this rank's slice of a parameter's importance. [real_numel] fp32, not to be written to.
 

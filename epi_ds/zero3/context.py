@@ -71,8 +71,7 @@ class IsolationContext:
 def _anchor_of(config: AnchorConfig, optimizer: Any, controller: IsolationController) -> Anchor:
     return Anchor(
         config,
-        controller.placement,
-        controller.exchange,
+        controller,
         num_entries=sum(parameter.ds_numel for group in optimizer.fp16_groups for parameter in group),
         dtype=optimizer.dtype,
     )

@@ -234,6 +234,8 @@ class EPI:
         if not name:
             raise UserError("remember() keeps what it measures as a finished stage; give it a name, such as base")
         self._measure("remember()", losses)
+        if self._anchor is not None:
+            self._anchor.remembered_more()
         return self._controller.remember(name)
 
     def _measure(self, call: str, losses: Iterable[Tensor]) -> None:

@@ -111,7 +111,7 @@ class IsolationMixin(Zero3Optimizer):
                 f"engine.epi.{call} before the first step"
             )
         if context.anchor is not None:
-            context.anchor.check_planned()
+            context.anchor.begin_step()
         context.window.close()
         context.backward_scale = float(self.loss_scale)
         suspects = list(self._epi_not_finite()) if context.skipped.next_is_too_many else []
@@ -206,7 +206,7 @@ class IsolationMixin(Zero3Optimizer):
         if context.anchor is None:
             super()._optimizer_step(sub_group_id)
             return
-        with context.anchor.pulling(self, sub_group_id, num_isolated=context.controller.isolated):
+        with context.anchor.pulling(self, sub_group_id):
             super()._optimizer_step(sub_group_id)
 
     def _epi_not_finite(self) -> Iterator[str]:

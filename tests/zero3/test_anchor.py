@@ -25,6 +25,7 @@ from tests.support.engines import (
     engine_of,
     full_masks,
     full_moments,
+    full_state,
     full_weights,
     train_step,
 )
@@ -55,8 +56,17 @@ def tied_batch(step: int, rank: int, micro_batch: int) -> tuple[Tensor, Tensor]:
 class Oracle:
     """AdamW with a pull, in fp64, from given gradients."""
 
-    def __init__(self, pull: str, start: dict[str, Tensor]) -> None:
+    def __init__(self, pull: str, start: dict[str, Tensor], remembered: dict[str, Tensor] | None = None) -> None:
+        """``remembered`` is the importance that the pull is in proportion to."""
         self._pull = pull
+        self._omega = {name: torch.ones((), dtype=torch.float64) for name in start}
+        if remembered is not None:
+            kept = {
+                name: (value.double().sqrt() if pull == "update" else value.double())
+                for name, value in remembered.items()
+            }
+            mean = torch.cat([value.flatten() for value in kept.values()]).mean()
+            self._omega = {name: value / mean for name, value in kept.items()}
         self._start = {name: value.double() for name, value in start.items()}
         self._first = {name: torch.zeros_like(value) for name, value in self._start.items()}
         self._second = {name: torch.zeros_like(value) for name, value in self._start.items()}
@@ -76,25 +86,34 @@ class Oracle:
     def _moved(self, name: str, weight: Tensor, gradient: Tensor, rms: float) -> Tensor:
         weight, gradient, start = weight.double(), gradient.double(), self._start[name]
         if self._pull == "gradient":
-            gradient = gradient + WHOLE_PULL * rms / TOTAL * (weight - start)
+            gradient = gradient + WHOLE_PULL * self._omega[name] * rms / TOTAL * (weight - start)
         first = self._first[name].mul_(BETAS[0]).add_(gradient, alpha=1 - BETAS[0])
         second = self._second[name].mul_(BETAS[1]).add_(gradient.square(), alpha=1 - BETAS[1])
         corrected = first / (1 - BETAS[0] ** self._steps)
         root = (second / (1 - BETAS[1] ** self._steps)).sqrt()
         moved = weight * (1 - LR * DECAY) - LR * corrected / (root + EPS)
         if self._pull == "update":
-            moved = moved - (1 - math.exp(-WHOLE_PULL * LR / TOTAL)) * (moved - start)
+            moved = moved - (1 - torch.exp(-WHOLE_PULL * self._omega[name] * LR / TOTAL)) * (moved - start)
         return moved
 
 
-def check_oracle(pull: str, placement: dict[str, Any], accumulation: int, model: Callable[[], nn.Module]) -> None:
+def check_oracle(
+    pull: str, placement: dict[str, Any], accumulation: int, model: Callable[[], nn.Module], memory: str = "none"
+) -> None:
     batch = tied_batch if model is TiedLM else odd_batch
-    config = ds_config(epi=section_of(pull), accumulation=accumulation, **placement)
+    section = section_of(pull)
+    if memory != "none":
+        section = section_of(pull, weight="importance") | {"memory": memory}
+    config = ds_config(epi=section, accumulation=accumulation, **placement)
     with engine_of(model, config) as engine:
         engine.epi.plan_stage([TOTAL])
         parameters = dict(engine.module.named_parameters())
-        before = full_weights(engine)
-        oracle = Oracle(pull, before)
+        before, remembered = full_weights(engine), None
+        if memory != "none":
+            rank = torch.distributed.get_rank()
+            engine.epi.remember("base", (engine(*batch(99, rank, part)) for part in range(2 * accumulation)))
+            remembered = full_state(engine, "remembered_relative" if memory == "stage_max" else "task/base")
+        oracle = Oracle(pull, before, remembered)
         for step in range(STEPS):
             for micro_batch in range(accumulation):
                 engine.backward(engine(*batch(step, torch.distributed.get_rank(), micro_batch)))
@@ -116,6 +135,14 @@ def check_oracle(pull: str, placement: dict[str, Any], accumulation: int, model:
 )
 def test_a_step_is_that_of_the_oracle(world_size: int, pull: str, placement: str, accumulation: int) -> None:
     run_ranks(check_oracle, world_size, pull, PLACEMENTS[placement], accumulation, OddNet)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "pull", "memory"),
+    [(1, "update", "stage_max"), (2, "gradient", "stage_max"), (3, "update", "per_task"), (4, "gradient", "per_task")],
+)
+def test_what_is_remembered_is_pulled_more(world_size: int, pull: str, memory: str) -> None:
+    run_ranks(check_oracle, world_size, pull, {"offload": world_size > 2}, 2, OddNet, memory)
 
 
 @pytest.mark.parametrize("pull", ["update", "gradient"])
@@ -412,6 +439,26 @@ def check_folder_refusals(folder: str, checkpoints: str) -> None:
 
 def test_a_folder_that_is_not_the_model_s_is_refused(tmp_path: Path) -> None:
     run_ranks(check_folder_refusals, 2, str(write_folder(tmp_path / "base")), str(tmp_path / "run"))
+
+
+def check_nothing_remembered(pull: str) -> None:
+    """Before a stage has ended nothing is pulled; the end of one is looked at in the next step."""
+    section = {"ratio": 0.0, "memory": "stage_max"}
+    results = []
+    for changes in ({}, {"anchor": {"decay": 30.0, "pull": pull, "weight": "importance"}}):
+        with engine_of(OddNet, ds_config(epi=section | changes)) as engine:
+            for step in range(4):
+                train_step(engine, step, odd_batch)
+            results.append(full_weights(engine))
+            engine.epi.finish_stage("first")
+            train_step(engine, 4, odd_batch)
+            results.append(full_weights(engine))
+    assert_same(results[0], results[2])
+    assert any((results[1][name] != results[3][name]).any() for name in results[1])
+
+
+def test_nothing_is_pulled_before_anything_is_remembered() -> None:
+    run_ranks(check_nothing_remembered, 2, "update")
 
 
 def check_refusals() -> None:
