@@ -22,7 +22,7 @@ from epi_ds.data.table import Reading, Table, describe, read_table
 from epi_ds.errors import RemedyError, UserError
 
 # Of what a store holds: another number makes all stores anew.
-_VERSION = 1
+_VERSION = 2
 # Fewer rows are tokenised before other processes would have started.
 _SINGLE_ROWS = 4096
 _CHUNK_ROWS = 128
