@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from epi_ds.data.cells import functions_of, list_of, messages_of, text_of, trained_of, value_of
+from epi_ds.data.calls import functions_of
+from epi_ds.data.cells import list_of, text_of, value_of
 from epi_ds.data.conversation import Conversation, Message
 from epi_ds.data.reading.record import plain
+from epi_ds.data.turns import messages_of, trained_of
 from epi_ds.errors import UserError
 
 
@@ -33,6 +35,10 @@ class LeftOut(StrEnum):
     EMPTY_TURN = "a turn without content"
     EMPTY_TEXT = "no text"
     FILTERED = "where says so"
+
+
+TOOLS = ("tools", "functions")
+"""Columns of the functions that a model may call."""
 
 
 class Columns(NamedTuple):
@@ -69,7 +75,7 @@ class RowFormat(NamedTuple):
             return found
         if found.text is not None:
             return found if found.text.strip() else LeftOut.EMPTY_TEXT
-        return _checked(_with_system_and_tools(found, cells))
+        return _checked(_with_system_and_tools(found, {name: cells.get(name) for name in self.used}))
 
 
 _NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
@@ -199,7 +205,15 @@ def _with_system_and_tools(found: Conversation, cells: Mapping[str, Any]) -> Con
             raise UserError("the column system and the first turn both say what the system says; remove one of them")
         messages = ({"role": "system", "content": system}, *messages)
         trained = (None, *trained) if trained else ()
-    return Conversation(messages, functions_of(cells.get("tools"), "tools"), trained)
+    return Conversation(messages, _tools_of(cells), trained)
+
+
+def _tools_of(cells: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return the functions that a row names in a column of either name: OpenAI called it ``functions`` at first."""
+    found = {name: functions_of(cells.get(name), name) for name in TOOLS}
+    if all(found.values()):
+        raise UserError(f"the columns {' and '.join(TOOLS)} both say which functions there are; remove one of them")
+    return next((functions for functions in found.values() if functions), ())
 
 
 def _checked(found: Conversation) -> Conversation | LeftOut:

@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from epi_ds.data.conversation import Conversation, Message
+from epi_ds.data.digits import Digits
 from epi_ds.errors import UserError
 
 
@@ -108,11 +109,15 @@ class Renderer:
     def text(self, messages: Sequence[Message], row: Conversation, *, prompt: bool = False) -> str:
         """Return what the template writes for some turns of a row. Raises UserError where it refuses them."""
         self._check_names(messages, row)
+        digits = Digits()
+        turns = digits.hide(messages)
+        # A template may leave out parts of what functions take, but nothing of a call.
+        in_turns = len(digits)
         try:
             written = str(
                 self._tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    tools=[dict(tool) for tool in row.tools] or None,
+                    turns,
+                    tools=digits.hide(row.tools) or None,
                     chat_template=self._template,
                     add_generation_prompt=prompt,
                     tokenize=False,
@@ -121,6 +126,12 @@ class Renderer:
         except Exception as error:
             # Templates are programs: theirs fail with jinja2's errors, TypeError, KeyError and what else they call.
             raise UserError(f"the chat template refuses the row: {error}") from error
+        if (lost := digits.lost_in(written, in_turns)) is not None:
+            raise UserError(
+                f"the chat template does not write the number {lost} of a turn as it is; write it as a text in the "
+                "data, or set train.chat_template_path to one that does"
+            )
+        written = digits.restore(written)
         try:
             written.encode()
         except UnicodeEncodeError as error:
@@ -187,17 +198,19 @@ class Renderer:
         """Return what a template with generation marks says are the assistant's turns; None if it marks others too."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        digits = Digits()
         rendered, marked = render_jinja_template(
-            [[dict(message) for message in row.messages]],
-            tools=[dict(tool) for tool in row.tools] or None,
+            [digits.hide(row.messages)],
+            tools=digits.hide(row.tools) or None,
             chat_template=self._template,
             return_assistant_tokens_mask=True,
             **self._tokenizer.special_tokens_map,
         )
         turns = [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
-        if rendered[0] != whole or len(marked[0]) != len(turns):
+        if digits.restore(rendered[0]) != whole or len(marked[0]) != len(turns):
             return None
-        return {index: _Span(*span) for index, span in zip(turns, marked[0], strict=True)}
+        spans = [_Span(*(len(digits.restore(rendered[0][:at])) for at in span)) for span in marked[0]]
+        return dict(zip(turns, spans, strict=True))
 
     def _span(self, index: int, row: Conversation, whole: str) -> _Span:
         """Return where in the whole text a turn stands, its end mark included, found by rendering what leads to it."""

@@ -200,6 +200,64 @@ def test_sharegpt_calls_functions(tmp_path: Path) -> None:
     assert found.tools == (TOOL,)
 
 
+def test_function_calls_as_openai_had_them_first_are_tool_calls(tmp_path: Path) -> None:
+    turns = [
+        {**QUESTION, "function_call": None},
+        {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"x": 1, "share": 0.5}'}},
+        {"role": "function", "name": "add", "content": "2"},
+        ANSWER,
+    ]
+    row = {"messages": turns, "functions": [TOOL["function"]], "function_call": "auto"}
+    (found,) = read(write_lines(tmp_path / "rows.jsonl", [row]))
+    assert found.messages[0] == QUESTION
+    assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert found.messages[2] == {"role": "tool", "name": "add", "content": "2"}
+    assert found.tools == (TOOL,)
+    # A column of another meaning has its name alone in common.
+    (plain,) = read(write_lines(tmp_path / "rows.jsonl", [{**row, "functions": "sine and cosine"}]))
+    assert plain.tools == ()
+
+
+@pytest.mark.parametrize(
+    ("turn", "more", "said"),
+    [
+        (
+            {**ANSWER, "function_call": {"name": "f"}, "tool_calls": [CALL]},
+            {},
+            "turn 2: it has tool_calls and function_call, which say the same in two ways",
+        ),
+        ({**QUESTION, "function_call": {"name": "f"}}, {}, "turn 2: function_call is the assistant's, and this is a"),
+        ({**QUESTION, "tool_calls": [CALL]}, {}, "turn 2: tool_calls is the assistant's, and this is a turn of the"),
+        ({**ANSWER, "function_call": {"arguments": "{}"}}, {}, "turn 2: a call of a function must have a name"),
+        (
+            {**ANSWER, "function_call": {"name": "f", "arguments": '{"x": 1'}},
+            {},
+            "turn 2: arguments of f are no JSON (Expecting ',' delimiter",
+        ),
+        (
+            {**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1, "x": 2}'}}]},
+            {},
+            "arguments of f are no JSON (the key 'x' stands twice in one object)",
+        ),
+        (ANSWER, {"tools": [TOOL], "functions": [TOOL["function"]]}, "the columns tools and functions both say which"),
+    ],
+)
+def test_calls_that_cannot_be_meant_are_named(tmp_path: Path, turn: Any, more: Any, said: str) -> None:
+    with pytest.raises(UserError) as raised:
+        messages_of({"messages": [QUESTION, turn, ANSWER], **more}, tmp_path)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [("", {}), (None, {}), ("{}", {}), ("ls -la", "ls -la"), ('{"x": [1, 0.5]}', {"x": [1, 0.5]})],
+)
+def test_arguments_are_objects_or_the_text_that_a_function_takes(tmp_path: Path, written: Any, expected: Any) -> None:
+    call = {"function": {"name": "f", "arguments": written}}
+    found = messages_of({"messages": [QUESTION, {**ANSWER, "tool_calls": [call]}]}, tmp_path)
+    assert found[1]["tool_calls"][0]["function"]["arguments"] == expected
+
+
 def test_turns_say_whether_they_are_learnt(tmp_path: Path) -> None:
     turns = [QUESTION, {**ANSWER, "weight": 0}, QUESTION, {**ANSWER, "train": True}]
     (found,) = read(write_lines(tmp_path / "rows.jsonl", [{"messages": turns}]))

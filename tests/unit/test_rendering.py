@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epi_ds.data.conversation import Conversation, conversation_of
+from epi_ds.data.reading.record import Number
 from epi_ds.data.rendering import Encoded, Learnt, Renderer
 from epi_ds.data.skills import load_tokenizer
 from epi_ds.errors import UserError
+from tests.support.tables import read
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 CHATML = (
@@ -226,6 +230,52 @@ def test_calls_and_thoughts_are_written_where_there_is_a_place(tokenizer: Any) -
     assert "call f" in first
     assert '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>' in first
     assert "It is 4." in second
+
+
+LITERALS = [
+    "1.0",
+    "1e5",
+    "9007199254740993",
+    "0.10",
+    "-0",
+    "1E+2",
+    "0.1",
+    "7",
+    "1e400",
+    "123456789012345678901234567890",
+]
+WRITES_CALLS = ["qwen3", "qwen3_training", "qwen2_5", "llama3_1", "glm4moe", "qwen3_5_think", "gptoss"]
+
+
+@pytest.mark.parametrize("as_text", [True, False], ids=["text", "object"])
+@pytest.mark.parametrize("name", [name for name in WRITES_CALLS if (TEMPLATES / f"{name}.jinja").exists()])
+def test_numbers_of_calls_keep_their_digits(name: str, as_text: bool, tokenizer: Any, tmp_path: Path) -> None:
+    """Given as JSON in a text, or as an object, learnt as they were written."""
+    arguments = "{" + ", ".join(f'"a{number}": {literal}' for number, literal in enumerate(LITERALS)) + "}"
+    call = f'{{"name": "f", "arguments": {json.dumps(arguments) if as_text else arguments}}}'
+    asks = json.dumps(ASKS[0])
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        f'{{"messages": [{asks}, {{"role": "assistant", "content": "", "tool_calls": [{{"function": {call}}}]}}, '
+        f'{{"role": "tool", "content": "0.10"}}, {json.dumps(ASKS[1])}], "tools": [{{"name": "f", "description": "d", '
+        f'"parameters": {{"type": "object", "properties": {{}}, "default": 0.10}}}}]}}'
+    )
+    (row,) = read(path)
+    renderer = Renderer(tokenizer, learnt=Learnt.ASSISTANT_TURNS, template=template_of(name))
+    first, second = learnt_texts(tokenizer, renderer.encode(row))
+    for number, literal in enumerate(LITERALS):
+        assert re.search(rf"a{number}\W.*?(?<![\w.+-]){re.escape(literal)}(?![\w.+-])", first, re.DOTALL), (
+            literal,
+            first,
+        )
+    assert "It is 4." in second
+
+
+def test_a_number_that_a_template_writes_otherwise_is_told(tokenizer: Any) -> None:
+    turns = [ASKS[0], {**CALL, "tool_calls": [{"function": {"name": "f", "arguments": {"x": Number("0.10")}}}]}, *ASKS]
+    template = CHATML.replace("{{ message['content'] }}", "{{ message['content'] }}{{ message.tool_calls | length }}")
+    with pytest.raises(UserError, match=r"does not write the number 0\.10 of a turn as it is"):
+        Renderer(tokenizer, learnt=Learnt.LAST_TURN, template=template).encode(conversation_of(turns))
 
 
 words = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=12)
