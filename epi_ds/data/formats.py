@@ -32,6 +32,7 @@ class LeftOut(StrEnum):
 
     NO_QUESTION = "no question"
     NO_ANSWER = "no answer"
+    NO_ASSISTANT = "no turn of the assistant"
     EMPTY_TURN = "a turn without content"
     EMPTY_TEXT = "no text"
     FILTERED = "where says so"
@@ -111,6 +112,9 @@ def _pair(cells: Mapping[str, Any], columns: Columns) -> Conversation | LeftOut:
     if _is_list(completion):
         answer = messages_of(completion, str(columns.completion))
         trained += _trained_in(completion, str(columns.completion))
+        if all(turn["role"] != "assistant" for turn in answer):
+            # An answer inside the prompt is none to this.
+            return LeftOut.NO_ASSISTANT
         if len(answer) > 1 and answer[0] == question[0]:
             raise UserError(
                 f"{columns.completion} begins with the prompt, so it is the whole conversation; set messages: "
@@ -217,17 +221,27 @@ def _tools_of(cells: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 
 
 def _checked(found: Conversation) -> Conversation | LeftOut:
-    """Return a conversation that can be learnt from. Raises UserError where the assistant does not speak last."""
+    """Return a conversation that can be learnt from: it ends with what the assistant says last.
+
+    Raises UserError where a turn behind that one is to be learnt.
+    """
     roles = [message["role"] for message in found.messages]
-    if len(roles) < 2 or roles[-1] != "assistant":
+    if "assistant" not in roles:
+        return LeftOut.NO_ASSISTANT
+    last = len(roles) - 1 - roles[::-1].index("assistant")
+    if not last:
+        return LeftOut.NO_QUESTION
+    if any(found.trained[last + 1 :]):
         raise UserError(
-            "a conversation must have a prompt and end with the assistant, this one has "
-            f"{', '.join(roles) or 'nothing'}"
+            f"a turn of the {roles[-1]} is to be learnt, because of its weight, and nothing of the assistant follows "
+            "it; remove the weight, or the turn"
         )
-    silent = [index for index, message in enumerate(found.messages) if not _says_something(message)]
+    whole = Conversation(
+        found.messages[: last + 1], found.tools, found.trained[: last + 1], num_cut_turns=len(roles) - 1 - last
+    )
+    silent = [index for index, message in enumerate(whole.messages) if not _says_something(message)]
     if not silent:
-        return found
-    last = len(roles) - 1
+        return whole
     return {last: LeftOut.NO_ANSWER, last - 1: LeftOut.NO_QUESTION}.get(silent[-1], LeftOut.EMPTY_TURN)
 
 

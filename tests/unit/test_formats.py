@@ -294,15 +294,45 @@ def test_rows_that_say_nothing_are_left_out_and_counted(tmp_path: Path) -> None:
     assert any("left out 2 rows, because of no answer" in text and "(line 1, line 3)" in text for text in told)
 
 
+def test_turns_that_no_answer_follows_are_cut_and_counted(tmp_path: Path) -> None:
+    call, result = {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "2"}
+    thanks, silent = {"role": "user", "content": "thanks"}, {"role": "user", "content": ""}
+    rows: list[Any] = [
+        {"messages": [QUESTION, ANSWER]},
+        {"messages": [QUESTION, {**ANSWER, "weight": 1}, {**thanks, "weight": 0}]},
+        {"messages": [QUESTION]},
+        {"messages": [QUESTION, call, result, thanks, silent]},
+        {"messages": [ANSWER, thanks]},
+    ]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    found, reading = read_with(path)
+    assert [row.messages for row in found] == [(QUESTION, ANSWER), (QUESTION, ANSWER), (QUESTION, call)]
+    assert [row.trained for row in found] == [(), (None, True), ()]
+    assert (reading.num_read, reading.num_cut) == (3, 2)
+    assert reading.left_out_counts == {LeftOut.NO_ASSISTANT: 1, LeftOut.NO_QUESTION: 1}
+    told = [text for level, text in describe(Table("rows", (path,)), reading) if level == logging.WARNING]
+    assert any("2 rows go on behind what the assistant says last, and lose these" in text for text in told)
+    assert any("(line 2, line 4)" in text for text in told)
+    (odd,) = read(write_lines(path, [{"data": ["1+1?", "2", "thanks"]}]))
+    assert odd.messages == (QUESTION, ANSWER)
+    (pair,) = read(write_lines(path, [{"prompt": [QUESTION], "completion": [ANSWER, thanks]}]))
+    assert pair.messages == (QUESTION, ANSWER)
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
         ({"train": [{"question": "q", "answer": "a"}]}, "of which train holds rows itself; write that list alone"),
+        ({"messages": [QUESTION]}, "has no row to train on (1 no turn of the assistant)"),
+        ({"messages": [ANSWER, QUESTION]}, "has no row to train on (1 no question)"),
         (
-            {"messages": [QUESTION]},
-            "line 1: a conversation must have a prompt and end with the assistant, this one has",
+            {"prompt": [QUESTION, ANSWER], "completion": [QUESTION]},
+            "has no row to train on (1 no turn of the assistant)",
         ),
-        ({"messages": [QUESTION, ANSWER, QUESTION]}, "this one has user, assistant, user"),
+        (
+            {"messages": [QUESTION, ANSWER, {**QUESTION, "weight": 1}]},
+            "line 1: a turn of the user is to be learnt, because of its weight, and nothing of the assistant",
+        ),
         ({"messages": [QUESTION, {"role": "assistant"}]}, "has no row to train on (1 no answer)"),
         ({"messages": [QUESTION, {"content": "2"}]}, "of which no format is known"),
         ({"prompt": [QUESTION], "completion": [QUESTION, ANSWER]}, "begins with the prompt, so it is the whole"),
