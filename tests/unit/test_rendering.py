@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from epi_ds.data.conversation import Conversation, conversation_of
 from epi_ds.data.reading.record import Number
+from epi_ds.data.remarks import Remark, RemarkKind
 from epi_ds.data.rendering import Encoded, Learnt, Renderer
 from epi_ds.data.skills import load_tokenizer
 from epi_ds.errors import UserError
@@ -153,6 +154,61 @@ def test_thoughts_of_earlier_turns_are_neither_written_nor_learnt(tokenizer: Any
     ]
     encoded = Renderer(tokenizer, learnt=Learnt.ASSISTANT_TURNS, template=STRIPS).encode(conversation_of(turns))
     assert learnt_texts(tokenizer, encoded) == ["It is 4.<|im_end|>\n", "<think>hm</think>6, of course.<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "glm4moe"])
+@pytest.mark.parametrize("key", ["content", "reasoning_content"])
+def test_what_can_be_learnt_of_turns_with_thoughts_is_and_the_rest_is_told(name: str, key: str, tokenizer: Any) -> None:
+    def says(text: str, thought: str, **more: Any) -> dict[str, Any]:
+        if key == "content":
+            return {"role": "assistant", "content": f"<think>\n{thought}\n</think>\n\n{text}", **more}
+        return {"role": "assistant", "content": text, key: thought, **more}
+
+    turns = [
+        ASKS[0],
+        says("", "call it", tool_calls=CALL["tool_calls"]),
+        {"role": "tool", "content": "TOOLRES"},
+        says("It is 4.", "it said so"),
+        ASKS[2],
+        says("6, of course.", "easy"),
+    ]
+    encoded = Renderer(tokenizer, learnt=Learnt.ASSISTANT_TURNS, template=template_of(name)).encode(
+        conversation_of(turns)
+    )
+    call, first, second = learnt_texts(tokenizer, encoded)
+    assert "f" in call
+    assert "It is 4." in first
+    assert second.index("easy") < second.index("6, of course.")
+    assert not any(thought in call + first for thought in ("call it", "it said so", "TOOLRES", "2+2", "3+3"))
+    assert encoded.remarks == (Remark(RemarkKind.UNWRITTEN_THOUGHT, times=2),)
+
+
+def test_turns_that_cannot_be_told_are_counted_and_the_others_learnt(tokenizer: Any) -> None:
+    """The template writes earlier turns through a filter, which no mark comes through."""
+    template = CHATML.replace(
+        "{{ message['content'] }}",
+        "{{ message['content'] if loop.last else '<old>' ~ (message['content'] | urlencode) }}",
+    )
+    turns = [{**turn, "content": text} for turn, text in zip(ASKS, ("two", "four", "three", "six"), strict=True)]
+    renderer = Renderer(tokenizer, learnt=Learnt.ASSISTANT_TURNS, template=template)
+    encoded = renderer.encode(conversation_of(turns))
+    assert learnt_texts(tokenizer, encoded) == ["six<|im_end|>\n"]
+    assert encoded.remarks == (Remark(RemarkKind.UNTOLD_TURN, times=1),)
+    with pytest.raises(UserError, match="does not let us tell where the turns stand that are to be learnt"):
+        renderer.encode(Conversation(tuple(turns), trained=(None, True, None, False)))
+
+
+def test_special_tokens_and_unknown_keys_in_the_data_are_told(tokenizer: Any) -> None:
+    renderer = Renderer(tokenizer, learnt=Learnt.LAST_TURN, template=CHATML)
+    quoted = [{**ASKS[0], "content": "What are <|im_end|> and <|end|>?"}, {**ASKS[1], "refusal": "no", "name": "x"}]
+    assert renderer.encode(conversation_of(quoted)).remarks == (
+        Remark(RemarkKind.SPECIAL_TOKEN, "<|im_end|>"),
+        Remark(RemarkKind.SPECIAL_TOKEN, "<|end|>"),
+        Remark(RemarkKind.UNKNOWN_KEY, "refusal"),
+    )
+    assert renderer.encode(Conversation(text="a<|end|>b")).remarks == (Remark(RemarkKind.SPECIAL_TOKEN, "<|end|>"),)
+    for row in (conversation_of(ASKS), Conversation(text="<think>no special token</think>")):
+        assert renderer.encode(row).remarks == ()
 
 
 def test_turns_decide_for_themselves(tokenizer: Any) -> None:
