@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from epi_ds.data.calls import functions_of
 from epi_ds.data.cells import list_of, text_of, value_of
 from epi_ds.data.conversation import Conversation, Message
-from epi_ds.data.reading.record import plain
+from epi_ds.data.reading.record import Untyped, plain
 from epi_ds.data.turns import messages_of, trained_of
 from epi_ds.errors import UserError
 
@@ -170,6 +170,8 @@ def _ultrachat(cells: Mapping[str, Any], columns: Columns) -> Conversation | Lef
 
 def _logiqa(cells: Mapping[str, Any], columns: Columns) -> Conversation | LeftOut:
     options, answer = list_of(cells.get("options")), plain(cells.get("answer"))
+    if isinstance(answer, Untyped) and answer.strip().isdecimal():
+        answer = int(answer)
     if answer is None:
         return LeftOut.NO_ANSWER
     if not isinstance(options, list) or not isinstance(answer, int) or not 0 <= answer < len(options) <= 26:

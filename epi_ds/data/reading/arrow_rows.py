@@ -40,6 +40,8 @@ def arrow_rows(stream: BinaryIO, head: bytes, place: Callable[[int], str]) -> It
 def _rows(batches: Iterator[pyarrow.RecordBatch], place: Callable[[int], str]) -> Iterator[Record]:
     number = 0
     for batch in batches:
+        # Arrow believes what a file says of where its texts stand, and reads other memory where that is damaged.
+        batch.validate(full=True)
         names = batch.schema.names
         if repeated := [name for name in names if names.count(name) > 1]:
             raise UserError(f"{place(1)}: the column name {repeated[0]!r} stands twice; give each its own")
@@ -60,9 +62,9 @@ def _column(part: pyarrow.RecordBatch, index: int, place: str) -> list[Any]:
     try:
         return values_of(part.column(index))
     except (pyarrow.ArrowException, OverflowError, ValueError) as error:
-        field = part.schema.field(index)
+        field, said = part.schema.field(index), _in_a_line(error)
         raise UserError(
-            f"{place} or soon after: the column {field.name} ({field.type}) holds what cannot be read ({error}); write "
+            f"{place} or soon after: the column {field.name} ({field.type}) holds what cannot be read ({said}); write "
             "it as texts, or copy the file again if it is damaged"
         ) from error
 
@@ -83,4 +85,11 @@ def _told(place: Callable[[int], str]) -> Iterator[None]:
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{place(1)} cannot be read: {error}; the file is cut or damaged, copy it again") from error
+        raise UserError(
+            f"{place(1)} cannot be read: {_in_a_line(error)}; the file is cut or damaged, copy it again"
+        ) from error
+
+
+def _in_a_line(error: Exception) -> str:
+    """Return what Arrow says, which has several lines where one of its layers asked another."""
+    return " ".join(str(error).split())
