@@ -103,6 +103,12 @@ class Renderer:
     def _tokens(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def tokens_and_ends(self, text: str) -> list[tuple[int, int]]:
+        """Return the tokens of a text, each with the character behind its last."""
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ends = (stop for _, stop in found["offset_mapping"])
+        return list(zip(found["input_ids"], ends, strict=True))
+
     def _encode_document(self, text: str) -> Encoded:
         end = self._tokenizer.eos_token_id
         if end is None:
@@ -190,7 +196,10 @@ class Renderer:
         chosen = [index for index, learn in enumerate(wanted) if learn]
         spans = self._marked_spans(row, whole) if self._marks_answers else None
         if spans is None:
-            spans = TurnSpans(row.messages, whole, lambda turns, asks: self.text(turns, row, prompt=asks)).find(chosen)
+            finder = TurnSpans(
+                row.messages, whole, lambda turns, asks: self.text(turns, row, prompt=asks), self.tokens_and_ends
+            )
+            spans = finder.find(chosen)
         found = [spans[index] for index in chosen if index in spans]
         if not found:
             raise UserError(_UNTELLABLE)

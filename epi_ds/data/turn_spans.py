@@ -19,12 +19,16 @@ from epi_ds.data.conversation import Message
 
 Write: TypeAlias = Callable[[Sequence[Message], bool], str]
 """What a template writes of turns; with True the assistant is asked to go on."""
+Tokenize: TypeAlias = Callable[[str], list[tuple[int, int]]]
+"""The tokens of a text, each with the character behind its last."""
 
 # No template takes it away as white space, and no text has it.
 MARK = "\u2063epi-ds\u2063"
 _THOUGHT_END = "</think>"
 # Of kinds with fewer turns each is rendered.
 _FEW = 4
+# So many characters around the place where texts part are tokenised, to find the token.
+_WINDOW = 64
 
 
 class Span(NamedTuple):
@@ -49,10 +53,11 @@ class TurnSpans:
     messages  all of it
     whole     what the template writes of it
     write     the template; what it raises is raised
+    tokenize  the tokenizer: where texts part, they do so between two tokens
     """
 
-    def __init__(self, messages: Sequence[Message], whole: str, write: Write) -> None:
-        self._messages, self._whole, self._write = messages, whole, write
+    def __init__(self, messages: Sequence[Message], whole: str, write: Write, tokenize: Tokenize) -> None:
+        self._messages, self._whole, self._write, self._tokenize = messages, whole, write, tokenize
 
     def find(self, wanted: Iterable[int]) -> dict[int, Span]:
         """Return where turns stand, with their end marks, by their number; those that cannot be told are missing."""
@@ -78,13 +83,13 @@ class TurnSpans:
             return 0
         before, whole = self._messages[:index], self._whole
         asked = self._write(before, self._messages[index]["role"] == "assistant")
-        start = common_prefix_length(asked, whole)
+        start = self._agreed(asked, whole)
         if start == len(asked) or whole.startswith(self._write(before, False)):
             return start
         # Turns before it are written otherwise once this one follows: what was said last before it tells where it is.
         end, asks = self._position(index - 1, [_ended(self._messages[index - 1])]), self._asks(index)
         if end is not None and asks is not None:
-            return end + common_prefix_length(asks, whole[end:])
+            return end + self._agreed(asks, whole[end:])
         return self._position(index, _begun(self._messages[index]))
 
     def _stop(self, index: int) -> int | None:
@@ -104,7 +109,7 @@ class TurnSpans:
         if not whole.endswith(rest):
             # Between a text and a call stands white space that a call without a text does not have.
             rest, end = rest.lstrip(), end.lstrip()
-        return len(whole) - len(rest) + common_prefix_length(end, rest) if whole.endswith(rest) else None
+        return len(whole) - len(rest) + self._agreed(end, rest) if whole.endswith(rest) else None
 
     def _asks(self, index: int) -> str | None:
         """Return what the template writes behind the turn before to ask for this one."""
@@ -119,6 +124,19 @@ class TurnSpans:
             if written.count(MARK) == 1 and written.replace(MARK, "") == self._whole:
                 return written.index(MARK)
         return None
+
+    def _agreed(self, part: str, whole: str) -> int:
+        """Return how many characters of a part a whole begins with, up to the token in which they differ.
+
+        `<|endoftext|>` and `<|user|>` have two characters in common, and no token.
+        """
+        length = common_prefix_length(part, whole)
+        if length == len(part):
+            return length
+        first = max(length - _WINDOW, 0)
+        one, other = (self._tokenize(text[first : length + _WINDOW]) for text in (part, whole))
+        same = common_prefix_length(one, other)
+        return first + one[same - 1][1] if same else first
 
     # --- many turns, see [Note: kinds] ---
 
@@ -181,7 +199,7 @@ class TurnSpans:
         return _Lead(asks, self._whole[span.stop : begin]) if span.stop <= begin else None
 
     def _common(self, asks: str, end: int) -> int:
-        return common_prefix_length(asks, self._whole[end : end + len(asks)])
+        return self._agreed(asks, self._whole[end : end + len(asks) + _WINDOW])
 
 
 def _kind_of(message: Message) -> Any:

@@ -69,26 +69,32 @@ WRITERS: dict[Format, Callable[[list[dict[str, str]]], dict[str, Any]]] = {
 FLAT = ("CSV", "TSV", "CSV with semicolons")
 
 
+def write_table(path: Path, rows: list[dict[str, Any]], container: str, codec: str) -> Path:
+    if container in FLAT:
+        rows = [
+            {name: json.dumps(cell) if isinstance(cell, list) else cell for name, cell in row.items()} for row in rows
+        ]
+        # A table of one column has nothing that separates columns: only its name says that it is one.
+        path = path.with_suffix(".csv")
+    path.write_bytes(CODECS[codec](CONTAINERS[container](rows)))
+    return path
+
+
+containers, codecs = st.sampled_from(list(CONTAINERS)), st.sampled_from(list(CODECS))
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     rows=st.lists(conversations(), min_size=1, max_size=5),
     form=st.sampled_from(list(WRITERS)),
-    container=st.sampled_from(list(CONTAINERS)),
-    codec=st.sampled_from(list(CODECS)),
+    container=containers,
+    codec=codecs,
 )
 def test_conversations_come_back_from_every_format_and_container(
     tmp_path_factory: Any, rows: Any, form: Format, container: str, codec: str
 ) -> None:
     written = [WRITERS[form](turns) for turns in rows]
-    if container in FLAT:
-        written = [
-            {name: json.dumps(cell) if isinstance(cell, list) else cell for name, cell in row.items()}
-            for row in written
-        ]
-    # A table of one column has nothing that separates columns: only its name says that it is one.
-    path = tmp_path_factory.mktemp("rows") / ("rows.csv" if container in FLAT else "rows")
-    path.write_bytes(CODECS[codec](CONTAINERS[container](written)))
-    found, reading = read_with(path)
+    found, reading = read_with(write_table(tmp_path_factory.mktemp("rows") / "rows", written, container, codec))
     assert reading.format is not None
     assert reading.format.format is form
     assert [[dict(message) for message in row.messages] for row in found] == rows
@@ -98,16 +104,25 @@ def test_conversations_come_back_from_every_format_and_container(
 @given(
     rows=st.lists(conversations(system=False), min_size=1, max_size=4),
     pairs=st.lists(st.tuples(texts, texts), min_size=1),
+    container=containers,
+    codec=codecs,
 )
-def test_flat_formats_come_back(tmp_path_factory: Any, rows: Any, pairs: Any) -> None:
+def test_flat_formats_come_back(tmp_path_factory: Any, rows: Any, pairs: Any, container: str, codec: str) -> None:
     path = tmp_path_factory.mktemp("rows") / "rows"
-    write_lines(path, [{"id": "x", "data": [turn["content"] for turn in turns]} for turns in rows])
-    assert [[dict(message) for message in row.messages] for row in read(path)] == rows
+
+    def back(written: list[dict[str, Any]]) -> list[Conversation]:
+        return read(write_table(path, written, container, codec))
+
+    found = back([{"id": "x", "data": [turn["content"] for turn in turns]} for turns in rows])
+    assert [[dict(message) for message in row.messages] for row in found] == rows
     for prompt, completion in (("prompt", "completion"), ("question", "answer")):
-        write_lines(path, [dict(zip((prompt, completion), pair, strict=True)) for pair in pairs])
-        assert [(row.messages[0]["content"], row.answer) for row in read(path)] == pairs
-    write_lines(path, [{"text": text} for text, _ in pairs])
-    assert [row.text for row in read(path)] == [text for text, _ in pairs]
+        found = back([dict(zip((prompt, completion), pair, strict=True)) for pair in pairs])
+        assert [(row.messages[0]["content"], row.answer) for row in found] == pairs
+    assert [row.text for row in back([{"text": text} for text, _ in pairs])] == [text for text, _ in pairs]
+    options = [{"text": one, "question": two, "options": [two, one], "answer": 1} for one, two in pairs]
+    assert [(row.messages[0]["content"], row.answer) for row in back(options)] == [
+        (f"{one}\n\n{two}\n\nA. {two}\nB. {one}", "B") for one, two in pairs
+    ]
 
 
 def test_logiqa_is_a_question_with_lettered_options(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def spans_of(tokenizer: Any, name: str, turns: list[dict[str, Any]]) -> tuple[Tu
         return written[-1]
 
     whole = renderer.text(turns, row)
-    return TurnSpans(turns, whole, write), whole, written
+    return TurnSpans(turns, whole, write, renderer.tokens_and_ends), whole, written
 
 
 def answers_of(turns: list[dict[str, Any]]) -> list[int]:
