@@ -59,7 +59,8 @@ def template_of(name: str) -> str:
 def tokenizer() -> Any:
     found = load_tokenizer()
     marks = {mark.strip() for marks in MARKS.values() for mark in marks}
-    found.add_tokens([*sorted(marks), "<|im_start|>", "<bos>"], special_tokens=True)
+    # Those with characters that have several bytes are one token each, as in their model: others may have half of one.
+    found.add_tokens([*sorted(marks), "<|im_start|>", "<bos>", "<\uff5cUser\uff5c>"], special_tokens=True)
     found.bos_token = "<bos>"
     return found
 

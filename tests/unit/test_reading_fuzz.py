@@ -153,7 +153,7 @@ def test_what_is_damaged_can_be_read_before(tmp_path: Path, form: str, container
 
 @pytest.mark.parametrize("kind", ["any bytes", "damaged files"])
 def test_no_file_ends_in_a_traceback(tmp_path: Path, kind: str) -> None:
-    fuzz(tmp_path, ANY if kind == "any bytes" else damaged(), 90)
+    fuzz(tmp_path, ANY if kind == "any bytes" else damaged(), 70)
 
 
 @pytest.mark.slow
