@@ -24,7 +24,7 @@ from epi_ds.choices import (
     Transport,
 )
 from epi_ds.errors import UserError, problems_of, summarize
-from epi_ds.policy_rules import adaptive_problem, memory_problem, policy_problems, with_policy_defaults
+from epi_ds.policy_rules import adaptive_problem, decided_by, memory_problem, policy_problems, with_policy_defaults
 
 # Top-level key of a DeepSpeed configuration that holds these settings.
 SECTION = "epi"
@@ -205,6 +205,11 @@ class EPIConfig(BaseModel):
     @classmethod
     def _begin_from_policy(cls, values: Any) -> Any:
         return with_policy_defaults(values) if isinstance(values, Mapping) else values
+
+    def as_section(self) -> dict[str, Any]:
+        """Return the settings that `parse_config` reads back as these, as JSON has them; defaults are left out."""
+        whole = self.model_dump(mode="json")
+        return {**self.model_dump(mode="json", exclude_defaults=True), **{k: whole[k] for k in decided_by(self.policy)}}
 
     @field_validator("refresh_interval", mode="before")
     @classmethod

@@ -34,6 +34,12 @@ def with_policy_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**defaults, **values}
 
 
+def decided_by(policy: PolicyName) -> list[str]:
+    """Return the settings whose default is not that of every policy, or that a policy wants given."""
+    wanted = ["ratio"] if policy is PolicyName.MOMENTUM else []
+    return [*_DEFAULTS.get(policy, {}), *wanted]
+
+
 def selects_by_steps(config: Any) -> bool:
     """Whether an `EPIConfig` selects new masks every ``refresh_interval`` steps."""
     redraws = config.policy is PolicyName.RANDOM and config.redraw is Redraw.REFRESH
@@ -122,8 +128,10 @@ def _unmeasured_problems(config: Any, given: set[str]) -> Iterator[str]:
     if config.policy is PolicyName.HALF and config.selection is Selection.PER_LAYER:
         yield "selection: per_layer would be ignored by policy: half, which chooses whole matrices; remove it"
     if config.state is StateFormat.ADAM or "ema_decay" in given:
-        name = "state: adam" if config.state is StateFormat.ADAM else "ema_decay"
-        yield f"{name} is about importance, and policy: {policy} measures none; remove it"
+        is_adam = config.state is StateFormat.ADAM
+        name = "state: adam" if is_adam else "ema_decay"
+        remedy = "set state: u16, which takes nothing here" if is_adam else "remove it"
+        yield f"{name} is about importance, and policy: {policy} measures none; {remedy}"
 
 
 def adaptive_problem(config: Any, name: str) -> str | None:

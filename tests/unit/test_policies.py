@@ -183,6 +183,24 @@ def test_when_a_policy_selects_and_how_long_it_measures(
     assert policy.selects_at_stage_ends == stages
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        {},
+        {"policy": "momentum", "ratio": 0.01, "refresh_interval": 500},
+        {"policy": "momentum", "ratio": 0.9},
+        {"policy": "half", "ratio": 0},
+        {"policy": "random", "redraw": "refresh", "refresh_interval": 500},
+        {"policy": "inverted", "selection": "per_layer"},
+    ],
+)
+def test_a_section_without_defaults_is_read_back_as_it_was(section: dict[str, Any]) -> None:
+    """A default of all policies may be a setting of one whose own default is another."""
+    config = parse_config(section)
+    assert parse_config(config.as_section()) == config
+    assert config.as_section().keys() <= section.keys() | {"layer", "selection", "apply", "refresh_interval"}
+
+
 def test_what_a_policy_begins_from_can_be_changed_where_it_works() -> None:
     momentum = parse_config({"policy": "momentum", "ratio": 0.9})
     assert (momentum.layer, momentum.selection, momentum.apply) == ("tensor", "per_layer", "update")

@@ -249,6 +249,24 @@ def test_momentum_moves_the_largest_momenta_of_every_tensor(world_size: int, off
     run_ranks(check_momentum, world_size, {"offload": offload})
 
 
+def check_refused() -> None:
+    """What cannot work is refused by name before the engine is changed."""
+    refused = [
+        ({"policy": "half", "include": ["embed"]}, {}, "none of the 1 covered parameters do"),
+        (MEASURED["momentum"], {"optimizer": lambda m: torch.optim.SGD(m.parameters(), lr=0.1)}, "momenta .* SGD"),
+    ]
+    for section, options, message in refused:
+        with (
+            pytest.raises(UserError, match=message),
+            engine_of(OddNet, ds_config(epi=section, zero_allow_untested_optimizer=True), **options),
+        ):
+            pass
+
+
+def test_what_cannot_work_is_refused() -> None:
+    run_ranks(check_refused, 1)
+
+
 def check_resume(folder: str, name: str) -> None:
     """A run that is cut after the mask of step 3 ends as the one that was not."""
     config = ds_config(epi=POLICIES[name])
