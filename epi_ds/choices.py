@@ -14,6 +14,19 @@ class PolicyName(StrEnum):
     EVOLVING = "evolving"
     STATIC = "static"
     NONE = "none"
+    RANDOM = "random"
+    INVERTED = "inverted"
+    FIRST = "first"
+    MOMENTUM = "momentum"
+    HALF = "half"
+
+
+class Redraw(StrEnum):
+    """When ``policy: random`` draws another mask."""
+
+    NEVER = "never"
+    STAGE = "stage"
+    REFRESH = "refresh"
 
 
 class Selection(StrEnum):

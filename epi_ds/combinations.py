@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from epi_ds.choices import Apply, Pull, StateFormat
+from epi_ds.choices import Apply, PolicyName, Pull, StateFormat
 from epi_ds.config import EPIConfig
 from epi_ds.ds_configs.keys import misspelt, misspelt_sentence
 from epi_ds.errors import nearest
@@ -65,6 +65,22 @@ def adam_state_optimizer_problem(optimizer: str) -> str:
     )
 
 
+def momentum_optimizer_problem(optimizer: str) -> str:
+    """Return what to say of ``policy: momentum`` with an optimizer that is no Adam."""
+    return (
+        f"policy: momentum ranks by the momenta of Adam, and those of {optimizer} are not known; use AdamW, or another "
+        "policy"
+    )
+
+
+def momentum_nvme_problem() -> str:
+    """Return what to say of ``policy: momentum`` with moments on NVMe."""
+    return (
+        "offload_optimizer.device: nvme keeps the momenta on the disk, and policy: momentum reads them several times "
+        "after every step; set offload_optimizer.device: cpu, or another policy"
+    )
+
+
 def adam_state_ratio_problem(ratio: float) -> str:
     """Return what to say of ``state: adam`` with an offload of a part of the optimizer."""
     return (
@@ -97,6 +113,8 @@ def _zero_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> Iterator[
         yield adam_state_ratio_problem(share)
     if device == "nvme" and config.state is StateFormat.ADAM:
         yield adam_state_nvme_problem()
+    if device == "nvme" and config.policy is PolicyName.MOMENTUM:
+        yield momentum_nvme_problem()
 
 
 def _path_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
@@ -123,3 +141,5 @@ def _optimizer_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> Iter
             yield adam_state_optimizer_problem(name)
         if config.anchor is not None and config.anchor.pull is Pull.GRADIENT:
             yield anchor_optimizer_problem(name)
+        if config.policy is PolicyName.MOMENTUM:
+            yield momentum_optimizer_problem(name)

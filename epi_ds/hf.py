@@ -20,11 +20,12 @@ from epi_ds.checkpoint.manifest import Manifest
 from epi_ds.checkpoint.run import run_id_of
 from epi_ds.checkpoint.trainer_folder import commit_trainer_folder, set_aside_incomplete
 from epi_ds.checkpoint.verdict import on_first_rank
-from epi_ds.choices import Memory, PolicyName
+from epi_ds.choices import Memory
 from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, EPIConfig, parse_config
 from epi_ds.errors import UserError, summarize
 from epi_ds.planned_rates import planned_rates
+from epi_ds.policy_rules import selects_by_steps
 from epi_ds.preemption import Preemption
 from epi_ds.trackers import continue_runs
 from epi_ds.zero3.guard import has_optimizer
@@ -164,7 +165,7 @@ class EPICallback(TrainerCallback):
         """Say how often to save, where an audit would find no two checkpoints under one mask."""
         config = self.epi.config
         interval = config.selection_interval
-        if args.save_strategy != "steps" or config.policy is not PolicyName.EVOLVING or dist.get_rank() != 0:
+        if args.save_strategy != "steps" or not selects_by_steps(config) or dist.get_rank() != 0:
             return
         if 2 * state.save_steps > interval >= 2:
             logger.info(

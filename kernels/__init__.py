@@ -20,6 +20,7 @@ from epi_ds.kernels.ops import (
 )
 from epi_ds.kernels.reference.chunks import chunks
 from epi_ds.kernels.reference.codecs import Stored, num_blocks
+from epi_ds.kernels.reference.dither import random_codes
 from epi_ds.kernels.reference.mask_bits import pack_bits, set_bits, slice_bits, unpack_bits
 from epi_ds.kernels.reference.runs import Run, table_of
 
@@ -38,6 +39,7 @@ __all__ = [
     "observe_",
     "pack_bits",
     "pull_",
+    "random_codes",
     "restore_",
     "select_",
     "set_bits",

@@ -41,6 +41,12 @@ _OWNED_ARGUMENTS = {
 }
 
 
+# TRL's losses that were tried under ZeRO-3 on several ranks; tests/zero3/test_trl.py compares each with its definition.
+_LOSSES = ("nll", "dft")
+# Others that TRL takes, and why they are not taken here.
+_OTHER_LOSSES = {"chunked_nll": "TRL's old name of nll, which computes the same; set nll"}
+
+
 class _Range(NamedTuple):
     """Numbers that an argument may have."""
 
@@ -129,6 +135,8 @@ def argument_problems(train: Mapping[str, Any]) -> list[str]:
             problems.append(f"train.{name}: not an argument of SFTConfig{nearest(name, valid)}")
         elif name == "lr_scheduler_type":
             problems += [f"train.{name}: {problem}" for problem in schedule_problems(value)]
+        elif name == "loss_type":
+            problems += _loss_problems(value)
         elif name != "deepspeed" and not _is_of(valid[name], value):
             problems.append(f"train.{name}: must be {_named(valid[name])}, got {value!r}")
         elif name in _RANGES and isinstance(value, (int, float)) and not _RANGES[name].holds(value):
@@ -140,6 +148,13 @@ def argument_problems(train: Mapping[str, Any]) -> list[str]:
     except UserError as error:
         problems.append(f"train.deepspeed: {error}")
     return problems
+
+
+def _loss_problems(name: object) -> list[str]:
+    if name in _LOSSES:
+        return []
+    reason = _OTHER_LOSSES.get(str(name), f"none of the losses that were tried under ZeRO-3: {', '.join(_LOSSES)}")
+    return [f"train.loss_type: {name!r} is {reason}{nearest(str(name), _LOSSES)}"]
 
 
 def schedule_problems(name: object) -> list[str]:

@@ -86,6 +86,9 @@ class MetricsCallback(TrainerCallback):
             config=self._epi.config.model_dump(mode="json"),
             changed=[change._asdict() for change in self._changed],
         )
+        if self._last_refresh is not None and state.global_step == 0:
+            # A policy that selects before the first step did so when the engine was made.
+            self.write_refresh(0, BEFORE, self._last_refresh)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -138,7 +138,7 @@ def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, 
             )
     # Defaults of the section are left out: accelerate takes any "auto" inside a DeepSpeed configuration for one of its
     # own.
-    section = recipe.method.epi.model_dump(mode="json", exclude_defaults=True)
+    section = recipe.method.epi.as_section()
     args = SFTConfig(
         **{
             **DEFAULT_ARGUMENTS,

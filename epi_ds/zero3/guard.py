@@ -13,12 +13,14 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from epi_ds.choices import Apply, MissingState, Pull, StateFormat
+from epi_ds.choices import Apply, MissingState, PolicyName, Pull, StateFormat
 from epi_ds.combinations import (
     adam_state_nvme_problem,
     adam_state_optimizer_problem,
     adam_state_ratio_problem,
     anchor_optimizer_problem,
+    momentum_nvme_problem,
+    momentum_optimizer_problem,
     reduction_optimizer_problem,
     stage_problem,
 )
@@ -149,6 +151,11 @@ def _optimizer_reasons(optimizer: Any, config: EPIConfig) -> Iterator[str]:
             yield adam_state_ratio_problem(optimizer.partial_offload)
         if optimizer.swap_optimizer:
             yield adam_state_nvme_problem()
+    if config.policy is PolicyName.MOMENTUM:
+        if not is_adam(base):
+            yield momentum_optimizer_problem(type(base).__name__)
+        if optimizer.swap_optimizer:
+            yield momentum_nvme_problem()
 
 
 def _history_reasons(engine: Any, config: EPIConfig) -> Iterator[str]:

@@ -25,6 +25,7 @@ from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.layout import Segment
 from epi_ds.isolation.refresh_report import RefreshReport, values_of
 from epi_ds.isolation.schedule import check_planned_steps, largest_ratio
+from epi_ds.policy_rules import BEGINNING_LATE, UNMEASURED
 from epi_ds.zero3.anchor import Anchor
 from epi_ds.zero3.stats import IsolationStats, MemoryReport, ResolvedLayer
 
@@ -119,20 +120,23 @@ class EPI:
     def refresh_now(self) -> RefreshReport:
         """Select a new mask from the importance as it is, between two steps. Collective.
 
-        Raises UserError under ``policy: none`` or in an accumulation window, and RuntimeError where nothing is
-        measured.
+        Under ``policy: random`` and ``half`` that is another draw. Raises UserError under ``policy: none`` and
+        ``first`` or in an accumulation window, and RuntimeError where nothing is measured.
         """
         self._check_window("refresh_now()")
         if self.config.policy is PolicyName.NONE:
             raise UserError("policy: none isolates nothing, but a refresh selects a mask; set policy: evolving")
+        if self.config.policy is PolicyName.FIRST:
+            raise UserError("policy: first selects one mask by itself and keeps it; set policy: evolving")
         return self._controller.refresh()
 
     def finish_stage(self, name: str | None = None) -> RefreshReport | None:
         """Remember what the stage that ends needed, and select the mask that the next one begins with. Collective.
 
-        Between two steps; does nothing and returns None under ``memory: none``, and under a policy that measures
-        nothing while it trains. ``memory: per_task`` wants the stage's ``name``, and raises UserError without; a stage
-        of a name that ended before is the same task, trained further.
+        Between two steps. Nothing is remembered under ``memory: none``, and by a policy that measures nothing while it
+        trains; None is returned then but by a policy that draws anew for every stage (``half``, ``random`` with
+        ``redraw: stage``). ``memory: per_task`` wants the stage's ``name``, and raises UserError without; a stage of a
+        name that ended before is the same task, trained further.
         UserError also in the middle of an accumulation window.
         """
         self._check_window("finish_stage()")
@@ -169,13 +173,18 @@ class EPI:
     def check_planned_steps(self, planned_steps: int) -> None:
         """Warn or raise ValueError when a run of this many applied steps would never use a mask."""
         config = self.config
-        if config.policy is PolicyName.EVOLVING and largest_ratio(config) > 0:
+        if config.policy in BEGINNING_LATE and largest_ratio(config) > 0:
             check_planned_steps(
                 planned_steps,
                 config.selection_interval,
                 setting="check_interval" if config.refresh_interval == ADAPTIVE else "refresh_interval",
                 warmup_steps=config.warmup_steps,
                 allow_inactive=config.allow_inactive,
+            )
+        elif config.policy is PolicyName.RANDOM and config.warmup_steps and largest_ratio(config) > 0:
+            # Drawn after them, whatever the interval.
+            check_planned_steps(
+                planned_steps, 1, warmup_steps=config.warmup_steps, allow_inactive=config.allow_inactive
             )
 
     def reset_optimizer_state(self) -> None:
@@ -202,13 +211,18 @@ class EPI:
         warning. The losses decide how much is probed: ``probe_steps`` says it to `epi-ds train` only, and elsewhere
         that the mask comes from a call of this method before the first step. Importance measured so far is replaced.
 
-        Raises UserError under ``policy: none``, in an accumulation window and for fewer losses than a global batch has,
-        and RuntimeError when none gave finite gradients. Afterwards the importance is freed unless the policy measures
-        it during training.
+        Raises UserError under ``policy: none`` and those that do not select by a probe (``random``, ``half``,
+        ``momentum``, ``first``), in an accumulation window and for fewer losses than a global batch has, and
+        RuntimeError when none gave finite gradients. Afterwards the importance is freed unless the policy measures it
+        during training.
         """
         controller = self._controller
         if self.config.policy is PolicyName.NONE:
             raise UserError("policy: none isolates nothing, but a probe selects a mask; set policy: static")
+        if self.config.policy in UNMEASURED | {PolicyName.FIRST}:
+            raise UserError(
+                f"policy: {self.config.policy.value} does not select by a probe; set policy: static, or do not probe"
+            )
         if self.config.state is StateFormat.ADAM:
             raise UserError("state: adam has no importance of its own for a probe to measure; set another state")
         self._measure("probe()", losses)

@@ -112,6 +112,8 @@ def test_every_mistake_is_named_at_once_with_the_nearest_name(tmp_path: Path) ->
         ("train.bf16=maybe", "train.bf16: must be bool or null, got 'maybe'"),
         ("train.gradient_accumulation_steps='4'", "train.gradient_accumulation_steps: must be int, got '4'"),
         ("train.save_only_model=true", "without optimizer and importance no run can continue"),
+        ("train.loss_type=chunked_nll", "train.loss_type: 'chunked_nll' is TRL's old name of nll"),
+        ("train.loss_type=dtf", "none of the losses that were tried under ZeRO-3: nll, dft; did you mean 'dft'?"),
         ("train.optim=adafactor", "set optimizer in the DeepSpeed configuration"),
         ("train.dataset_kwargs={skip_prepare_dataset: true}", "would train the first stage only"),
         ("train.deepspeed=zero4x", "neither a JSON file nor one of the shipped configurations"),
