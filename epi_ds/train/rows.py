@@ -26,7 +26,8 @@ from epi_ds.errors import UserError
 from epi_ds.launch.environment import cache_folder
 from epi_ds.recipe.models import DataSource, ModelSection, Recipe, Stage
 from epi_ds.train.model import told
-from epi_ds.train.stages import SourceShare, StageRows
+from epi_ds.train.stages import StageRows
+from epi_ds.train.streams import SourceShare
 
 logger = logging.getLogger(__name__)
 
