@@ -150,11 +150,14 @@ class EPIConfig(BaseModel):
     """``stage_max``: when a stage ends, its importance is kept as an element-wise maximum over the finished stages, in
     the format of ``state``, so that later masks protect what earlier tasks needed. An average alone has forgotten a
     finished task within a few hundred steps. ``per_task``: every finished stage's importance is kept by itself, and the
-    tasks share the budget: the mask holds about equally many entries for each, and those that several need but once."""
+    tasks share the budget: the mask holds about equally many entries for each, and those that several need but once.
+    ``engine.epi.remember(name, losses)``, and ``method.keep`` of a recipe, remember what is no stage of the run, under
+    every policy; under ``static`` the mask is selected from it."""
 
     protects: Protects = Protects.PAST_AND_PRESENT
     """With ``memory``: protect what finished stages needed and the present one needs, or the finished ones alone
-    (``past``), so that nothing is isolated in the first stage."""
+    (``past``), so that nothing is isolated in the first stage. Where a recipe has ``method.keep``, the default is
+    ``past``."""
 
     seed: int = Field(0, ge=0)
     """Where the stochastic rounding of ``bf16``, ``u16`` and ``u8`` begins."""
@@ -282,10 +285,6 @@ class EPIConfig(BaseModel):
     def _check_memory(self) -> EPIConfig:
         if self.memory is Memory.NONE and "protects" in self.model_fields_set:
             raise UserError("protects belongs to memory, and would be ignored without it; remove it, or set memory")
-        if self.memory is not Memory.NONE and self.policy is not PolicyName.EVOLVING:
-            raise UserError(
-                f"memory changes what later masks isolate, and policy: {self.policy.value} selects none; remove it"
-            )
         return self
 
     @model_validator(mode="after")
@@ -305,10 +304,16 @@ class EPIConfig(BaseModel):
     @model_validator(mode="after")
     def _check_policy(self) -> EPIConfig:
         sources = [name for name in ("mask_from", "probe_steps") if getattr(self, name) is not None]
-        if self.policy is PolicyName.STATIC and len(sources) != 1:
+        remembers = self.memory is not Memory.NONE
+        if self.policy is PolicyName.STATIC and len(sources) != 1 and (sources or not remembers):
             raise UserError(
-                "policy: static needs exactly one source of its mask, mask_from or probe_steps; got "
-                + (" and ".join(sources) or "none")
+                "policy: static needs exactly one source of its mask, mask_from or probe_steps, or memory of what is "
+                "kept; got " + (" and ".join(sources) or "none")
+            )
+        if self.policy is PolicyName.STATIC and remembers and self.probe_steps is not None:
+            raise UserError(
+                "probe_steps and memory both say what the mask of policy: static is selected from; remove probe_steps "
+                "where it is what engine.epi.remember() has measured, else memory"
             )
         if self.policy is not PolicyName.EVOLVING:
             if isinstance(self.ratio, RatioSchedule):

@@ -13,7 +13,8 @@ from epi_ds.data.skills import Split, get_skill, rows
 from epi_ds.data.sources import SkillRows, skill_conversations
 from epi_ds.data.table import Reading, describe, read_table
 from epi_ds.errors import UserError
-from epi_ds.recipe.models import DataSource, EvaluationData, Metric, Recipe, Stage
+from epi_ds.recipe.models import Recipe, Stage
+from epi_ds.recipe.sources import DataSource, EvaluationData, Metric
 
 logger = logging.getLogger(__name__)
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from epi_ds.choices import Protects, StateFormat
+from epi_ds.choices import Memory, PolicyName, Protects, StateFormat
 from epi_ds.config import EPIConfig
-from epi_ds.data.formats import Columns, Format
 from epi_ds.data.skills import SKILLS
-from epi_ds.data.sources import SkillRows, check_split, find_files, is_local
-from epi_ds.data.table import Table, files_matching
 from epi_ds.errors import UserError, nearest
+from epi_ds.recipe.keep import BASE, Keep
+from epi_ds.recipe.sources import DataSource, EvaluationData, OneOrSeveral, TrainingData, check_shares, sources_of
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
@@ -24,14 +23,6 @@ class Moments(StrEnum):
 
     RESET = "reset"
     CARRY = "carry"
-
-
-class Metric(StrEnum):
-    """How an answer is scored."""
-
-    EXACT_MATCH = "exact_match"
-    FINAL_NUMBER = "final_number"
-    LOSS = "loss"
 
 
 class ModelSection(BaseModel):
@@ -52,119 +43,6 @@ class ModelSection(BaseModel):
     that they lack is an error: it would be trained from random values."""
 
 
-class DataSource(BaseModel):
-    """Rows of a built-in skill, of files (JSON, CSV, Parquet, Arrow, as they are or compressed), or of the hub."""
-
-    model_config = _FROZEN
-
-    skill: str | None = None
-    """Name of a built-in skill."""
-    path: str | None = None
-    """A file, whose content decides how it is read, or a hub id. What exists as a file is never taken for an id, and
-    no character of a path stands for others."""
-    glob: str | None = None
-    """Files by a pattern, as one table in the order of their names: ``shards/*.jsonl``, ``data/**/*.parquet``."""
-    split: str = "train"
-    """``train`` or ``test`` of a skill; else a split in the notation of ``datasets``, such as ``train[-200:]``. A file
-    is one split called ``train``."""
-    subset: str | None = None
-    """Configuration name of a hub data set."""
-    rows: int | None = Field(None, ge=1)
-    """Take the first rows only; for a skill, how many to generate (required)."""
-    format: Format | None = None
-    """What rows look like, where that is not to be found by their shape, or can be read in two ways."""
-    where: dict[str, Any] = {}
-    """Rows to take: the value, or a list of values, that a column must have, such as ``{label: true}``."""
-    messages: str | None = None
-    """Column of conversations, ``[{role, content}, ...]`` or ``[{from, value}, ...]``, that end with the assistant."""
-    prompt: str | tuple[str, ...] | None = None
-    """Column of prompts; several are joined by a blank line, empty ones left out."""
-    completion: str | None = None
-    """Column of the answers to ``prompt``."""
-
-    @field_validator("skill")
-    @classmethod
-    def _known_skill(cls, name: str | None) -> str | None:
-        if name is not None and name not in SKILLS:
-            raise UserError(f"there is no skill {name!r}{nearest(name, SKILLS)}; there are {', '.join(SKILLS)}")
-        return name
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataSource:
-        if [self.skill, self.path, self.glob].count(None) != 2:
-            raise UserError("give one of skill, path and glob")
-        if self.skill is not None:
-            if self.rows is None:
-                raise UserError(f"skill {self.skill} is generated, so rows must say how many")
-            if self.split not in ("train", "test"):
-                raise UserError(f"split of a skill must be train or test, got {self.split!r}")
-            ignored = [
-                name
-                for name in ("messages", "prompt", "completion", "subset", "format", "where")
-                if getattr(self, name)
-            ]
-            if ignored:
-                raise UserError(
-                    f"skill {self.skill} has conversations, so {', '.join(ignored)} would be ignored; remove it"
-                )
-        elif (self.prompt is None) != (self.completion is None):
-            raise UserError("prompt and completion name two columns of one file: give both or neither")
-        elif self.messages is not None and self.prompt is not None:
-            raise UserError("give messages, or prompt and completion, not both")
-        elif self.format is not None and (self.messages is not None or self.prompt is not None):
-            raise UserError("format says how columns are called, so it goes without messages, prompt and completion")
-        elif self.path is None or is_local(self.path):
-            if self.subset is not None:
-                raise UserError(f"subset {self.subset!r} is of a data set of the hub, and these are files; remove it")
-            self._files()
-        return self
-
-    def _files(self) -> tuple[Path, ...]:
-        if self.glob is None:
-            return find_files(self.path or "", subset=self.subset, split=self.split)
-        check_split(self.split, self.glob)
-        return files_matching(self.glob)
-
-    def resolve(self, *, seed: int) -> Table | SkillRows:
-        """Return what to read. Downloads what the hub has and this machine lacks; raises what `find_files` raises."""
-        if self.skill is not None:
-            return SkillRows(self.skill, self.split, self.rows or 0, seed)
-        prompt = (self.prompt,) if isinstance(self.prompt, str) else self.prompt or ()
-        return Table(
-            name=self.glob or self.path or "",
-            files=self._files(),
-            columns=Columns(self.messages, prompt, self.completion),
-            format=self.format,
-            split=self.split,
-            where=self.where,
-            limit=self.rows,
-        )
-
-
-class TrainingData(DataSource):
-    """One of the sources of a stage."""
-
-    source: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$")
-    """What messages call it; default its skill, file or pattern."""
-    share: float | None = Field(None, gt=0)
-    """How much of the stage's rows are its own, in proportion to the other sources'; give all of them one, or none.
-    Every global batch then has its share, and a source that is exhausted begins anew in another order. Without, the
-    rows of all sources are one table."""
-
-    @property
-    def label(self) -> str:
-        """What messages call it."""
-        return self.source or self.skill or self.glob or self.path or ""
-
-
-class EvaluationData(DataSource):
-    """Held-out rows and how answers to them are scored."""
-
-    metric: Metric = Metric.EXACT_MATCH
-    """``exact_match`` of the whole answer, ``final_number`` for worked solutions, or teacher-forced ``loss``.
-    Skills bring their own check."""
-
-
 class Stage(BaseModel):
     """One stretch of the run with data of its own."""
 
@@ -172,11 +50,7 @@ class Stage(BaseModel):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """What the report, ``--until`` and overrides call it."""
-    data: Annotated[
-        Annotated[TrainingData, Tag("<one>")] | Annotated[tuple[TrainingData, ...], Tag("<several>")],
-        # A union by trial would tell every mistake twice.
-        Discriminator(lambda value: "<several>" if isinstance(value, (list, tuple)) else "<one>"),
-    ]
+    data: OneOrSeveral
     """Its rows, or several sources of them."""
     evaluation: EvaluationData | None = None
     """Default: for a skill its test rows, otherwise none."""
@@ -195,11 +69,7 @@ class Stage(BaseModel):
 
     @model_validator(mode="after")
     def _shares_of_all(self) -> Stage:
-        given = [one.share is not None for one in self.sources]
-        if not given:
-            raise UserError("data must hold at least one source")
-        if any(given) and (len(given) == 1 or not all(given)):
-            raise UserError("share is of several sources: give all of them one, or none")
+        check_shares(self.sources)
         if self.steps is not None and self.epochs != 1:
             raise UserError(f"steps: {self.steps} and epochs: {self.epochs} both say how long the stage is; give one")
         return self
@@ -207,7 +77,7 @@ class Stage(BaseModel):
     @property
     def sources(self) -> tuple[TrainingData, ...]:
         """Where its rows come from."""
-        return self.data if isinstance(self.data, tuple) else (self.data,)
+        return sources_of(self.data)
 
     @property
     def skill(self) -> str | None:
@@ -248,15 +118,50 @@ class MethodSection(BaseModel):
     model_config = _FROZEN
 
     epi: EPIConfig = EPIConfig()
+    keep: Keep | None = None
+    """What must not be forgotten, and how it is kept."""
     probe: DataSource | None = None
-    """Rows over which ``policy: static`` with ``probe_steps`` measures importance, for example of what the model must
-    not forget; default the first rows of the run."""
+    """Rows over which ``policy: static`` with ``probe_steps`` measures importance; default the first rows of the run.
+    ``keep`` does it for every policy, and more."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _remember_what_is_kept(cls, values: Any) -> Any:
+        """Where importance is kept, the defaults of memory and of what is protected are others."""
+        if not isinstance(values, Mapping):
+            return values
+        keep, epi = values.get("keep"), values.get("epi", {})
+        # What is no mapping is told by the validation.
+        wants = isinstance(keep, Mapping) and keep.get("importance", True) is True
+        if not wants or not isinstance(epi, Mapping) or epi.get("memory") == Memory.NONE:
+            return values
+        return {**values, "epi": {"memory": Memory.STAGE_MAX, "protects": Protects.PAST, **epi}}
+
+    @model_validator(mode="after")
+    def _importance_is_remembered(self) -> MethodSection:
+        remembers, keeps = self.epi.memory is not Memory.NONE, self.keep is not None and self.keep.importance
+        if keeps and not remembers:
+            raise UserError(
+                "keep.importance is remembered as memory says, which is none; set method.epi.memory: stage_max or "
+                "per_task, or keep.importance: false"
+            )
+        if remembers and not keeps and self.epi.policy is not PolicyName.EVOLVING:
+            raise UserError(
+                f"memory has nothing to remember: policy: {self.epi.policy.value} measures nothing while it trains, "
+                "and nothing is kept; set method.keep, or remove memory"
+            )
+        return self
 
     @model_validator(mode="after")
     def _probe_is_used(self) -> MethodSection:
         if self.probe is not None and self.epi.probe_steps is None:
             raise UserError(
                 "probe is read by policy: static with probe_steps only; set method.epi.probe_steps or remove it"
+            )
+        if self.keep is not None and self.epi.probe_steps is not None:
+            raise UserError(
+                "probe_steps measures importance before the first step, and so does keep; give what probe has as "
+                "keep.data and keep.windows instead of probe_steps, or remove keep"
             )
         return self
 
@@ -290,10 +195,22 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _there_is_a_past_to_protect(self) -> Recipe:
+        keep = self.method.keep
+        if keep is not None and keep.importance:
+            return self
         if self.method.epi.protects is Protects.PAST and len(self.stages) < 2:
             raise UserError(
                 "method.epi.protects: past isolates nothing before a stage has finished, and there is one stage only; "
-                "add a stage, or set protects: past_and_present"
+                "add a stage, set method.keep, or set protects: past_and_present"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _base_is_what_is_kept(self) -> Recipe:
+        if self.method.keep is not None and any(stage.name == BASE for stage in self.stages):
+            raise UserError(
+                f"a stage is called {BASE}, which is what method.keep remembers the importance of the kept rows as; "
+                "give the stage another name"
             )
         return self
 

@@ -7,7 +7,8 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from epi_ds.data.store import NOT_LEARNT, Summary
-from epi_ds.recipe.models import Recipe, TrainingData
+from epi_ds.recipe.models import Recipe
+from epi_ds.recipe.sources import TrainingData
 from epi_ds.train.rows import (
     SourceRows,
     argument_of,

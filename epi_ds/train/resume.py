@@ -13,7 +13,9 @@ from epi_ds.checkpoint.loading import choose
 from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.defaults import with_defaults
 from epi_ds.errors import UserError
-from epi_ds.recipe.models import DataSource, ModelSection, Recipe, Stage
+from epi_ds.recipe.keep import Keep
+from epi_ds.recipe.models import ModelSection, Recipe, Stage
+from epi_ds.recipe.sources import DataSource
 from epi_ds.train.run_folder import RunFolder
 
 MARKER = "recipe.json"
@@ -55,7 +57,7 @@ def marker_of(recipe: Recipe, data: Sequence[Mapping[str, Any]] = ()) -> dict[st
     """
     return {
         "model": recipe.model.model_dump(mode="json"),
-        "method": recipe.method.model_dump(mode="json", include={"probe"}),
+        "method": recipe.method.model_dump(mode="json", include={"probe", "keep"}),
         "stages": [stage.model_dump(mode="json", exclude={"evaluation"}) for stage in recipe.stages],
         "train": {name: value for name, value in recipe.train.items() if not is_harmless(name)},
         DATA: list(data),
@@ -122,6 +124,8 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterat
     yield from _of_values("model", with_defaults(ModelSection, saved["model"]), current["model"])
     probes = [with_defaults(DataSource, marker["method"]["probe"] or {}) for marker in (saved, current)]
     yield from _of_values("method.probe", *probes)
+    kept = [with_defaults(Keep, marker["method"].get("keep") or {}) for marker in (saved, current)]
+    yield from _of_values("method.keep", *kept)
     before, now = saved["stages"], current["stages"]
     if [stage["name"] for stage in before] != [stage["name"] for stage in now]:
         yield f"the stages were {_names(before)}, are {_names(now)}"

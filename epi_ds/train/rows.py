@@ -24,7 +24,8 @@ from epi_ds.data.rendering import Learnt, has_marks
 from epi_ds.data.store import Summary, open_store, read_summary
 from epi_ds.errors import UserError
 from epi_ds.launch.environment import cache_folder
-from epi_ds.recipe.models import DataSource, ModelSection, Recipe, Stage
+from epi_ds.recipe.models import ModelSection, Recipe, Stage
+from epi_ds.recipe.sources import DataSource
 from epi_ds.train.model import told
 from epi_ds.train.stages import StageRows
 from epi_ds.train.streams import SourceShare

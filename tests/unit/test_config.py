@@ -50,7 +50,7 @@ def test_every_field_is_documented() -> None:
             ["schedule of ratio", "policy: none"],
         ),
         ({"protects": "past"}, ["protects belongs to memory, and would be ignored", "remove it"]),
-        ({"memory": "stage_max", "policy": "none"}, ["memory changes what later masks isolate", "policy: none"]),
+        ({"memory": "stage_max", "policy": "static", "probe_steps": 2}, ["probe_steps and memory", "remember()"]),
         ({"warmup_steps": -1}, ["warmup_steps", "greater than or equal to 0"]),
         ({"state": "u4"}, ["state", "'fp32', 'bf16', 'u16', 'u8' or 'adam'", "'u4'"]),
         ({"state": "adam"}, ["state: adam", "set apply: update, or another state"]),

@@ -88,6 +88,17 @@ def test_every_mistake_is_named_at_once_with_the_nearest_name(tmp_path: Path) ->
         ("stages.0.data={skill: logic}", "rows must say how many"),
         ("stages.0.data={path: a.jsonl, prompt: q, completion: a}", "there is no data file a.jsonl"),
         ("method.probe={skill: code, rows: 4}", "policy: static with probe_steps only"),
+        ("method.keep={}", "there is nothing to keep; give data (rows), self"),
+        ("method.keep={self: many}", "method.keep.self: must be a number of rows, or a mapping such as"),
+        ("method.keep={self: {rows: 4, file: own.json}}", "the name ends with .jsonl; got 'own.json'"),
+        ("method.keep={self: 4, importance: false, evaluation: false}", "nothing would be done with what is kept"),
+        ("method.keep={self: 4, importance: false, windows: 2}", "windows says how much importance is measured on"),
+        ("method.keep={self: 4, replay_loss: token}", "replay_loss says how rows are replayed, and replay is 0"),
+        ("method.keep={self: 4, replay: 1}", "method.keep.replay: Input should be less than 1, got 1"),
+        ("method.keep={self: 4, data: [{skill: code, rows: 4, share: 1}]}", "share is of several sources"),
+        ("method={keep: {self: 4}, epi: {memory: none}}", "set method.epi.memory: stage_max or per_task"),
+        ("method={keep: {self: 4}, epi: {policy: static, probe_steps: 2}}", "probe_steps and memory both say"),
+        ("method={epi: {policy: none, memory: stage_max}}", "memory has nothing to remember: policy: none"),
         ("stages.0.lr_scheduler_type=cosinus", "'cosinus' is no schedule; did you mean 'cosine'?"),
         ("train.lr_scheduler_type=cosinus", "'cosinus' is no schedule; did you mean 'cosine'?"),
         ("train.learning_rate=fast", "train.learning_rate: must be float, got 'fast'"),
@@ -117,6 +128,42 @@ def test_mistaken_overrides_are_explained(tmp_path: Path, override: str, message
 def test_stage_names_must_differ(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stage names must differ, repeated: one"):
         load_recipe(write(tmp_path, {**MINIMAL, "stages": MINIMAL["stages"] * 2}))
+
+
+@pytest.mark.parametrize(
+    ("method", "memory", "protects"),
+    [
+        ({"keep": {"self": 4}}, "stage_max", "past"),
+        ({"keep": {"self": {"rows": 4}}, "epi": {"policy": "none"}}, "stage_max", "past"),
+        ({"keep": {"self": 4}, "epi": {"policy": "static"}}, "stage_max", "past"),
+        ({"keep": {"self": 4}, "epi": {"memory": "per_task"}}, "per_task", "past"),
+        ({"keep": {"self": 4}, "epi": {"protects": "past_and_present"}}, "stage_max", "past_and_present"),
+        ({"keep": {"self": 4, "importance": False}}, "none", "past_and_present"),
+        ({}, "none", "past_and_present"),
+    ],
+)
+def test_what_is_kept_is_remembered_and_protected(
+    tmp_path: Path, method: dict[str, Any], memory: str, protects: str
+) -> None:
+    epi = load_recipe(write(tmp_path, {**MINIMAL, "method": method})).method.epi
+    assert (epi.memory, epi.protects) == (memory, protects)
+
+
+def test_kept_rows_are_given_or_written_or_both(tmp_path: Path) -> None:
+    data = [{"skill": "logic", "rows": 8}, {"skill": "code", "rows": 4}]
+    method = {"keep": {"data": data, "self": {"rows": 16, "temperature": 0.7}}}
+    keep = load_recipe(write(tmp_path, {**MINIMAL, "method": method})).method.keep
+    assert keep is not None
+    assert [source.label for source in keep.sources] == ["logic", "code"]
+    assert keep.self is not None
+    assert (keep.self.rows, keep.self.temperature, keep.self.top_p) == (16, 0.7, 1.0)
+
+
+def test_a_stage_may_be_called_base_where_nothing_is_kept(tmp_path: Path) -> None:
+    recipe = {**MINIMAL, "stages": [{**MINIMAL["stages"][0], "name": "base"}]}
+    load_recipe(write(tmp_path, recipe))
+    with pytest.raises(ValueError, match=r"a stage is called base, which is what method.keep remembers"):
+        load_recipe(write(tmp_path, {**recipe, "method": {"keep": {"self": 4}}}))
 
 
 def test_unknown_recipes_and_configurations_name_what_there_is() -> None:
