@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from epi_ds.train.streams import TableRows, drawn_from, hash_seed, mixed, shifted
 
+NOTHING = Fraction(0)
+"""The share where nothing is replayed."""
 # Tells the permutations of rows that are replayed from those of the stages.
 _SALT = 0x5EED
 

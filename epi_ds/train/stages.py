@@ -14,10 +14,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from epi_ds.errors import UserError
-from epi_ds.train.replay import Replay, replayed_in_stages, replayed_rows, steps_of
+from epi_ds.train.replay import NOTHING, Replay, replayed_in_stages, replayed_rows, steps_of
 from epi_ds.train.streams import SourceShare, TableRows, drawn_from
-
-_NOTHING = Fraction(0)
 
 
 class StageSpan(NamedTuple):
@@ -52,7 +50,7 @@ class StageRows(NamedTuple):
 
 
 def plan_stages(
-    stages: Sequence[StageRows], *, global_batch: int, replayed_share: Fraction = _NOTHING
+    stages: Sequence[StageRows], *, global_batch: int, replayed_share: Fraction = NOTHING
 ) -> list[StageSpan]:
     """Lay the stages' steps end to end. A stage's last, incomplete global batch is left out.
 
@@ -96,7 +94,7 @@ def row_order(
     """
     order: list[int] = []
     offset = 0
-    share = _NOTHING if replay is None else replay.share
+    share = NOTHING if replay is None else replay.share
     tables = [stage.table for stage in stages]
     kept = [iter(())] * len(tables) if replay is None else list(replayed_in_stages(replay, tables, seed=seed))
     for position, (table, span, replayed) in enumerate(zip(tables, spans, kept, strict=True)):

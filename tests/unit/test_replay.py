@@ -6,12 +6,15 @@ import itertools
 from collections.abc import Sequence
 from decimal import ROUND_FLOOR, Decimal
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from epi_ds.errors import UserError
+from epi_ds.recipe.loading import parse_recipe
+from epi_ds.recipe.models import Recipe
 from epi_ds.train.replay import Replay, exact_share, replayed_rows, steps_of
 from epi_ds.train.stages import StageRows, StageSpan, plan_stages, row_order
 from epi_ds.train.streams import SourceShare, TableRows
@@ -167,3 +170,28 @@ def test_nothing_is_drawn_from_an_empty_table() -> None:
     spans = plan_stages(stages, global_batch=2, replayed_share=exact_share(0.5))
     with pytest.raises(ValueError, match="no rows to draw from"):
         row_order(stages, spans, global_batch=2, seed=0, replay=Replay(exact_share(0.5), TableRows(0)))
+
+
+def recipe_of(*stages: str, train: dict[str, Any] | None = None, **keep: Any) -> Recipe:
+    values = {
+        "model": {"path": "m"},
+        "stages": [{"name": name, "data": {"skill": "logic", "rows": 8}} for name in stages],
+        "method": {"keep": {"data": {"skill": "code", "rows": 4}, "replay": 0.1, **keep}},
+        "train": train or {},
+        "output": "o",
+    }
+    return parse_recipe(values, place="the recipe")
+
+
+def test_replay_that_cannot_be_is_refused_before_anything_is_loaded() -> None:
+    assert recipe_of("a", "b", replay_stages=True).method.keep is not None
+    with pytest.raises(
+        UserError, match=r"replay_stages: true draws rows of stages that have finished, and there is one"
+    ):
+        recipe_of("a", replay_stages=True)
+    for train in ({"label_smoothing_factor": 0.1}, {"average_tokens_across_devices": False}):
+        (name,) = train
+        with pytest.raises(UserError, match=rf"train.{name}: .* set method.keep.replay_loss: token"):
+            recipe_of("a", train=train)
+        recipe_of("a", train=train, replay_loss="token")
+    recipe_of("a", train={"label_smoothing_factor": 0})
