@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
@@ -18,10 +21,12 @@ from epi_ds import ds_configs
 from epi_ds.data.skills import load_tokenizer
 from epi_ds.demo.base_model import small_llama
 from epi_ds.recipe.keep import Keep
+from epi_ds.recipe.loading import load_recipe
 from epi_ds.recipe.models import Stage
 from epi_ds.train.accelerate_setup import prepare_accelerate
 from epi_ds.train.kept_rows import KeptRows
 from epi_ds.train.resume import DEFAULT_ARGUMENTS
+from epi_ds.train.run import run_recipe
 from epi_ds.train.trainer import StageTrainer
 from tests.support.ranks import run_ranks
 
@@ -192,15 +197,79 @@ def test_the_loss_has_the_share_of_the_replayed_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("world_size", "accumulation", "settings"),
     [
-        (1, 4, {}),
+        (1, 4, {"loss_type": "dft"}),
         (4, 1, {}),
         (2, 1, {"packed": True}),
         (2, 2, {"replay_loss": "token"}),
-        (2, 2, {"loss_type": "dft"}),
     ],
-    ids=["one rank", "four ranks", "packed", "token", "dft"],
+    ids=["one rank, dft", "four ranks", "packed", "token"],
 )
 def test_it_does_so_at_any_number_of_ranks_and_with_every_loss(
     tmp_path: Path, world_size: int, accumulation: int, settings: dict[str, Any]
 ) -> None:
     check(tmp_path, world_size, accumulation, **settings)
+
+
+def run(recipe: str, *overrides: str) -> None:
+    try:
+        run_recipe(load_recipe(recipe, overrides))
+    finally:
+        unset_hf_deepspeed_config()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.slow
+def test_a_resume_goes_on_in_what_is_replayed(small_base: Path, tmp_path: Path) -> None:
+    recipe = {
+        "model": {"path": str(small_base), "dtype": "float32"},
+        "stages": [
+            {"name": "sums", "data": {"skill": "arithmetic", "rows": 20}},
+            {"name": "code", "data": {"skill": "code", "rows": 20}},
+        ],
+        "method": {
+            "epi": {"policy": "none"},
+            "keep": {
+                "data": {"skill": "logic", "rows": 5, "source": "old"},
+                "replay": SHARE,
+                "replay_stages": True,
+                "importance": False,
+            },
+        },
+        "train": {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_length": 128,
+            "save_steps": 1,
+            "deepspeed": "cpu",
+        },
+        "evaluation": {"rows": 2, "max_new_tokens": 2},
+        "output": str(tmp_path / "run"),
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    run_ranks(run, 2, str(path))
+    steps = steps_of(tmp_path / "run")
+    # 20 rows fill three batches of 8 of which 2, 2 and 3 are replayed, and as many of which 2, 3 and 2 are.
+    assert [(line["step"], line["stage"]) for line in steps] == [(n, "sums" if n < 4 else "code") for n in range(1, 7)]
+    assert set(steps[0]["source_losses"]) == {"arithmetic", "old (replayed)"}
+    assert set(steps[4]["source_losses"]) == {"code", "old (replayed)", "arithmetic (replayed)"}
+    for number in (5, 6):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"checkpoint-{number}")
+    (tmp_path / "run" / "metrics.jsonl").rename(tmp_path / "first.jsonl")
+    for world_size, overrides in ((2, ()), (1, ("train.gradient_accumulation_steps=4",))):
+        # In the middle of the second stage.
+        again = tmp_path / f"again_{world_size}"
+        shutil.copytree(tmp_path / "run", again)
+        run_ranks(run, world_size, str(path), f"output={again}", *overrides)
+        resumed = steps_of(again)
+        assert [line["step"] for line in resumed] == [5, 6]
+        for found, expected in zip(resumed, steps[4:], strict=True):
+            if world_size == 2:
+                assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+            assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+            assert found["source_losses"] == pytest.approx(expected["source_losses"], rel=1e-4)
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == "step"]
