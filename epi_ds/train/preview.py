@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from epi_ds.data.store import NOT_LEARNT, Summary
 from epi_ds.recipe.models import Recipe
 from epi_ds.recipe.sources import TrainingData
-from epi_ds.train.replay import NOTHING, exact_share, replayed_before
+from epi_ds.train.replay import NOTHING, exact_share, new_rows
 from epi_ds.train.rows import (
     SourceRows,
     argument_of,
@@ -92,15 +92,12 @@ def _stages_of(
     ]
     spans = plan_stages(stages, global_batch=global_batch, replayed_share=share)
     for stage, span, group in zip(stages, spans, grouped, strict=True):
-        first, stop = (
-            replayed_before(share, step, global_batch=global_batch) for step in (span.first_step, span.stop_step)
-        )
-        num_new = span.num_steps * global_batch - (stop - first)
+        num_new = new_rows(span.num_steps, share=share, first_step=span.first_step, global_batch=global_batch)
         yield StagePreview(
             name=stage.name,
             sources=group,
             num_steps=span.num_steps,
-            num_replayed=stop - first,
+            num_replayed=span.num_steps * global_batch - num_new,
             left_over=max(stage.num_rows * stage.epochs - num_new, 0),
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import NamedTuple
 
 from epi_ds.train.streams import TableRows, drawn_from, hash_seed, mixed, shifted
@@ -43,21 +44,23 @@ def replayed_before(share: Fraction, step: int, *, global_batch: int) -> int:
     return step * global_batch * share.numerator // share.denominator
 
 
-def steps_of(new_rows: int, *, share: Fraction, first_step: int, global_batch: int) -> int:
+def new_rows(num_steps: int, *, share: Fraction, first_step: int, global_batch: int) -> int:
+    """Return how many rows of so many steps are the stage's own, the first of which is ``first_step``."""
+    replayed = replayed_before(share, first_step + num_steps, global_batch=global_batch) - replayed_before(
+        share, first_step, global_batch=global_batch
+    )
+    return num_steps * global_batch - replayed
+
+
+def steps_of(num_rows: int, *, share: Fraction, first_step: int, global_batch: int) -> int:
     """Return how many steps train so many new rows once each, but for the last ones where they fill no global batch.
 
     No step is added for replayed rows alone.
     """
-
-    def new_after(num_steps: int) -> int:
-        replayed = replayed_before(share, first_step + num_steps, global_batch=global_batch) - replayed_before(
-            share, first_step, global_batch=global_batch
-        )
-        return num_steps * global_batch - replayed
-
+    new_after = partial(new_rows, share=share, first_step=first_step, global_batch=global_batch)
     # So many steps would have more: what is replayed of them is less than one row off its share.
-    numbers = range(int((new_rows + 2) / (global_batch * (1 - share))) + 2)
-    most = numbers[bisect_right(numbers, new_rows, key=new_after) - 1]
+    numbers = range(int((num_rows + 2) / (global_batch * (1 - share))) + 2)
+    most = numbers[bisect_right(numbers, num_rows, key=new_after) - 1]
     return bisect_left(numbers, new_after(most), key=new_after)
 
 
