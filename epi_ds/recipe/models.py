@@ -12,7 +12,7 @@ from epi_ds.choices import Memory, PolicyName, Protects, StateFormat
 from epi_ds.config import EPIConfig
 from epi_ds.data.skills import SKILLS
 from epi_ds.errors import UserError, nearest
-from epi_ds.recipe.keep import BASE, Keep
+from epi_ds.recipe.keep import BASE, Keep, ReplayLoss
 from epi_ds.recipe.sources import DataSource, EvaluationData, OneOrSeveral, TrainingData, check_shares, sources_of
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
@@ -203,6 +203,26 @@ class Recipe(BaseModel):
                 "method.epi.protects: past isolates nothing before a stage has finished, and there is one stage only; "
                 "add a stage, set method.keep, or set protects: past_and_present"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _replay_has_stages_and_a_loss(self) -> Recipe:
+        keep = self.method.keep
+        if keep is None or not keep.replay:
+            return self
+        if keep.replay_stages and len(self.stages) < 2:
+            raise UserError(
+                "method.keep.replay_stages: true draws rows of stages that have finished, and there is one stage only; "
+                "remove it, or add a stage"
+            )
+        if keep.replay_loss is ReplayLoss.TOKEN:
+            return self
+        for name, plain in (("label_smoothing_factor", 0), ("average_tokens_across_devices", True)):
+            if self.train.get(name, plain) != plain:
+                raise UserError(
+                    f"train.{name}: {self.train[name]} averages the losses of tokens in another way, in which replayed "
+                    "rows cannot have their share; remove it, or set method.keep.replay_loss: token"
+                )
         return self
 
     @model_validator(mode="after")

@@ -105,6 +105,9 @@ def _sections(metrics: Sequence[dict[str, Any]], stages: figures.Stages) -> list
             sections.append(_section("Accuracy", "", figures.score_figure(evaluations, stages)))
     if steps:
         sections.append(_section("Loss", "", figures.loss_figure(steps, stages)))
+        if len(figures.sources_of(steps)) > 1:
+            explanation = "Mean over the tokens of each source; what is drawn from what is kept is called replayed."
+            sections.append(_section("Loss by source", explanation, figures.source_loss_figure(steps, stages)))
         sections.append(
             _section("Isolated share", "Entries that did not move, per step.", figures.share_figure(steps, stages))
         )

@@ -128,6 +128,7 @@ class MetricsCallback(TrainerCallback):
             state.global_step,
             stage,
             **{k: v for k, v in logs.items() if isinstance(v, (int, float)) and k not in _PER_PROCESS},
+            source_losses=self._trainer.source_losses.take(),
             isolated=self._isolated_in_force,
             isolated_share=share,
             seconds=self._seconds,

@@ -25,9 +25,10 @@ from epi_ds.data.store import Summary, open_store, read_summary
 from epi_ds.errors import UserError
 from epi_ds.launch.environment import cache_folder
 from epi_ds.recipe.models import ModelSection, Recipe, Stage
-from epi_ds.recipe.sources import DataSource
+from epi_ds.recipe.sources import DataSource, TrainingData
 from epi_ds.train.model import told
-from epi_ds.train.stages import SourceShare, StageRows
+from epi_ds.train.stages import StageRows
+from epi_ds.train.streams import SourceShare, TableRows
 
 logger = logging.getLogger(__name__)
 
@@ -168,14 +169,20 @@ def rows_in(folder: Path) -> SourceRows:
     return SourceRows(open_store(folder), read_summary(folder))
 
 
-def stage_rows_of(stage: Stage, num_rows: Sequence[int]) -> StageRows:
-    """Return what the plan of a run needs to know of a stage whose sources have so many rows."""
+def table_of(sources: Sequence[TrainingData], num_rows: Sequence[int]) -> TableRows:
+    """Return what the plan of a run needs to know of sources of so many rows, which are drawn from together."""
     shares = tuple(
         SourceShare(count, source.share)
-        for count, source in zip(num_rows, stage.sources, strict=True)
+        for count, source in zip(num_rows, sources, strict=True)
         if source.share is not None
     )
-    return StageRows(stage.name, sum(num_rows), stage.epochs, shares, stage.steps)
+    return TableRows(sum(num_rows), shares)
+
+
+def stage_rows_of(stage: Stage, num_rows: Sequence[int]) -> StageRows:
+    """Return what the plan of a run needs to know of a stage whose sources have so many rows."""
+    table = table_of(stage.sources, num_rows)
+    return StageRows(stage.name, table.num_rows, stage.epochs, table.shares, stage.steps)
 
 
 def digests_of(found: Sequence[SourceRows]) -> list[dict[str, Any]]:

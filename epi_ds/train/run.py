@@ -31,6 +31,7 @@ from epi_ds.recipe.models import Recipe
 from epi_ds.trackers import continue_runs
 from epi_ds.train.accelerate_setup import DEFAULT_TIMEOUT_SECONDS, prepare_accelerate
 from epi_ds.train.export import export_model
+from epi_ds.train.kept_rows import KeptRows
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.metrics_callback import MetricsCallback
 from epi_ds.train.model import check_vocabulary, load_model
@@ -156,8 +157,9 @@ def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, 
     tokenizer = load_tokenizer(recipe.model, arguments)
     sources = [source for stage in recipe.stages for source in stage.sources]
     probe = [] if recipe.method.probe is None else [recipe.method.probe]
-    found = prepare_rows([*sources, *probe], arguments, tokenizer)
-    unused = iter(found)
+    keep = recipe.method.keep
+    kept_sources = () if keep is None else keep.sources
+    found = prepare_rows([*sources, *probe, *kept_sources], arguments, tokenizer)
     if run.resume is not None:
         check_data(run.resume, recipe, digests_of(found))
     # What is learnt of a row stands in its labels; TRL would look for the turns that are no longer there.
@@ -166,10 +168,14 @@ def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, 
     model = load_model(recipe.model)
     if arguments.chat_template_path is None:
         check_vocabulary(model, tokenizer, path=recipe.model.path)
+    unused = (one.rows for one in found)
+    stage_data = [[next(unused) for _ in stage.sources] for stage in recipe.stages]
+    probe_data = next(unused) if probe else None
     trainer = StageTrainer(
         stages=recipe.stages,
-        stage_data=[[next(unused).rows for _ in stage.sources] for stage in recipe.stages],
-        probe_data=found[-1].rows if probe else None,
+        stage_data=stage_data,
+        probe_data=probe_data,
+        kept=None if keep is None else KeptRows(keep, kept_sources, tuple(unused)),
         marker=marker_of(recipe, digests_of(found)),
         args=args,
         model=model,

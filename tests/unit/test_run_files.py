@@ -12,7 +12,7 @@ from epi_ds.checkpoint.catalog import open_checkpoint
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 from epi_ds.recipe.loading import parse_recipe
-from epi_ds.recipe.models import Recipe
+from epi_ds.recipe.models import MethodSection, Recipe
 from epi_ds.report.page import write_report
 from epi_ds.report.scores import score_table
 from epi_ds.train.metrics import MetricsWriter, read_metrics
@@ -208,6 +208,20 @@ def test_the_report_is_the_same_page_every_time_and_escapes_names(tmp_path: Path
         write_report([], tmp_path / "no.html", title="x")
 
 
+def test_the_report_draws_the_loss_of_every_source(tmp_path: Path) -> None:
+    # Steps of an earlier release say nothing of sources; a source without tokens in a step, and a loss that was not
+    # finite, are gaps.
+    found = [{"sums": 2.0}, {"sums": None, "own rows (replayed)": 3.0}]
+    steps = [{**LINES[2], "step": step, "source_losses": losses} for step, losses in enumerate(found, 2)]
+    write_report([*LINES, *steps], tmp_path / "page.html", title="x")
+    page = (tmp_path / "page.html").read_text()
+    assert "<h2>Loss by source</h2>" in page
+    assert page.count("<svg") == 6
+    # One source is all there is in the figure of the loss.
+    write_report([*LINES, steps[0]], tmp_path / "page.html", title="x")
+    assert "Loss by source" not in (tmp_path / "page.html").read_text()
+
+
 def test_the_report_tells_the_history_of_settings(tmp_path: Path) -> None:
     resume = {
         **LINES[0],
@@ -249,6 +263,14 @@ def test_a_resume_knows_its_data(tmp_path: Path) -> None:
         check_data(found, RECIPE, [{"digests": ["bb"], "rows": 9}])
     with pytest.raises(UserError, match=r"the data of stage a: it had 8 rows, has 8, whose content is another"):
         check_data(found, RECIPE, [{"digests": ["bb"], "rows": 8}])
+    # What is kept comes behind the stages.
+    keep = {"data": [{"skill": "logic", "rows": 4, "source": "old"}, {"skill": "code", "rows": 4}]}
+    keeping = RECIPE.model_copy(update={"method": MethodSection.model_validate({"keep": keep})})
+    kept = [*saved, {"digests": [], "rows": 4}, {"digests": [], "rows": 4}]
+    (path / MARKER).write_text(json.dumps(marker_of(keeping, kept)))
+    check_data(found, keeping, kept)
+    with pytest.raises(UserError, match=r"the data of method.keep, source code: it had 4 rows, has 3"):
+        check_data(found, keeping, [*kept[:2], {"digests": [], "rows": 3}])
     # A release of before said nothing of it.
     values = marker_of(RECIPE)
     del values["data"]

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epi_ds.train.stages import SourceShare, StageRows, StageSpan, plan_stages, row_order, stage_at
+from epi_ds.train.stages import StageRows, StageSpan, plan_stages, row_order, stage_at
+from epi_ds.train.streams import SourceShare
 
 STAGES = [StageRows("a", 10, 1), StageRows("b", 7, 3), StageRows("c", 4, 1)]
 
@@ -105,3 +106,11 @@ def test_sources_without_shares_are_one_table() -> None:
     assert sorted(order) == sorted([*range(12)] * 2)
     longer = [StageRows("a", 12, 1, steps=9)]
     assert row_order(longer, plan_stages(longer, global_batch=4), global_batch=4, seed=1)[:24] == order
+
+
+def test_the_order_is_that_of_earlier_releases() -> None:
+    """A run that an earlier release began goes on with the rows that it would have trained."""
+    mixed = StageRows("b", 6, 1, (SourceShare(4, 3.0), SourceShare(2, 1.0)), steps=3)
+    stages = [StageRows("a", 5, 2), mixed]
+    order = row_order(stages, plan_stages(stages, global_batch=2), global_batch=2, seed=3)
+    assert order == [1, 0, 4, 2, 3, 3, 1, 2, 0, 4, 8, 5, 7, 10, 6, 6]
