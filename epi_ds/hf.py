@@ -110,14 +110,13 @@ class EPICallback(TrainerCallback):
                 "from by a pattern: it would find nothing there. Give a name without them"
             )
         config = EPIConfig() if self._config is None else self._config
+        # None and numbers below 1 are no limit to the trainer.
         limit, own = args.save_total_limit, config.checkpoint.keep_last
+        limit = limit if limit is not None and limit > 0 else None
         if limit is not None and own is not None and limit != own:
             raise UserError(
                 f"save_total_limit is {limit} and checkpoint.keep_last is {own}, which mean the same; keep one of them"
             )
-        if limit is not None and args.load_best_model_at_end:
-            # One more than the newest: the best one, which `on_save` keeps.
-            limit = max(1, limit - 1)
         self._keep_last = own if limit is None else limit
         self._save_total_limit, args.save_total_limit = args.save_total_limit, None
         if not dist.is_initialized():
@@ -195,6 +194,13 @@ class EPICallback(TrainerCallback):
             # It may take longer than the job has left.
             control.should_evaluate = False
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Do nothing more where the job is about to end: the trainer leaves the epoch, and takes that for its end."""
+        if self.is_stopping:
+            control.should_save = control.should_evaluate = False
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make what the trainer has saved a checkpoint, and remove older ones that are not to be kept. Collective."""
         if args.save_only_model:
@@ -233,6 +239,9 @@ class EPICallback(TrainerCallback):
         if self._save_total_limit is not None:
             # For another trainer with these arguments.
             args.save_total_limit = self._save_total_limit
+            if self._save_total_limit == 1 and state.best_model_checkpoint is not None:
+                # The trainer does so here too: newest and best were two while it trained.
+                self._engine.epi.run.keep_only(Path(state.best_model_checkpoint))
         epi = self.epi
         if epi.config.memory is not Memory.NONE and not epi.stats().counters.finished_stages and dist.get_rank() == 0:
             logger.warning(
