@@ -28,14 +28,16 @@ from epi_ds.hf import EPICallback
 from epi_ds.launch.environment import accelerator_name
 from epi_ds.recipe.arguments import deepspeed_config
 from epi_ds.recipe.models import Recipe
-from epi_ds.trackers import continue_runs
+from epi_ds.trackers import continue_runs, trackers_in
 from epi_ds.train.accelerate_setup import DEFAULT_TIMEOUT_SECONDS, prepare_accelerate
+from epi_ds.train.epoch_callback import EpochCallback
 from epi_ds.train.export import export_model
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.metrics_callback import MetricsCallback
 from epi_ds.train.model import check_vocabulary, load_model
 from epi_ds.train.progress import ProgressDisplay
-from epi_ds.train.resume import DEFAULT_ARGUMENTS, check_data, find_resume, marker_of
+from epi_ds.train.refusals import refused_by_libraries
+from epi_ds.train.resume import DEFAULT_ARGUMENTS, check_data, check_steps, find_resume, marker_of
 from epi_ds.train.rows import digests_of, load_tokenizer, prepare_rows, row_arguments_of
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.settings import END, Change, changes_since, end_of
@@ -102,7 +104,7 @@ def run_recipe(recipe: Recipe, start: Start | None = None) -> RunFolder | None:
 def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
     """Train from where the run stands to where this start ends. Collective."""
     folder, until = run.folder, run.start.until
-    if trackers := _trackers_of(run.recipe):
+    if trackers := trackers_in(run.recipe.train.get("report_to")):
         continue_runs(trackers, folder.root, run_id=on_first_rank(lambda: run_id_of(folder.checkpoints)))
     tasks = build_tasks(run.recipe)
     isolation = EPICallback()
@@ -124,11 +126,6 @@ def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
             run.metrics.write(END, step=trainer.spans[-1].stop_step, stage=trainer.spans[-1].name)
 
 
-def _trackers_of(recipe: Recipe) -> list[str]:
-    given = recipe.train.get("report_to", "none")
-    return [name for name in ([given] if isinstance(given, str) else given) if name != "none"]
-
-
 def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, Any]) -> StageTrainer:
     recipe, folder = run.recipe, run.folder
     for precision in ("bf16", "fp16"):
@@ -139,18 +136,19 @@ def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, 
     # Defaults of the section are left out: accelerate takes any "auto" inside a DeepSpeed configuration for one of its
     # own.
     section = recipe.method.epi.model_dump(mode="json", exclude_defaults=True)
-    args = SFTConfig(
-        **{
-            **DEFAULT_ARGUMENTS,
-            **recipe.train,
-            **extra_arguments,
-            "output_dir": str(folder.checkpoints),
-            "num_train_epochs": 1,
-            "train_sampling_strategy": "sequential",
-            "eval_strategy": "no",
-            "deepspeed": {**deepspeed_config(recipe.train), SECTION: section},
-        }
-    )
+    with refused_by_libraries():
+        args = SFTConfig(
+            **{
+                **DEFAULT_ARGUMENTS,
+                **recipe.train,
+                **extra_arguments,
+                "output_dir": str(folder.checkpoints),
+                "num_train_epochs": 1,
+                "train_sampling_strategy": "sequential",
+                "eval_strategy": "no",
+                "deepspeed": {**deepspeed_config(recipe.train), SECTION: section},
+            }
+        )
     # The cheap things first: a wrong column is found before a large model is read.
     arguments = row_arguments_of(recipe)
     tokenizer = load_tokenizer(recipe.model, arguments)
@@ -166,16 +164,19 @@ def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, 
     model = load_model(recipe.model)
     if arguments.chat_template_path is None:
         check_vocabulary(model, tokenizer, path=recipe.model.path)
-    trainer = StageTrainer(
-        stages=recipe.stages,
-        stage_data=[[next(unused).rows for _ in stage.sources] for stage in recipe.stages],
-        probe_data=found[-1].rows if probe else None,
-        marker=marker_of(recipe, digests_of(found)),
-        args=args,
-        model=model,
-        processing_class=tokenizer,
-        callbacks=[isolation],
-    )
+    with refused_by_libraries():
+        trainer = StageTrainer(
+            stages=recipe.stages,
+            stage_data=[[next(unused).rows for _ in stage.sources] for stage in recipe.stages],
+            probe_data=found[-1].rows if probe else None,
+            marker=marker_of(recipe, digests_of(found)),
+            args=args,
+            model=model,
+            processing_class=tokenizer,
+            callbacks=[isolation],
+        )
+    if run.resume is not None:
+        check_steps(run.resume, trainer.spans, global_batch=trainer.global_batch)
     trainer.remove_callback(PrinterCallback)
     _stop_at_the_end_of_a_turn(trainer)
     return trainer
@@ -216,7 +217,15 @@ def _train(run: _Run, trainer: StageTrainer, isolation: EPICallback, tasks: Sequ
             trainer, isolation=isolation, metrics=run.metrics, progress=progress, changed=run.changed
         )
         trainer.add_callback(metrics)
+        trainer.add_callback(EpochCallback(trainer))
         trainer.add_callback(
-            StageCallback(trainer, isolation=isolation, evaluator=evaluator, metrics=metrics, until=run.start.until)
+            StageCallback(
+                trainer,
+                isolation=isolation,
+                evaluator=evaluator,
+                metrics=metrics,
+                every=evaluation.every,
+                until=run.start.until,
+            )
         )
         trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)

@@ -69,6 +69,19 @@ def plan_stages(stages: Sequence[StageRows], *, global_batch: int) -> list[Stage
     return spans
 
 
+def epoch_ends(stages: Sequence[StageRows], spans: Sequence[StageSpan], *, global_batch: int) -> frozenset[int]:
+    """Return the numbers of steps after which an epoch of a stage has ended: the step with its last row is done.
+
+    A stage ends its last epoch, whether the batches fill it or not.
+    """
+    ends: set[int] = set()
+    for stage, span in zip(stages, spans, strict=True):
+        within = (-(-stage.num_rows * epoch // global_batch) for epoch in itertools.count(1))
+        ends.update(span.first_step + step for step in itertools.takewhile(span.num_steps.__gt__, within))
+        ends.add(span.stop_step)
+    return frozenset(ends)
+
+
 def row_order(stages: Sequence[StageRows], spans: Sequence[StageSpan], *, global_batch: int, seed: int) -> list[int]:
     """Return the rows of the run in order, as indices into the stages' rows laid end to end."""
     order: list[int] = []

@@ -15,7 +15,7 @@ from epi_ds.recipe.models import Stage
 from epi_ds.train.resume import MARKER
 from epi_ds.train.rows import stage_rows_of
 from epi_ds.train.schedules import laid_end_to_end, learning_rate_of
-from epi_ds.train.stages import StageSpan, plan_stages, row_order
+from epi_ds.train.stages import StageSpan, epoch_ends, plan_stages, row_order
 
 
 class StageTrainer(SFTTrainer):
@@ -43,6 +43,8 @@ class StageTrainer(SFTTrainer):
         self._stage_data = list(stage_data)
         self._probe_data = probe_data
         self.spans: list[StageSpan] = []
+        self.epoch_ends: frozenset[int] = frozenset()
+        """Numbers of steps after which an epoch of a stage has ended."""
         self.probe_dataset: Any = None
         """Tokenised rows that a probe reads from the front."""
         # TRL looks at this one to learn the rows' form, and then asks `_prepare_dataset` for what is trained.
@@ -64,6 +66,7 @@ class StageTrainer(SFTTrainer):
             for stage, data in zip(self.stages, self._stage_data, strict=True)
         ]
         self.spans = plan_stages(counts, global_batch=self.global_batch)
+        self.epoch_ends = epoch_ends(counts, self.spans, global_batch=self.global_batch)
         order = row_order(counts, self.spans, global_batch=self.global_batch, seed=args.seed)
         rows = concatenate_datasets([one for data in self._stage_data for one in data]).select(order)
         self.probe_dataset = rows if self._probe_data is None else self._probe_data

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from epi_ds.checkpoint.catalog import open_checkpoint
+from epi_ds.checkpoint.trainer_folder import TRAINER_STATE
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 from epi_ds.recipe.loading import parse_recipe
 from epi_ds.recipe.models import Recipe
 from epi_ds.report.page import write_report
-from epi_ds.report.scores import score_table
+from epi_ds.report.scores import score_history, score_table
 from epi_ds.train.metrics import MetricsWriter, read_metrics
-from epi_ds.train.resume import MARKER, check_data, find_resume, marker_of
+from epi_ds.train.progress import ProgressDisplay
+from epi_ds.train.resume import DATA, MARKER, check_data, check_steps, find_resume, marker_of
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.settings import END, changes_since, end_of
+from epi_ds.train.stages import StageSpan
 from tests.support.ranks import run_ranks
 from tests.support.tags import flip_bit, make_checkpoint
 
@@ -46,6 +51,21 @@ def test_metrics_are_cut_back_on_resume_and_torn_lines_are_dropped(tmp_path: Pat
     MetricsWriter(path, resume_step=None).close()
     assert list(read_metrics(path)) == []
     assert list(read_metrics(tmp_path / "absent.jsonl")) == []
+
+
+def test_a_log_hears_of_an_evaluation_as_of_steps() -> None:
+    said = io.StringIO()
+    with ProgressDisplay(Console(file=said, width=80), total_steps=2) as progress:
+        progress.evaluation("code", done=0, total=96, seconds=0.2)
+        # Too soon after the line before.
+        progress.evaluation("code", done=32, total=96, seconds=1.0)
+        progress.step(2, stage="a", loss=1.0, isolated_share=0.1)
+    assert said.getvalue().splitlines() == [
+        "evaluating code: 0/96 rows, 0 s",
+        "step 2/2  a  loss 1.000  isolated 10.00%",
+    ]
+    # All ranks but one have no console.
+    ProgressDisplay(None, total_steps=2).evaluation("code", done=0, total=96, seconds=0.2)
 
 
 def checkpoint(folder: RunFolder, step: int, recipe: Recipe = RECIPE) -> Path:
@@ -191,6 +211,24 @@ def test_forgetting_is_the_best_earlier_score_minus_the_last() -> None:
     assert table.mean_forgetting == pytest.approx((0.25 - 1.0) / 2)
 
 
+def test_scores_within_stages_count_and_have_a_table_of_their_own(tmp_path: Path) -> None:
+    within = {**evaluation(3, "b", a=1.0, b=0.5, nll=0.5), "stage_ended": False}
+    lines = [*LINES[:-1], within, LINES[-1]]
+    table = score_table(lines)
+    assert table.columns == ("before", "after a", "after b")
+    # The best of all was within the stage.
+    assert {row.name: row.forgetting for row in table.rows} == {"a": 0.5, "b": -0.5, "nll": 1.0}
+    assert score_history(lines).columns == ("before", "after a", "b, step 3", "after b")
+    assert [row.values[2] for row in score_history(lines).rows] == [1.0, 0.5, 0.5]
+    # Of a run that has come no further.
+    assert score_table(lines[:-1]).columns == ("before", "after a", "b, step 3")
+    for name, written, has_history in (("one.html", LINES, False), ("two.html", lines, True)):
+        write_report(written, tmp_path / name, title="x")
+        assert (
+            "<td>b, step 3</td><td>100%</td><td>50%</td><td>0.500</td>" in (tmp_path / name).read_text()
+        ) is has_history
+
+
 def test_the_report_is_the_same_page_every_time_and_escapes_names(tmp_path: Path) -> None:
     pages = []
     for name in ("one.html", "two.html"):
@@ -249,8 +287,16 @@ def test_a_resume_knows_its_data(tmp_path: Path) -> None:
         check_data(found, RECIPE, [{"digests": ["bb"], "rows": 9}])
     with pytest.raises(UserError, match=r"the data of stage a: it had 8 rows, has 8, whose content is another"):
         check_data(found, RECIPE, [{"digests": ["bb"], "rows": 8}])
+    # It is enough to look at that.
+    check_steps(found, [StageSpan("a", 0, 99)], global_batch=1)
     # A release of before said nothing of it.
     values = marker_of(RECIPE)
-    del values["data"]
+    del values[DATA]
     (path / MARKER).write_text(json.dumps(values))
     check_data(found, RECIPE, saved)
+    # It was on the way to so many steps: other rows show where they fill others.
+    (path / TRAINER_STATE).write_text(json.dumps({"max_steps": 8}))
+    check_steps(found, [StageSpan("a", 0, 6), StageSpan("b", 6, 8)], global_batch=1)
+    check_steps(found, [StageSpan("a", 0, 4)], global_batch=2)
+    with pytest.raises(UserError, match=r"on the way to 8 steps, and the rows now fill 7 \(a 5, b 2\): a file has"):
+        check_steps(found, [StageSpan("a", 0, 5), StageSpan("b", 5, 7)], global_batch=1)
