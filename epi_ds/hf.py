@@ -49,6 +49,7 @@ class EPICallback(TrainerCallback):
         self._keep_last: int | None = None
         self._save_total_limit: int | None = None
         self._preemption: Preemption | None = None
+        self._evaluates_first = False
         self.verified: Path | None = None
         """A checkpoint whose files were read and found whole already, so that resuming from it need not do it again."""
 
@@ -266,6 +267,12 @@ class EPICallback(TrainerCallback):
                 "the trainer trains another model than it was constructed with, as model_init makes it do; construct "
                 "it with model=... and an EPICallback of its own"
             )
+        if self._evaluates_first:
+            return (
+                "the trainer evaluated before it trained, and keeps the engine without an optimizer that it made for "
+                "that. Set eval_on_start=True (with eval_strategy) to evaluate at the start of train(), or evaluate "
+                "with a trainer of its own"
+            )
         return (
             "the trainer made no DeepSpeed engine of its model for this run; construct a new trainer, and on the CPU "
             "build its arguments with **epi_ds.train.accelerate_setup.prepare_accelerate()"
@@ -273,8 +280,11 @@ class EPICallback(TrainerCallback):
 
     def attach_if_awaited(self, engine: Any) -> bool:
         """Attach to ``engine`` if it is the one that trains the trainer's model; return whether it was."""
-        # Evaluating before training makes an engine without an optimizer, and the one that trains comes later.
-        if self._model is None or self._model() is not engine.module or not has_optimizer(engine):
+        if self._model is None or self._model() is not engine.module:
+            return False
+        if not has_optimizer(engine):
+            # Of an evaluation before training. Should the trainer make another one to train, that is waited for.
+            self._evaluates_first = True
             return False
         attach(engine, self._config)
         engine.epi.run.trainer_folder, engine.epi.run.verified = self._output, self.verified

@@ -68,7 +68,7 @@ def run_recipe(recipe: Recipe, start: Start | None = None) -> RunFolder | None:
 
     Collective: every rank of a launcher calls it. A run that has ended says so, changes nothing and returns None.
     Raises SystemExit where the job was about to end, see preemption.py, and UserError for a stage that is not there,
-    and for a run that has ended and was trained with other settings.
+    and for a run that has ended and was trained with other settings, and what `RunFolder.prepare` raises.
     """
     start = (start or Start()).of(recipe)
     timeout = recipe.train.get("ddp_timeout", DEFAULT_TIMEOUT_SECONDS)
@@ -88,9 +88,9 @@ def run_recipe(recipe: Recipe, start: Start | None = None) -> RunFolder | None:
         return None
     changed: list[Change] = []
     metrics = None
+    on_first_rank(folder.prepare)
     if console is not None:
         changed = changes_since(folder, recipe) if resume else []
-        folder.root.mkdir(parents=True, exist_ok=True)
         write_json(folder.recipe, recipe.model_dump(mode="json"))
         metrics = MetricsWriter(folder.metrics, resume_step=resume.step if resume else None)
     try:

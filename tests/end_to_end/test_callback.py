@@ -148,6 +148,14 @@ def refusals(folder: str) -> dict[str, str]:
     found["auto_find_batch_size"] = message_of(
         lambda: trainer_of(folder, [epi_ds.EPICallback(SECTION)], stage=2, arguments={"auto_find_batch_size": True})
     )
+    evaluated = trainer_of(folder, [epi_ds.EPICallback(SECTION)])
+    evaluated.evaluate()
+    found["evaluate first"] = message_of(evaluated.train)
+    # The remedy that it names.
+    arguments = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 9}
+    isolation = epi_ds.EPICallback(SECTION)
+    trainer_of(folder, [isolation], arguments=arguments).train()
+    assert isolation.epi.stats().isolated > 0
     found["pattern"] = message_of(lambda: trainer_of(f"{folder}/run[1]", [epi_ds.EPICallback(SECTION)]))
     return found
 
@@ -216,4 +224,7 @@ def test_a_trainer_without_its_engine_says_why(tmp_path: Path) -> None:
     assert "instead of calling add_callback" in found["add_callback"]
     assert "ZeRO stage is 2" in found["stage 2"]
     assert "set per_device_train_batch_size instead" in found["auto_find_batch_size"]
+    assert (
+        "keeps the engine without an optimizer that it made for that. Set eval_on_start=True" in found["evaluate first"]
+    )
     assert "transformers looks for what it resumes from by a pattern" in found["pattern"]

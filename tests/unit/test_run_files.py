@@ -13,7 +13,7 @@ from rich.console import Console
 from epi_ds.checkpoint.catalog import open_checkpoint
 from epi_ds.checkpoint.trainer_folder import TRAINER_STATE
 from epi_ds.config import EPIConfig
-from epi_ds.errors import UserError
+from epi_ds.errors import RemedyError, UserError
 from epi_ds.recipe.loading import parse_recipe
 from epi_ds.recipe.models import Recipe
 from epi_ds.report.page import write_report
@@ -97,6 +97,22 @@ def test_the_newest_whole_checkpoint_is_resumed_from(tmp_path: Path) -> None:
     assert said == also
     assert "checkpoint-12/recipe.json is damaged" in str(said)
     assert "there are steps 9, 10, 11, 12" in str(run_ranks(resume_step, 2, RECIPE, str(tmp_path), "step:8")[1])
+
+
+def test_an_output_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        with pytest.raises(UserError, match=f"output {tmp_path / place} cannot be a folder, a file is in its place"):
+            RunFolder(tmp_path / place).clear()
+    RunFolder(tmp_path / "new" / "run").prepare()
+    assert list((tmp_path / "new" / "run").iterdir()) == []
+
+    def fail(**_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", fail)
+    with pytest.raises(RemedyError, match=r"cannot be written \(\[Errno 30\] Read-only file system\); make room"):
+        RunFolder(tmp_path).prepare()
 
 
 def test_clearing_a_run_leaves_what_it_did_not_write(tmp_path: Path) -> None:
