@@ -87,12 +87,14 @@ class Stage(BaseModel):
 
 
 class EvaluationSection(BaseModel):
-    """How tasks are evaluated, before the first stage and after every one."""
+    """How tasks are evaluated: before the first stage, after every one, and within them where `every` says so."""
 
     model_config = _FROZEN
 
     skills: tuple[str, ...] = ()
     """Skills to evaluate besides those of the stages."""
+    every: int | None = Field(None, ge=1)
+    """Steps of the run from one evaluation to the next, besides those at the ends of stages."""
     rows: int = Field(64, ge=1)
     """Test rows of every skill."""
     batch_size: int = Field(32, ge=1)

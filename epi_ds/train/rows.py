@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 # More processes than these wait for the one that reads.
 _MOST_PROCESSES = 8
-_PACKINGS = ("bfd", "bfd_split", "wrapped")
 
 
 class SourceRows(NamedTuple):
@@ -68,15 +67,11 @@ def argument_of(recipe: Recipe, name: str) -> Any:
 def row_arguments_of(recipe: Recipe) -> RowArguments:
     """Return what a recipe's ``train`` says of rows, and TRL's default where it says nothing.
 
-    Raises UserError for a packing that there is not, or without a length.
+    Raises UserError for packing without a length.
     """
     found = RowArguments(*(argument_of(recipe, name) for name in RowArguments._fields))
     if found.packing and found.max_length is None:
         raise UserError("train.packing puts rows into sequences of train.max_length tokens, which is null; set it")
-    if found.packing_strategy not in _PACKINGS:
-        raise UserError(
-            f"train.packing_strategy: must be one of {', '.join(_PACKINGS)}, got {found.packing_strategy!r}"
-        )
     return found
 
 

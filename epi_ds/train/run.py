@@ -28,15 +28,17 @@ from epi_ds.hf import EPICallback
 from epi_ds.launch.environment import accelerator_name
 from epi_ds.recipe.arguments import deepspeed_config
 from epi_ds.recipe.models import Recipe
-from epi_ds.trackers import continue_runs
+from epi_ds.trackers import continue_runs, trackers_in
 from epi_ds.train.accelerate_setup import DEFAULT_TIMEOUT_SECONDS, prepare_accelerate
+from epi_ds.train.epoch_callback import EpochCallback
 from epi_ds.train.export import export_model
 from epi_ds.train.kept_rows import KeptRows
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.metrics_callback import MetricsCallback
 from epi_ds.train.model import check_vocabulary, load_model
 from epi_ds.train.progress import ProgressDisplay
-from epi_ds.train.resume import DEFAULT_ARGUMENTS, check_data, find_resume, marker_of
+from epi_ds.train.refusals import refused_by_libraries
+from epi_ds.train.resume import DEFAULT_ARGUMENTS, check_data, check_steps, find_resume, marker_of
 from epi_ds.train.rows import digests_of, load_tokenizer, prepare_rows, row_arguments_of
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.settings import END, Change, changes_since, end_of
@@ -67,7 +69,7 @@ def run_recipe(recipe: Recipe, start: Start | None = None) -> RunFolder | None:
 
     Collective: every rank of a launcher calls it. A run that has ended says so, changes nothing and returns None.
     Raises SystemExit where the job was about to end, see preemption.py, and UserError for a stage that is not there,
-    and for a run that has ended and was trained with other settings.
+    and for a run that has ended and was trained with other settings, and what `RunFolder.prepare` raises.
     """
     start = (start or Start()).of(recipe)
     timeout = recipe.train.get("ddp_timeout", DEFAULT_TIMEOUT_SECONDS)
@@ -87,9 +89,9 @@ def run_recipe(recipe: Recipe, start: Start | None = None) -> RunFolder | None:
         return None
     changed: list[Change] = []
     metrics = None
+    on_first_rank(folder.prepare)
     if console is not None:
         changed = changes_since(folder, recipe) if resume else []
-        folder.root.mkdir(parents=True, exist_ok=True)
         write_json(folder.recipe, recipe.model_dump(mode="json"))
         metrics = MetricsWriter(folder.metrics, resume_step=resume.step if resume else None)
     try:
@@ -103,7 +105,7 @@ def run_recipe(recipe: Recipe, start: Start | None = None) -> RunFolder | None:
 def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
     """Train from where the run stands to where this start ends. Collective."""
     folder, until = run.folder, run.start.until
-    if trackers := _trackers_of(run.recipe):
+    if trackers := trackers_in(run.recipe.train.get("report_to")):
         continue_runs(trackers, folder.root, run_id=on_first_rank(lambda: run_id_of(folder.checkpoints)))
     tasks = build_tasks(run.recipe)
     isolation = EPICallback()
@@ -125,11 +127,6 @@ def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
             run.metrics.write(END, step=trainer.spans[-1].stop_step, stage=trainer.spans[-1].name)
 
 
-def _trackers_of(recipe: Recipe) -> list[str]:
-    given = recipe.train.get("report_to", "none")
-    return [name for name in ([given] if isinstance(given, str) else given) if name != "none"]
-
-
 def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, Any]) -> StageTrainer:
     recipe, folder = run.recipe, run.folder
     for precision in ("bf16", "fp16"):
@@ -140,18 +137,19 @@ def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, 
     # Defaults of the section are left out: accelerate takes any "auto" inside a DeepSpeed configuration for one of its
     # own.
     section = recipe.method.epi.as_section()
-    args = SFTConfig(
-        **{
-            **DEFAULT_ARGUMENTS,
-            **recipe.train,
-            **extra_arguments,
-            "output_dir": str(folder.checkpoints),
-            "num_train_epochs": 1,
-            "train_sampling_strategy": "sequential",
-            "eval_strategy": "no",
-            "deepspeed": {**deepspeed_config(recipe.train), SECTION: section},
-        }
-    )
+    with refused_by_libraries():
+        args = SFTConfig(
+            **{
+                **DEFAULT_ARGUMENTS,
+                **recipe.train,
+                **extra_arguments,
+                "output_dir": str(folder.checkpoints),
+                "num_train_epochs": 1,
+                "train_sampling_strategy": "sequential",
+                "eval_strategy": "no",
+                "deepspeed": {**deepspeed_config(recipe.train), SECTION: section},
+            }
+        )
     # The cheap things first: a wrong column is found before a large model is read.
     arguments = row_arguments_of(recipe)
     tokenizer = load_tokenizer(recipe.model, arguments)
@@ -171,17 +169,20 @@ def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, 
     unused = (one.rows for one in found)
     stage_data = [[next(unused) for _ in stage.sources] for stage in recipe.stages]
     probe_data = next(unused) if probe else None
-    trainer = StageTrainer(
-        stages=recipe.stages,
-        stage_data=stage_data,
-        probe_data=probe_data,
-        kept=None if keep is None else KeptRows(keep, kept_sources, tuple(unused)),
-        marker=marker_of(recipe, digests_of(found)),
-        args=args,
-        model=model,
-        processing_class=tokenizer,
-        callbacks=[isolation],
-    )
+    with refused_by_libraries():
+        trainer = StageTrainer(
+            stages=recipe.stages,
+            stage_data=stage_data,
+            probe_data=probe_data,
+            kept=None if keep is None else KeptRows(keep, kept_sources, tuple(unused)),
+            marker=marker_of(recipe, digests_of(found)),
+            args=args,
+            model=model,
+            processing_class=tokenizer,
+            callbacks=[isolation],
+        )
+    if run.resume is not None:
+        check_steps(run.resume, trainer.spans, global_batch=trainer.global_batch)
     trainer.remove_callback(PrinterCallback)
     _stop_at_the_end_of_a_turn(trainer)
     return trainer
@@ -222,7 +223,15 @@ def _train(run: _Run, trainer: StageTrainer, isolation: EPICallback, tasks: Sequ
             trainer, isolation=isolation, metrics=run.metrics, progress=progress, changed=run.changed
         )
         trainer.add_callback(metrics)
+        trainer.add_callback(EpochCallback(trainer))
         trainer.add_callback(
-            StageCallback(trainer, isolation=isolation, evaluator=evaluator, metrics=metrics, until=run.start.until)
+            StageCallback(
+                trainer,
+                isolation=isolation,
+                evaluator=evaluator,
+                metrics=metrics,
+                every=evaluation.every,
+                until=run.start.until,
+            )
         )
         trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)

@@ -1,4 +1,4 @@
-"""What happens between stages: probe, evaluation, and what the next stage begins with."""
+"""What happens between steps: probe, evaluation, and what the next stage begins with."""
 
 from __future__ import annotations
 
@@ -30,13 +30,18 @@ class StageCallback(TrainerCallback):
         isolation: EPICallback,
         evaluator: Evaluator,
         metrics: MetricsCallback,
+        every: int | None,
         until: str | None,
     ) -> None:
-        """``until`` names the stage after which to stop, None for the last."""
+        """``every`` so many steps tasks are scored, besides the ends of stages; None for those only.
+
+        ``until`` names the stage after which to stop, None for the last.
+        """
         self._trainer = trainer
         self._isolation = isolation
         self._evaluator = evaluator
         self._metrics = metrics
+        self._every = every
         self._until = until
 
     @property
@@ -56,22 +61,21 @@ class StageCallback(TrainerCallback):
             self._probe()
             self._evaluate(0, BEFORE)
             return
-        ended = stage_at(self._spans, state.global_step - 1)
-        if state.global_step == ended.stop_step and not self._metrics.has_evaluation(ended.stop_step):
-            # The process that ended the stage had no time for it.
-            self._evaluate(ended.stop_step, ended.name)
+        if self._is_evaluated(state.global_step) and not self._metrics.has_evaluation(state.global_step):
+            # The process that took the step had no time for it.
+            self._evaluate(state.global_step, stage_at(self._spans, state.global_step - 1).name)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """At the end of a stage evaluate, and prepare importance and optimizer for the next one."""
+        """Evaluate where it is due; at the end of a stage prepare importance and optimizer for the next one."""
         step = state.global_step
         stage = stage_at(self._spans, step - 1)
-        if step != stage.stop_step:
-            return
-        if not self._isolation.is_stopping:
+        if self._is_evaluated(step) and not self._isolation.is_stopping:
             # A job that is about to end saves first: the weights stay as they are until the resumed one evaluates.
             self._evaluate(step, stage.name)
+        if step != stage.stop_step:
+            return
         self._begin_stage_after(stage)
         if stage.name == self._until and step < state.max_steps:
             control.should_save = control.should_training_stop = True
@@ -97,11 +101,16 @@ class StageCallback(TrainerCallback):
             batch = [rows[i % len(rows)] for i in range(first, first + size)]
             yield trainer.compute_loss(trainer.model_wrapped, trainer._prepare_inputs(trainer.data_collator(batch)))
 
-    def _evaluate(self, step: int, after: str) -> None:
+    def _is_evaluated(self, step: int) -> bool:
+        """Whether tasks are scored after a step."""
+        is_end = step == stage_at(self._spans, step - 1).stop_step
+        return is_end or (self._every is not None and step % self._every == 0)
+
+    def _evaluate(self, step: int, stage: str) -> None:
         started = time.perf_counter()
-        scores = self._evaluator.evaluate()
+        scores = self._evaluator.evaluate(self._metrics.show_scored)
         if scores:
-            self._metrics.write_evaluation(step, after, scores, seconds=time.perf_counter() - started)
+            self._metrics.write_evaluation(step, stage, scores, seconds=time.perf_counter() - started)
 
     def _begin_stage_after(self, stage: StageSpan) -> None:
         position = self._spans.index(stage) + 1

@@ -79,6 +79,25 @@ def plan_stages(
     return spans
 
 
+def epoch_ends(
+    stages: Sequence[StageRows], spans: Sequence[StageSpan], *, global_batch: int, replayed_share: Fraction = NOTHING
+) -> frozenset[int]:
+    """Return the numbers of steps after which an epoch of a stage has ended: the step with its last row is done.
+
+    A stage ends its last epoch, whether the batches fill it or not. What is replayed belongs to no epoch.
+    """
+    ends: set[int] = set()
+    for stage, span in zip(stages, spans, strict=True):
+        seen = 0
+        for step in range(span.first_step, span.stop_step):
+            new = global_batch - replayed_rows(replayed_share, step, global_batch=global_batch)
+            if (seen + new) // stage.num_rows > seen // stage.num_rows:
+                ends.add(step + 1)
+            seen += new
+        ends.add(span.stop_step)
+    return frozenset(ends)
+
+
 def row_order(
     stages: Sequence[StageRows],
     spans: Sequence[StageSpan],

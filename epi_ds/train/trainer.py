@@ -23,7 +23,7 @@ from epi_ds.train.rows import stage_rows_of
 from epi_ds.train.schedules import laid_end_to_end, learning_rate_of
 from epi_ds.train.share_loss import share_weights
 from epi_ds.train.source_losses import SourceLosses
-from epi_ds.train.stages import StageSpan, plan_stages, row_order
+from epi_ds.train.stages import StageSpan, epoch_ends, plan_stages, row_order
 from epi_ds.train.token_losses import ObservedModel
 
 
@@ -57,6 +57,8 @@ class StageTrainer(SFTTrainer):
         self._token_weights: Tensor | None = None
         """In this step, by the number of a source; None where all tokens weigh the same."""
         self.spans: list[StageSpan] = []
+        self.epoch_ends: frozenset[int] = frozenset()
+        """Numbers of steps after which an epoch of a stage has ended."""
         self.probe_dataset: Any = None
         """Tokenised rows that a probe reads from the front."""
         # TRL looks at this one to learn the rows' form, and then asks `_prepare_dataset` for what is trained.
@@ -83,6 +85,7 @@ class StageTrainer(SFTTrainer):
         if replay is not None:
             self._replayed_share = replay.share
         self.spans = plan_stages(counts, global_batch=batch, replayed_share=self._replayed_share)
+        self.epoch_ends = epoch_ends(counts, self.spans, global_batch=batch, replayed_share=self._replayed_share)
         order = row_order(counts, self.spans, global_batch=batch, seed=args.seed, replay=replay)
         self._rows = PlannedRows(parts_of(self.stages, self._stage_data, self._kept), order)
         self.source_losses = SourceLosses(self._rows.sources)

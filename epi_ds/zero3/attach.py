@@ -11,6 +11,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from epi_ds.checkpoint.commit import Run
+from epi_ds.checkpoint.meeting import leave_word
 from epi_ds.choices import Apply, PolicyName, Protects, Selection, StateFormat, Transport
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
@@ -142,6 +143,7 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
     optimizer._epi_context = context
     engine.__class__ = type(f"Isolating{type(engine).__name__}", (IsolationEngineMixin, type(engine)), {})
     engine.epi = EPI(engine, controller, run=run)
+    leave_word()
     controller.begin()
     if dist.get_rank() == 0:
         _warn_if_mostly_frozen(engine)
