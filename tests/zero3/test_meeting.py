@@ -54,6 +54,7 @@ def late(folder: str) -> bool:
         return bool(engine.save_checkpoint(folder))
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     (said, logged), _ = run_ranks(alone, 2, str(tmp_path), "save_checkpoint", 1.5, False)
     assert "save_checkpoint is for all ranks together, and rank 1 has not called it within 2 s" in said
