@@ -35,6 +35,15 @@ class Encoded(NamedTuple):
     """Whether every token is meant to be: of a document, or where the loss is on everything."""
 
 
+class BegunTurn(NamedTuple):
+    """A turn that somebody is yet to write."""
+
+    ids: list[int]
+    """The tokens before it."""
+    end: int | None
+    """The special token that ends it; None for none."""
+
+
 class _Span(NamedTuple):
     """Characters ``[start, stop)`` of a rendered text."""
 
@@ -133,7 +142,15 @@ class Renderer:
     def end_of_turn(self) -> int | None:
         """Return the token that ends what the assistant says last: the first special one behind it; None for none."""
         turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK})
-        end = self.text(turns, Conversation(turns)).rpartition(_MARK)[2]
+        return self._first_special(self.text(turns, Conversation(turns)).rpartition(_MARK)[2])
+
+    def user_turn(self) -> BegunTurn:
+        """Return how the template begins what a user says first, and how it ends it."""
+        turns = ({"role": "user", "content": _MARK},)
+        begun, _, rest = self.text(turns, Conversation(turns)).partition(_MARK)
+        return BegunTurn(self._tokens(begun), self._first_special(rest))
+
+    def _first_special(self, end: str) -> int | None:
         added = self._tokenizer.added_tokens_decoder
         special = {*self._tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
         return next((one for one in self._tokens(end) if one in special), None)
