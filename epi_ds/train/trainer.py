@@ -11,7 +11,9 @@ from datasets import Dataset, concatenate_datasets
 from trl import SFTConfig, SFTTrainer
 
 from epi_ds.checkpoint.durable import write_json
+from epi_ds.recipe.keep import Keep
 from epi_ds.recipe.models import Stage
+from epi_ds.train.measuring import Measured, kept_windows
 from epi_ds.train.resume import MARKER
 from epi_ds.train.rows import stage_rows_of
 from epi_ds.train.schedules import laid_end_to_end, learning_rate_of
@@ -26,6 +28,9 @@ class StageTrainer(SFTTrainer):
         *,
         stages: Sequence[Stage],
         stage_data: Sequence[Sequence[Dataset]],
+        keep: Keep | None,
+        kept_data: Sequence[Dataset],
+        probe_steps: int | None,
         probe_data: Dataset | None,
         marker: dict[str, Any],
         args: SFTConfig,
@@ -35,16 +40,17 @@ class StageTrainer(SFTTrainer):
 
         The other arguments are SFTTrainer's.
 
-        Without ``probe_data`` a probe reads the rows of the run. ``marker`` is written into every checkpoint, see
-        `marker_of`.
+        ``kept_data`` are those of the sources of ``keep``. A probe takes ``probe_steps`` global batches, of the rows of
+        the run where there are no ``probe_data``. ``marker`` is written into every checkpoint, see `marker_of`.
         """
         self.stages = list(stages)
         self._marker = marker
         self._stage_data = list(stage_data)
-        self._probe_data = probe_data
+        self._keep, self._kept_data = keep, list(kept_data)
+        self._probe_steps, self._probe_data = probe_steps, probe_data
         self.spans: list[StageSpan] = []
-        self.probe_dataset: Any = None
-        """Tokenised rows that a probe reads from the front."""
+        self.measured: Measured | None = None
+        """What is measured before the first step; None for nothing."""
         # TRL looks at this one to learn the rows' form, and then asks `_prepare_dataset` for what is trained.
         super().__init__(args=args, train_dataset=self._stage_data[0][0], **kwargs)
 
@@ -66,8 +72,17 @@ class StageTrainer(SFTTrainer):
         self.spans = plan_stages(counts, global_batch=self.global_batch)
         order = row_order(counts, self.spans, global_batch=self.global_batch, seed=args.seed)
         rows = concatenate_datasets([one for data in self._stage_data for one in data]).select(order)
-        self.probe_dataset = rows if self._probe_data is None else self._probe_data
+        self.measured = self._measured(rows)
         return rows
+
+    def _measured(self, rows: Dataset) -> Measured | None:
+        """Return what is measured before the first step of a run over ``rows``."""
+        args = self.args
+        if self._keep is not None and self._keep.importance:
+            return kept_windows(self._keep, self._kept_data, global_batch=self.global_batch, seed=args.seed)
+        if self._probe_steps is None:
+            return None
+        return Measured(rows if self._probe_data is None else self._probe_data, self._probe_steps, None)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Lay the stages' schedules end to end."""
