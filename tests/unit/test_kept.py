@@ -17,7 +17,10 @@ from epi_ds.evaluation.tasks import build_tasks
 from epi_ds.recipe.keep import Keep
 from epi_ds.recipe.loading import parse_recipe
 from epi_ds.recipe.models import Recipe
+from epi_ds.train import own_rows
 from epi_ds.train.measuring import kept_windows
+from epi_ds.train.rows import row_arguments_of
+from epi_ds.train.run_folder import RunFolder
 from tests.support.tables import write_lines
 
 
@@ -109,3 +112,24 @@ def test_fewer_rows_than_are_to_be_measured_are_refused() -> None:
         kept_windows(Keep.model_validate({"self": 7}), data, global_batch=8, seed=0)
     with pytest.raises(UserError, match=r"fewer than method\.keep\.windows: 4, global batches of 2"):
         kept_windows(Keep.model_validate({"self": 7, "windows": 4}), data, global_batch=2, seed=0)
+
+
+def test_a_run_that_goes_on_needs_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_rows, "on_first_rank", lambda action: action())
+    recipe, folder = recipe_of({"self": 4}), RunFolder(tmp_path)
+    arguments = row_arguments_of(recipe)
+
+    def file_of(recipe: Recipe) -> Path | None:
+        return own_rows.write_before_training(recipe, folder, None, arguments, resumes=True, console=None)
+
+    with pytest.raises(UserError, match=r"own_rows\.jsonl is gone, which holds the rows that the model wrote before"):
+        file_of(recipe)
+    path = rows_file(tmp_path, "own_rows.jsonl", 4)
+    # Nothing is loaded, and nothing written: a resume has the rows that it was trained with, or none.
+    assert file_of(recipe) == folder.own_rows == path
+    shared = rows_file(tmp_path, "shared.jsonl", 4)
+    assert file_of(recipe_of({"self": {"rows": 4, "file": str(shared)}})) == shared
+    assert file_of(recipe_of({"data": {"skill": "logic", "rows": 8}})) is None
+    folder.clear()
+    assert not path.exists()
+    assert shared.exists()
