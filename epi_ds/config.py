@@ -192,6 +192,11 @@ class EPIConfig(BaseModel):
         """Applied steps from one step after which a mask may be selected to the next."""
         return self.check_interval if isinstance(self.refresh_interval, str) else self.refresh_interval
 
+    @property
+    def has_room_for_answers(self) -> bool:
+        """Whether a refresh stays within 8 collectives where every round of its search takes two."""
+        return self.memory is Memory.NONE or (self.memory is Memory.STAGE_MAX and self.protects is Protects.PAST)
+
     @field_validator("refresh_interval", mode="before")
     @classmethod
     def _check_interval(cls, value: Any) -> Any:
@@ -294,10 +299,11 @@ class EPIConfig(BaseModel):
                 f"exchange: reduce_scatter deals layers to ranks, but selection: {self.selection.value} exchanges one "
                 "small vector for all layers, so there is nothing to scatter; set exchange: all_reduce, or auto"
             )
-        if self.exchange is Transport.REDUCE_SCATTER and self.memory is Memory.PER_TASK:
+        if self.exchange is Transport.REDUCE_SCATTER and not self.has_room_for_answers:
+            more = "two rounds more: 12" if self.memory is Memory.PER_TASK else "a mean to take: 9"
             raise UserError(
-                "exchange: reduce_scatter takes two collectives a round, and memory: per_task has two rounds more: "
-                "12 in a refresh, of at most 8; set exchange: all_reduce, or auto"
+                "exchange: reduce_scatter takes two collectives a round, and memory: "
+                f"{self.memory.value} has {more} in a refresh, of at most 8; set exchange: all_reduce, or auto"
             )
         return self
 
@@ -305,7 +311,7 @@ class EPIConfig(BaseModel):
     def _check_policy(self) -> EPIConfig:
         sources = [name for name in ("mask_from", "probe_steps") if getattr(self, name) is not None]
         remembers = self.memory is not Memory.NONE
-        if self.policy is PolicyName.STATIC and len(sources) != 1 and (sources or not remembers):
+        if self.policy is PolicyName.STATIC and len(sources) != 1 and not (remembers and not sources):
             raise UserError(
                 "policy: static needs exactly one source of its mask, mask_from or probe_steps, or memory of what is "
                 "kept; got " + (" and ".join(sources) or "none")

@@ -22,6 +22,8 @@ class Conversation:
     """JSON schemas of the functions that the model may call."""
     trained: tuple[bool | None, ...] = ()
     """For every turn whether the row asks for it to be learnt; None, or an empty tuple, where it does not say."""
+    num_cut_turns: int = 0
+    """Turns that the row has behind these, which nothing of the assistant follows."""
     text: str | None = None
     """A document instead of turns, all of which is learnt."""
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from epi_ds.data.calls import is_functions
 from epi_ds.data.cells import is_turn, list_of
-from epi_ds.data.formats import Columns, Format, RowFormat
+from epi_ds.data.formats import TOOLS, Columns, Format, RowFormat
 from epi_ds.errors import UserError
 
 # Of the rows that a format is found by.
 SAMPLE_ROWS = 100
 # Columns that say something of how a row is to be trained on: whoever has them is told that they are not read.
 _TELLING = ("label", "labels", "weight", "train", "chosen", "rejected", "score", "reward")
-_EXTRAS = ("system", "tools")
 _PAIRS = {Format.PROMPT_COMPLETION: ("prompt", "completion"), Format.QUESTION_ANSWER: ("question", "answer")}
 
 
@@ -33,7 +33,7 @@ def find_format(
         if missing := [name for name in columns.names if name not in names]:
             raise UserError(f"{place} has no column {', '.join(missing)}; there are {', '.join(names)}")
         by_hand = Format.MESSAGES if columns.messages is not None else Format.PROMPT_COMPLETION
-        return _found(by_hand, columns, columns.names, names)
+        return _found(by_hand, columns, columns.names, sample)
     candidates = [] if given is None and _are_preferences(names) else _candidates(sample, names)
     if given is not None:
         candidates = [one for one in candidates if one.format is given]
@@ -41,7 +41,7 @@ def find_format(
     candidates = [one for one in candidates if not any(set(one.used) < set(other.used) for other in candidates)]
     if len(candidates) == 1:
         (only,) = candidates
-        return _found(only.format, only.columns, only.used, names)
+        return _found(only.format, only.columns, only.used, sample)
     if len({one.format for one in candidates}) > 1:
         ways = ", or ".join(f"format: {one.format} ({', '.join(one.used)})" for one in candidates)
         raise UserError(f"{place} can be read in several ways; say which: {ways}")
@@ -61,8 +61,11 @@ def unread_columns(found: RowFormat, sample: Sequence[Mapping[str, Any]]) -> tup
     return [name for name in unread if name in _TELLING], [name for name in unread if name not in _TELLING]
 
 
-def _found(form: Format, columns: Columns, used: Sequence[str], names: Sequence[str]) -> RowFormat:
-    extras = [name for name in _EXTRAS if name in names and name not in used and form is not Format.TEXT]
+def _found(form: Format, columns: Columns, used: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> RowFormat:
+    # Other things are called so too, of which none is a list of objects.
+    tools = [name for name in TOOLS if name == "tools" or is_functions(_first(sample, name))]
+    present = {name for cells in sample for name in cells}
+    extras = [name for name in ("system", *tools) if name in present and name not in used and form is not Format.TEXT]
     return RowFormat(form, columns, (*used, *extras))
 
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from epi_ds.data.cells import functions_of, list_of, messages_of, text_of, trained_of, value_of
+from epi_ds.data.calls import functions_of
+from epi_ds.data.cells import list_of, text_of, value_of
 from epi_ds.data.conversation import Conversation, Message
-from epi_ds.data.reading.record import plain
+from epi_ds.data.reading.record import Untyped, plain
+from epi_ds.data.turns import messages_of, trained_of
 from epi_ds.errors import UserError
 
 
@@ -30,9 +32,14 @@ class LeftOut(StrEnum):
 
     NO_QUESTION = "no question"
     NO_ANSWER = "no answer"
+    NO_ASSISTANT = "no turn of the assistant"
     EMPTY_TURN = "a turn without content"
     EMPTY_TEXT = "no text"
     FILTERED = "where says so"
+
+
+TOOLS = ("tools", "functions")
+"""Columns of the functions that a model may call."""
 
 
 class Columns(NamedTuple):
@@ -69,7 +76,7 @@ class RowFormat(NamedTuple):
             return found
         if found.text is not None:
             return found if found.text.strip() else LeftOut.EMPTY_TEXT
-        return _checked(_with_system_and_tools(found, cells))
+        return _checked(_with_system_and_tools(found, {name: cells.get(name) for name in self.used}))
 
 
 _NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
@@ -105,6 +112,9 @@ def _pair(cells: Mapping[str, Any], columns: Columns) -> Conversation | LeftOut:
     if _is_list(completion):
         answer = messages_of(completion, str(columns.completion))
         trained += _trained_in(completion, str(columns.completion))
+        if all(turn["role"] != "assistant" for turn in answer):
+            # An answer inside the prompt is none to this.
+            return LeftOut.NO_ASSISTANT
         if len(answer) > 1 and answer[0] == question[0]:
             raise UserError(
                 f"{columns.completion} begins with the prompt, so it is the whole conversation; set messages: "
@@ -160,6 +170,8 @@ def _ultrachat(cells: Mapping[str, Any], columns: Columns) -> Conversation | Lef
 
 def _logiqa(cells: Mapping[str, Any], columns: Columns) -> Conversation | LeftOut:
     options, answer = list_of(cells.get("options")), plain(cells.get("answer"))
+    if isinstance(answer, Untyped) and answer.strip().isdecimal():
+        answer = int(answer)
     if answer is None:
         return LeftOut.NO_ANSWER
     if not isinstance(options, list) or not isinstance(answer, int) or not 0 <= answer < len(options) <= 26:
@@ -199,21 +211,39 @@ def _with_system_and_tools(found: Conversation, cells: Mapping[str, Any]) -> Con
             raise UserError("the column system and the first turn both say what the system says; remove one of them")
         messages = ({"role": "system", "content": system}, *messages)
         trained = (None, *trained) if trained else ()
-    return Conversation(messages, functions_of(cells.get("tools"), "tools"), trained)
+    return Conversation(messages, _tools_of(cells), trained)
+
+
+def _tools_of(cells: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return the functions that a row names in a column of either name: OpenAI called it ``functions`` at first."""
+    found = {name: functions_of(cells.get(name), name) for name in TOOLS}
+    if all(found.values()):
+        raise UserError(f"the columns {' and '.join(TOOLS)} both say which functions there are; remove one of them")
+    return next((functions for functions in found.values() if functions), ())
 
 
 def _checked(found: Conversation) -> Conversation | LeftOut:
-    """Return a conversation that can be learnt from. Raises UserError where the assistant does not speak last."""
+    """Return a conversation that can be learnt from: it ends with what the assistant says last.
+
+    Raises UserError where a turn behind that one is to be learnt.
+    """
     roles = [message["role"] for message in found.messages]
-    if len(roles) < 2 or roles[-1] != "assistant":
+    if "assistant" not in roles:
+        return LeftOut.NO_ASSISTANT
+    last = len(roles) - 1 - roles[::-1].index("assistant")
+    if not last:
+        return LeftOut.NO_QUESTION
+    if any(found.trained[last + 1 :]):
         raise UserError(
-            "a conversation must have a prompt and end with the assistant, this one has "
-            f"{', '.join(roles) or 'nothing'}"
+            f"a turn of the {roles[-1]} is to be learnt, because of its weight, and nothing of the assistant follows "
+            "it; remove the weight, or the turn"
         )
-    silent = [index for index, message in enumerate(found.messages) if not _says_something(message)]
+    whole = Conversation(
+        found.messages[: last + 1], found.tools, found.trained[: last + 1], num_cut_turns=len(roles) - 1 - last
+    )
+    silent = [index for index, message in enumerate(whole.messages) if not _says_something(message)]
     if not silent:
-        return found
-    last = len(roles) - 1
+        return whole
     return {last: LeftOut.NO_ANSWER, last - 1: LeftOut.NO_QUESTION}.get(silent[-1], LeftOut.EMPTY_TURN)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from epi_ds.data.conversation import Conversation
+from epi_ds.data.remarks import Remarks
 from epi_ds.data.rendering import Encoded, Learnt, Renderer
 from epi_ds.data.sources import SkillRows, skill_conversations
 from epi_ds.data.store import NOT_LEARNT, ROWS, Summary, Writer, claimed, digest_of, key_of, read_summary, seal
@@ -22,7 +23,7 @@ from epi_ds.data.table import Reading, Table, describe, read_table
 from epi_ds.errors import RemedyError, UserError
 
 # Of what a store holds: another number makes all stores anew.
-_VERSION = 1
+_VERSION = 2
 # Fewer rows are tokenised before other processes would have started.
 _SINGLE_ROWS = 4096
 _CHUNK_ROWS = 128
@@ -32,6 +33,7 @@ _CUTTING = "bfd"
 
 PlacedRow: TypeAlias = tuple[str, Conversation]
 """A row, and where it is for messages."""
+PlacedTokens: TypeAlias = tuple[str, Encoded]
 
 
 class Tokens(NamedTuple):
@@ -107,7 +109,7 @@ def _tokens_key(tokens: Tokens) -> Any:
 def _write(
     source: Table | SkillRows, tokens: Tokens, folder: Path, digests: dict[str, str], num_processes: int
 ) -> Summary:
-    reading, counts = Reading(), _Counts()
+    reading, counts, remarks = Reading(), _Counts(), Remarks()
     if isinstance(source, Table):
         name, rows = source.name, read_table(source, reading)
     else:
@@ -115,7 +117,8 @@ def _write(
         drawn = skill_conversations(source)
         rows = ((f"{name}, row {number}", row) for number, row in enumerate(drawn, 1))
     writer = Writer(folder / ROWS)
-    for row in _encoded(rows, tokens, num_processes):
+    for place, row in _encoded(rows, tokens, num_processes):
+        remarks.add(place, row.remarks)
         if (fitting := _fit(row, tokens, counts)) is not None:
             writer.write(fitting)
     writer.close()
@@ -132,7 +135,7 @@ def _write(
         longest=counts.longest,
         lengths=tuple(counts.lengths),
         digests=digests,
-        told=(*told, *_warnings(name, tokens, counts)),
+        told=(*told, *remarks.told(name), *_warnings(name, tokens, counts)),
     )
 
 
@@ -222,16 +225,16 @@ _own: list[Renderer] = []
 """The renderer of a process that only tokenises."""
 
 
-def _encoded(rows: Iterator[PlacedRow], tokens: Tokens, num_processes: int) -> Iterator[Encoded]:
+def _encoded(rows: Iterator[PlacedRow], tokens: Tokens, num_processes: int) -> Iterator[PlacedTokens]:
     """Yield rows as tokens, in their order, tokenised by several processes where that is worth their start."""
     renderer = Renderer(tokens.tokenizer, learnt=tokens.learnt, template=tokens.template)
     alone = rows if num_processes < 2 else itertools.islice(rows, _SINGLE_ROWS)
-    yield from (_encode(renderer, *row) for row in alone)
+    yield from ((row[0], _encode(renderer, *row)) for row in alone)
     if num_processes > 1:
         yield from _encoded_by_processes(rows, renderer, num_processes)
 
 
-def _encoded_by_processes(rows: Iterator[PlacedRow], renderer: Renderer, num_processes: int) -> Iterator[Encoded]:
+def _encoded_by_processes(rows: Iterator[PlacedRow], renderer: Renderer, num_processes: int) -> Iterator[PlacedTokens]:
     # As forks they have the tokenizer already; its own threads would not survive that.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     fork = multiprocessing.get_context("fork")
@@ -253,8 +256,8 @@ def _encoded_by_processes(rows: Iterator[PlacedRow], renderer: Renderer, num_pro
                 future.cancel()
 
 
-def _encode_chunk(chunk: list[PlacedRow]) -> list[Encoded]:
-    return [_encode(_own[0], *row) for row in chunk]
+def _encode_chunk(chunk: list[PlacedRow]) -> list[PlacedTokens]:
+    return [(row[0], _encode(_own[0], *row)) for row in chunk]
 
 
 def _encode(renderer: Renderer, place: str, row: Conversation) -> Encoded:

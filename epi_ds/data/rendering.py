@@ -7,13 +7,19 @@ generation prompt may end in an empty thought that no conversation has), it is w
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 from epi_ds.data.conversation import Conversation, Message
+from epi_ds.data.digits import Digits
+from epi_ds.data.remarks import Remark, RemarkKind
+from epi_ds.data.special_tokens import SpecialTokens
+from epi_ds.data.turn_spans import MARK, Span, TurnSpans, common_prefix_length
 from epi_ds.errors import UserError
 
 
@@ -33,20 +39,22 @@ class Encoded(NamedTuple):
     """For every token whether the loss is on it."""
     is_wholly_learnt: bool = False
     """Whether every token is meant to be: of a document, or where the loss is on everything."""
+    remarks: tuple[Remark, ...] = ()
+    """What is to be told of the row."""
 
 
-class _Span(NamedTuple):
-    """Characters ``[start, stop)`` of a rendered text."""
+class BegunTurn(NamedTuple):
+    """A turn that somebody is yet to write."""
 
-    start: int
-    stop: int
+    ids: list[int]
+    """The tokens before it."""
+    end: int | None
+    """The special token that ends it; None for none."""
 
 
-# No template takes it away as white space, and no text has it.
-_MARK = "\u2063epi-ds\u2063"
 _UNTELLABLE = (
-    "the chat template does not let us tell where turn {turn} {what}; mark what the assistant says by "
-    "{{% generation %}} in it, or leave out train.assistant_only_loss and weights of turns"
+    "the chat template does not let us tell where the turns stand that are to be learnt; mark what the assistant says "
+    "by {% generation %} in it, or leave out train.assistant_only_loss and weights of turns"
 )
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Keys of rows and turns that a template has to know by name to say anything of them.
@@ -67,6 +75,7 @@ class Renderer:
         self._learnt = learnt
         self._template: str = template if template is not None else tokenizer.get_chat_template()
         self._marks_answers = has_marks(self._template)
+        self._special = SpecialTokens(tokenizer)
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Return a row's tokens and which of them are learnt.
@@ -75,7 +84,13 @@ class Renderer:
         learnt because its turns say so.
         """
         if conversation.text is not None:
-            return self._encode_document(conversation.text)
+            found = self._encode_document(conversation.text)
+        else:
+            found = self._encode_conversation(conversation)
+        remarks = (*found.remarks, *self._special.remarks(conversation), *self._unknown_keys(conversation))
+        return found._replace(remarks=remarks) if remarks else found
+
+    def _encode_conversation(self, conversation: Conversation) -> Encoded:
         whole = self.text(conversation.messages, conversation)
         _check_whole(conversation, whole)
         if conversation.trained or self._learnt is Learnt.ASSISTANT_TURNS:
@@ -97,6 +112,12 @@ class Renderer:
     def _tokens(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def tokens_and_ends(self, text: str) -> list[tuple[int, int]]:
+        """Return the tokens of a text, each with the character behind its last."""
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ends = (stop for _, stop in found["offset_mapping"])
+        return list(zip(found["input_ids"], ends, strict=True))
+
     def _encode_document(self, text: str) -> Encoded:
         end = self._tokenizer.eos_token_id
         if end is None:
@@ -108,11 +129,15 @@ class Renderer:
     def text(self, messages: Sequence[Message], row: Conversation, *, prompt: bool = False) -> str:
         """Return what the template writes for some turns of a row. Raises UserError where it refuses them."""
         self._check_names(messages, row)
+        digits = Digits()
+        turns = digits.hide(messages)
+        # A template may leave out parts of what functions take, but nothing of a call.
+        in_turns = len(digits)
         try:
             written = str(
                 self._tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    tools=[dict(tool) for tool in row.tools] or None,
+                    turns,
+                    tools=digits.hide(row.tools) or None,
                     chat_template=self._template,
                     add_generation_prompt=prompt,
                     tokenize=False,
@@ -121,6 +146,12 @@ class Renderer:
         except Exception as error:
             # Templates are programs: theirs fail with jinja2's errors, TypeError, KeyError and what else they call.
             raise UserError(f"the chat template refuses the row: {error}") from error
+        if (lost := digits.lost_in(written, in_turns)) is not None:
+            raise UserError(
+                f"the chat template does not write the number {lost} of a turn as it is; write it as a text in the "
+                "data, or set train.chat_template_path to one that does"
+            )
+        written = digits.restore(written)
         try:
             written.encode()
         except UnicodeEncodeError as error:
@@ -132,8 +163,16 @@ class Renderer:
 
     def end_of_turn(self) -> int | None:
         """Return the token that ends what the assistant says last: the first special one behind it; None for none."""
-        turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK})
-        end = self.text(turns, Conversation(turns)).rpartition(_MARK)[2]
+        turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": MARK})
+        return self._first_special(self.text(turns, Conversation(turns)).rpartition(MARK)[2])
+
+    def user_turn(self) -> BegunTurn:
+        """Return how the template begins what a user says first, and how it ends it."""
+        turns = ({"role": "user", "content": MARK},)
+        begun, _, rest = self.text(turns, Conversation(turns)).partition(MARK)
+        return BegunTurn(self._tokens(begun), self._first_special(rest))
+
+    def _first_special(self, end: str) -> int | None:
         added = self._tokenizer.added_tokens_decoder
         special = {*self._tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
         return next((one for one in self._tokens(end) if one in special), None)
@@ -148,6 +187,11 @@ class Renderer:
                 )
         if any(message["role"] == "developer" for message in messages) and "developer" not in self._template:
             raise UserError("the chat template knows no role developer; call it system in the data")
+
+    def _unknown_keys(self, row: Conversation) -> tuple[Remark, ...]:
+        known = ("role", "content", "name", "tool_call_id", *_NAMED_IN_TEMPLATE)
+        keys = dict.fromkeys(key for message in row.messages for key in message if key not in known)
+        return tuple(Remark(RemarkKind.UNKNOWN_KEY, key) for key in keys if key not in self._template)
 
     def _knows(self, key: str) -> bool:
         # transformers gives a thought under all of its names.
@@ -166,15 +210,20 @@ class Renderer:
         wanted = [self._is_learnt(index, mark, row) for index, mark in enumerate(marks)]
         if not any(wanted):
             raise UserError("none of the row's turns is to be learnt, because of its weights; remove the row")
+        chosen = [index for index, learn in enumerate(wanted) if learn]
         spans = self._marked_spans(row, whole) if self._marks_answers else None
         if spans is None:
-            spans = {index: self._span(index, row, whole) for index, learn in enumerate(wanted) if learn}
-        chosen = [span for index, span in spans.items() if wanted[index]]
+            finder = TurnSpans(
+                row.messages, whole, lambda turns, asks: self.text(turns, row, prompt=asks), self.tokens_and_ends
+            )
+            spans = finder.find(chosen)
+        found = [spans[index] for index in chosen if index in spans]
+        if not found:
+            raise UserError(_UNTELLABLE)
         encoded = self._tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        learnt = [
-            any(start < span.stop and stop > span.start for span in chosen) for start, stop in encoded["offset_mapping"]
-        ]
-        return Encoded(list(encoded["input_ids"]), learnt)
+        learnt = list(_are_inside(encoded["offset_mapping"], found))
+        remarks = _remarks(row, whole, chosen, spans)
+        return Encoded(list(encoded["input_ids"]), learnt, remarks=remarks)
 
     def _is_learnt(self, index: int, mark: bool | None, row: Conversation) -> bool:
         if mark is not None:
@@ -183,44 +232,51 @@ class Renderer:
             return index == len(row.messages) - 1
         return self._learnt is Learnt.EVERYTHING or row.messages[index]["role"] == "assistant"
 
-    def _marked_spans(self, row: Conversation, whole: str) -> dict[int, _Span] | None:
+    def _marked_spans(self, row: Conversation, whole: str) -> dict[int, Span] | None:
         """Return what a template with generation marks says are the assistant's turns; None if it marks others too."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        digits = Digits()
         rendered, marked = render_jinja_template(
-            [[dict(message) for message in row.messages]],
-            tools=[dict(tool) for tool in row.tools] or None,
+            [digits.hide(row.messages)],
+            tools=digits.hide(row.tools) or None,
             chat_template=self._template,
             return_assistant_tokens_mask=True,
             **self._tokenizer.special_tokens_map,
         )
         turns = [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
-        if rendered[0] != whole or len(marked[0]) != len(turns):
+        if digits.restore(rendered[0]) != whole or len(marked[0]) != len(turns):
             return None
-        return {index: _Span(*span) for index, span in zip(turns, marked[0], strict=True)}
+        spans = [Span(*(len(digits.restore(rendered[0][:at])) for at in span)) for span in marked[0]]
+        return dict(zip(turns, spans, strict=True))
 
-    def _span(self, index: int, row: Conversation, whole: str) -> _Span:
-        """Return where in the whole text a turn stands, its end mark included, found by rendering what leads to it."""
-        messages = row.messages
-        before = self.text(messages[:index], row, prompt=messages[index]["role"] == "assistant") if index else ""
-        start = common_prefix_length(before, whole)
-        if start < len(before) and not whole.startswith(self.text(messages[:index], row)):
-            # Turns before it are written otherwise once this one follows: what it says tells where it begins.
-            begun = {**messages[index], "content": f"{_MARK}{messages[index]['content']}"}
-            start = self.text((*messages[:index], begun, *messages[index + 1 :]), row).find(_MARK)
-            if start < 0:
-                raise UserError(_UNTELLABLE.format(turn=index + 1, what="begins"))
-        until = self.text(messages[: index + 1], row)
-        if whole.startswith(until):
-            return _Span(start, len(until))
-        # A template that writes a turn otherwise once others follow, such as without its thoughts: a mark at the end of
-        # what the turn says tells where that is, and what follows it where the turn is the last.
-        marked = {**messages[index], "content": f"{messages[index]['content']}{_MARK}"}
-        _, found, rest = self.text((*messages[:index], marked, *messages[index + 1 :]), row).partition(_MARK)
-        _, found_alone, end = self.text((*messages[:index], marked), row).partition(_MARK)
-        if not (found and found_alone and whole.endswith(rest)):
-            raise UserError(_UNTELLABLE.format(turn=index + 1, what="ends"))
-        return _Span(start, len(whole) - len(rest) + common_prefix_length(end, rest))
+
+def _are_inside(tokens: Sequence[tuple[int, int]], spans: Sequence[Span]) -> Iterator[bool]:
+    """Yield for every token, by its characters, whether any of them is in one of the spans."""
+    ordered = sorted(spans)
+    # Where spans overlap, the one that begins first may not be the one that ends first.
+    stops = list(itertools.accumulate((span.stop for span in ordered), max))
+    for start, stop in tokens:
+        first = bisect.bisect_right(stops, start)
+        yield first < len(ordered) and ordered[first].start < stop
+
+
+def _remarks(row: Conversation, whole: str, chosen: Sequence[int], spans: Mapping[int, Span]) -> tuple[Remark, ...]:
+    """Return what is not learnt of turns that are to be learnt."""
+    untold = sum(index not in spans for index in chosen)
+    unwritten = sum(
+        bool(thought) and not _is_in(thought, whole)
+        for index in chosen
+        if index in spans
+        for thought in [_thought_of(row.messages[index])]
+    )
+    counts = {RemarkKind.UNTOLD_TURN: untold, RemarkKind.UNWRITTEN_THOUGHT: unwritten}
+    return tuple(Remark(kind, times=times) for kind, times in counts.items() if times)
+
+
+def _thought_of(message: Message) -> str:
+    thought = str(message["content"]).rpartition("</think>")[0].rpartition("<think>")[2].strip()
+    return thought or next((str(message[name]).strip() for name in _THOUGHTS if message.get(name)), "")
 
 
 def _check_whole(row: Conversation, written: str) -> None:
@@ -249,9 +305,3 @@ def _is_in(text: str, written: str) -> bool:
 def has_marks(template: str) -> bool:
     """Whether a template marks by itself what the assistant says."""
     return _GENERATION.search(template) is not None
-
-
-def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Return how many items two sequences begin with in common."""
-    shorter = min(len(one), len(other))
-    return next((index for index in range(shorter) if one[index] != other[index]), shorter)

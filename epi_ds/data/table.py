@@ -39,6 +39,8 @@ class Table(NamedTuple):
     """The value, or the values, that a column must have."""
     limit: int | None = None
     """How many conversations to read."""
+    skip: int = 0
+    """How many to leave to others before: they are read as well, and not handed on."""
 
 
 @dataclass
@@ -49,9 +51,14 @@ class Reading:
     containers: list[str] = field(default_factory=list)
     num_read: int = 0
     """Conversations that were handed on."""
+    num_skipped: int = 0
+    """Those before, which the table leaves to others."""
     left_out: dict[LeftOut, list[str]] = field(default_factory=dict)
     """Places of the rows that were not, by reason; the first few of each."""
     left_out_counts: dict[LeftOut, int] = field(default_factory=dict)
+    cut: list[str] = field(default_factory=list)
+    """Places of the rows that lose turns behind the assistant's last; the first few."""
+    num_cut: int = 0
     telling: list[str] = field(default_factory=list)
     """Columns that are not read and may well say how a row is to be trained on."""
     unread: list[str] = field(default_factory=list)
@@ -89,16 +96,32 @@ def read_table(table: Table, reading: Reading) -> Iterator[tuple[str, Conversati
                 return
             with _at(place):
                 found = form.read(record.cells) if _is_wanted(record, table.where) else LeftOut.FILTERED
+            shown = place if len(table.files) > 1 else place.rpartition(", ")[2]
             if isinstance(found, LeftOut):
                 reading.left_out_counts[found] = reading.left_out_counts.get(found, 0) + 1
-                if len(places := reading.left_out.setdefault(found, [])) < _SHOWN:
-                    places.append(place if len(table.files) > 1 else place.rpartition(", ")[2])
-            else:
-                reading.num_read += 1
-                yield place, found
+                _note(reading.left_out.setdefault(found, []), shown)
+                continue
+            if reading.num_skipped < table.skip:
+                reading.num_skipped += 1
+                continue
+            if found.num_cut_turns:
+                reading.num_cut += 1
+                _note(reading.cut, shown)
+            reading.num_read += 1
+            yield place, found
     if not reading.num_read:
         reasons = ", ".join(f"{count} {reason}" for reason, count in reading.left_out_counts.items()) or "it is empty"
         raise UserError(f"{table.name} has no row to train on ({reasons}); check the file, columns, split and where")
+
+
+def _note(places: list[str], place: str) -> None:
+    """Keep the first few places."""
+    if len(places) < _SHOWN:
+        places.append(place)
+
+
+def _listed(places: Sequence[str], count: int) -> str:
+    return ", ".join(places) + (", ..." if count > _SHOWN else "")
 
 
 def describe(table: Table, reading: Reading) -> Iterator[tuple[int, str]]:
@@ -110,14 +133,17 @@ def describe(table: Table, reading: Reading) -> Iterator[tuple[int, str]]:
     yield (
         logging.INFO,
         f"{table.name}: {files}{containers}, format {reading.format.format} ({', '.join(reading.format.used)}), "
-        f"{reading.num_read} rows",
+        f"{reading.num_read} rows" + (f" behind {table.skip} that are held out" if table.skip else ""),
     )
     for reason, count in reading.left_out_counts.items():
-        places = ", ".join(reading.left_out[reason])
+        places = _listed(reading.left_out[reason], count)
         level = logging.INFO if reason is LeftOut.FILTERED else logging.WARNING
+        yield level, f"{table.name}: left out {count} rows, because of {reason} ({places})"
+    if reading.num_cut:
         yield (
-            level,
-            f"{table.name}: left out {count} rows, because of {reason} ({places}{', ...' if count > _SHOWN else ''})",
+            logging.WARNING,
+            f"{table.name}: {reading.num_cut} rows go on behind what the assistant says last, and lose these turns "
+            f"({_listed(reading.cut, reading.num_cut)})",
         )
     if telling := [name for name in reading.telling if name not in table.where]:
         yield (

@@ -85,10 +85,12 @@ class IsolationController:
         return self._stored is not None and self._policy.observes(self.counters.applied_steps + 1)
 
     @property
-    def awaits_probe(self) -> bool:
-        """Whether the mask of a static policy is still to come from a probe; the same on every rank."""
+    def awaits_mask(self) -> bool:
+        """Whether the mask of a static policy is still to come, from a probe or from what is remembered before the
+        first step; the same on every rank.
+        """
         config = self.config
-        wants_one = config.policy is PolicyName.STATIC and config.probe_steps is not None and largest_ratio(config) > 0
+        wants_one = config.policy is PolicyName.STATIC and config.mask_from is None and largest_ratio(config) > 0
         return wants_one and self.counters.refreshes == 0 and not self.is_active
 
     @property
@@ -146,7 +148,8 @@ class IsolationController:
 
         One segment after the other is asked for: what is loaded is never there twice.
         """
-        self._remembered.restart(name for name in states if name != "importance")
+        own = [name for name in states if name != "importance"]
+        self._remembered.restart(own, is_empty=not counters.finished_stages)
         for name, state in self.states.items():
             for segment in self.layout.segments:
                 state.load(segment, stored_of(name, segment), step=counters.observations)
@@ -236,15 +239,38 @@ class IsolationController:
     def finish_stage(self, name: str | None) -> RefreshReport | None:
         """Remember the importance of the stage that ends, and select the mask that the next one begins with.
 
-        Collective. Does nothing under ``memory: none``. See `Remembered.keep`.
+        Collective. Does nothing under ``memory: none``, and under a policy that measures nothing while it trains. See
+        `Remembered.keep`.
         """
-        if self.config.memory is Memory.NONE:
+        if self.config.memory is Memory.NONE or not self._policy.observes(self.counters.applied_steps + 1):
             return None
-        self._remembered.keep(name, self._importance(), step=self.counters.finished_stages)
+        self._keep(name)
+        return self.refresh() if self.counters.applied_steps >= self.config.warmup_steps else None
+
+    def remember(self, name: str) -> RefreshReport | None:
+        """Remember what was measured just now as a finished stage, and begin the importance of the run anew.
+
+        Collective. Selects a mask where the policy selects masks, or has none yet; returns None where it does not.
+        """
+        self._keep(name)
+        # Of the steps to come: what the losses of now gave would be taken for theirs.
+        self._stored = None
+        self.start_measuring()
+        self.counters = replace(self.counters, observations=0, importance_weight=0.0)
+        evolves = self.config.policy is PolicyName.EVOLVING
+        is_due = evolves and self.counters.applied_steps >= self.config.warmup_steps
+        refresh = self.refresh() if is_due or self.awaits_mask else None
+        if not self.observes:
+            self.stop_measuring()
+        return refresh
+
+    def _keep(self, name: str | None) -> None:
+        """Take the importance in as that of a finished stage. Collective."""
+        finished = self.counters.finished_stages
+        self._remembered.keep(name, self._importance(), step=finished, exchange=self.exchange)
         # What is compared changes.
         self.refresher.last_row_codes = None
-        self.counters = replace(self.counters, finished_stages=self.counters.finished_stages + 1)
-        return self.refresh() if self.counters.applied_steps >= self.config.warmup_steps else None
+        self.counters = replace(self.counters, finished_stages=finished + 1)
 
     # --- a refresh ---
 

@@ -49,7 +49,8 @@ class DataSource(BaseModel):
     where: dict[str, Any] = {}
     """Rows to take: the value, or a list of values, that a column must have, such as ``{label: true}``."""
     messages: str | None = None
-    """Column of conversations, ``[{role, content}, ...]`` or ``[{from, value}, ...]``, that end with the assistant."""
+    """Column of conversations, ``[{role, content}, ...]`` or ``[{from, value}, ...]``, which lose turns behind the last
+    answer."""
     prompt: str | tuple[str, ...] | None = None
     """Column of prompts; several are joined by a blank line, empty ones left out."""
     completion: str | None = None

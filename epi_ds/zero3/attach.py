@@ -11,7 +11,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from epi_ds.checkpoint.commit import Run
-from epi_ds.choices import Apply, Memory, PolicyName, Protects, Selection, StateFormat, Transport
+from epi_ds.choices import Apply, PolicyName, Protects, Selection, StateFormat, Transport
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 from epi_ds.isolation.controller import IsolationController
@@ -69,7 +69,7 @@ def _transport_of(layout: Layout, config: EPIConfig, *, world_size: int) -> Tran
         kind_numel=layout.group_numel[len(layout.layer_numel) :],
     )
     costs = compare(messages, selection=config.selection, world_size=world_size)
-    if config.memory is Memory.PER_TASK:
+    if not config.has_room_for_answers:
         # See `EPIConfig._check_exchange`.
         costs = tuple(cost for cost in costs if cost.transport is not Transport.REDUCE_SCATTER)
     return pick(costs).transport
@@ -142,7 +142,9 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
             controller.exchange.world_size,
         )
         if config.protects is Protects.PAST:
-            logger.info("protects: past isolates nothing until engine.epi.finish_stage() has ended a stage")
+            logger.info(
+                "protects: past isolates nothing until a stage has ended, by engine.epi.finish_stage() or remember()"
+            )
         if moments is not None:
             logger.info(
                 "importance is Adam's exp_avg_sq, so its effective ema_decay is beta2: %s",

@@ -8,15 +8,17 @@ a method of DeepSpeed's. tests/zero3/test_contract.py holds it.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from epi_ds.checkpoint.commit import Run
-from epi_ds.choices import ADAPTIVE, PolicyName, StateFormat
+from epi_ds.choices import ADAPTIVE, Memory, PolicyName, StateFormat
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError, nearest
 from epi_ds.isolation.controller import IsolationController
@@ -24,6 +26,8 @@ from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.layout import Segment
 from epi_ds.isolation.refresh_report import Decision, RefreshReport, values_of
 from epi_ds.isolation.schedule import check_planned_steps, largest_ratio
+
+logger = logging.getLogger(__name__)
 
 
 class IsolationStats(NamedTuple):
@@ -60,8 +64,8 @@ class MemoryReport(NamedTuple):
     """Bytes of isolation's state on this rank that outlive a step, measured from its tensors."""
 
     state_bytes: dict[str, int]
-    """``importance`` where it is ours; ``remembered`` under ``memory: stage_max``, or ``task/...`` for each finished
-    stage under ``per_task``; ``masks``; and the sample of the ``first_mask``."""
+    """``importance`` where it is ours; ``remembered_relative`` under ``memory: stage_max``, or ``task/...`` for each
+    finished stage under ``per_task``; ``masks``; and the sample of the ``first_mask``."""
     covered_numel: int
     """Covered entries over all ranks."""
     world_size: int
@@ -165,8 +169,9 @@ class EPI:
     def finish_stage(self, name: str | None = None) -> RefreshReport | None:
         """Remember what the stage that ends needed, and select the mask that the next one begins with. Collective.
 
-        Between two steps; does nothing and returns None under ``memory: none``. ``memory: per_task`` wants the stage's
-        ``name``, and raises UserError without; a stage of a name that ended before is the same task, trained further.
+        Between two steps; does nothing and returns None under ``memory: none``, and under a policy that measures
+        nothing while it trains. ``memory: per_task`` wants the stage's ``name``, and raises UserError without; a stage
+        of a name that ended before is the same task, trained further.
         UserError also in the middle of an accumulation window.
         """
         self._check_window("finish_stage()")
@@ -199,42 +204,87 @@ class EPI:
     def probe(self, losses: Iterable[Tensor]) -> RefreshReport:
         """Isolate by the mean squared gradient of ``losses``, taken without stepping. Collective.
 
-        losses  one scalar loss per micro-batch, from the engine's forward; consumed one at a time, so a generator
-                that runs the forward keeps one graph alive: ``epi.probe(engine(**batch).loss for batch in batches)``
+        losses  one scalar loss per micro-batch, from the engine's forward, as ``engine.backward`` takes it; consumed
+                one at a time, so a generator that runs the forward keeps one graph alive:
+                ``epi.probe(engine(**batch).loss for batch in batches)``
 
-        The losses decide how many batches are probed: ``probe_steps`` says it to `epi-ds train` only, and elsewhere
+        What is squared is the gradient of a global batch, of as many micro-batches as the engine accumulates: the
+        importance is then the same at every number of ranks. Losses that fill no whole one are left out, with a
+        warning. The losses decide how much is probed: ``probe_steps`` says it to `epi-ds train` only, and elsewhere
         that the mask comes from a call of this method before the first step. Importance measured so far is replaced.
 
-        Raises UserError under ``policy: none`` or in an accumulation window, and RuntimeError when no loss gave finite
-        gradients. Afterwards the importance is freed unless the policy measures it during training.
+        Raises UserError under ``policy: none``, in an accumulation window and for fewer losses than a global batch has,
+        and RuntimeError when none gave finite gradients. Afterwards the importance is freed unless the policy measures
+        it during training.
         """
-        engine, controller = self._engine, self._controller
+        controller = self._controller
         if self.config.policy is PolicyName.NONE:
             raise UserError("policy: none isolates nothing, but a probe selects a mask; set policy: static")
         if self.config.state is StateFormat.ADAM:
             raise UserError("state: adam has no importance of its own for a probe to measure; set another state")
-        self._check_window("probe()")
-        controller.start_measuring()
-        observed = 0
-        try:
-            for loss in losses:
-                # Every probe is a window of its own; with offload, gradients leave the accelerator at a boundary only.
-                engine.set_gradient_accumulation_boundary(True)
-                engine.backward(loss, scale_wrt_gas=False)
-                observed += engine.optimizer._epi_observe_probe(ema_decay=observed / (observed + 1))
-        finally:
-            engine.set_gradient_accumulation_boundary(None)
-            if not observed and not controller.observes:
-                controller.stop_measuring()
-        if not observed:
-            raise RuntimeError(
-                "the probe saw no finite gradient, so there is no importance to select a mask from; give it more "
-                f"batches, or correct the loss (the loss scale is {float(engine.optimizer.loss_scale):g} now)"
-            )
+        self._measure("probe()", losses)
         refresh = controller.refresh()
         if not controller.observes:
             controller.stop_measuring()
         return refresh
+
+    def remember(self, name: str, losses: Iterable[Tensor]) -> RefreshReport | None:
+        """Measure importance on ``losses`` without stepping, and remember it as that of a finished stage. Collective.
+
+        name    of the stage, under which ``memory: per_task`` keeps it
+        losses  see `probe`: of what the model can, and is not to forget
+
+        Every later mask protects it, under every policy; ``policy: static`` selects its mask from it now, and
+        ``evolving`` the first one. The importance of the run is measured anew from the next step on: what it was
+        before is replaced. Returns None where no mask was selected.
+
+        Raises UserError under ``memory: none``, and what `probe` raises.
+        """
+        if self.config.memory is Memory.NONE:
+            raise UserError(f"remember({name!r}): memory: none remembers nothing; set memory: stage_max or per_task")
+        if not name:
+            raise UserError("remember() keeps what it measures as a finished stage; give it a name, such as base")
+        self._measure("remember()", losses)
+        return self._controller.remember(name)
+
+    def _measure(self, call: str, losses: Iterable[Tensor]) -> None:
+        """Replace the importance by the mean squared gradient of the global batches of ``losses``. Collective."""
+        engine, controller = self._engine, self._controller
+        self._check_window(call)
+        accumulation = engine.gradient_accumulation_steps()
+        controller.start_measuring()
+        taken = observed = 0
+        try:
+            for taken, loss in enumerate(losses, 1):
+                # With offload, gradients leave the accelerator at a boundary only.
+                engine.set_gradient_accumulation_boundary(taken % accumulation == 0)
+                engine.backward(loss / accumulation, scale_wrt_gas=False)
+                if taken % accumulation == 0:
+                    observed += engine.optimizer._epi_observe_probe(ema_decay=observed / (observed + 1))
+            if taken % accumulation:
+                engine.optimizer._epi_drop_window()
+        finally:
+            engine.set_gradient_accumulation_boundary(None)
+            if not observed and not controller.observes:
+                controller.stop_measuring()
+        if taken < accumulation:
+            raise UserError(
+                f"{call} was given {taken} losses, and a global batch has {accumulation} micro-batches on every rank "
+                "(gradient_accumulation_steps); give as many, or a multiple of it"
+            )
+        if taken % accumulation and dist.get_rank() == 0:
+            logger.warning(
+                "%s left out the last %d of %d losses, which fill no global batch of %d micro-batches",
+                call,
+                taken % accumulation,
+                taken,
+                accumulation,
+            )
+        if not observed:
+            raise RuntimeError(
+                f"{call} saw no finite gradient, so there is no importance to select a mask from; give it more "
+                f"batches, or correct the loss (the loss scale is {float(engine.optimizer.loss_scale):g} now)"
+            )
 
     def _check_window(self, call: str) -> None:
         self._engine.optimizer._epi_context.window.check_closed(

@@ -102,10 +102,12 @@ class IsolationMixin(Zero3Optimizer):
         Raises RemedyError where no step could be applied for too long, and RuntimeError where a probe is still due.
         """
         context = self._epi_context
-        if context.controller.awaits_probe:
+        if context.controller.awaits_mask:
+            steps = context.controller.config.probe_steps
+            source, call = (f"probe_steps: {steps}", "probe(...)") if steps else ("memory", "remember(...)")
             raise RuntimeError(
-                f"policy: static with probe_steps: {context.controller.config.probe_steps} has no mask yet, so this "
-                "step would isolate nothing; call engine.epi.probe(...) before the first step"
+                f"policy: static with {source} has no mask yet, so this step would isolate nothing; call "
+                f"engine.epi.{call} before the first step"
             )
         context.window.close()
         context.backward_scale = float(self.loss_scale)
@@ -329,7 +331,7 @@ class IsolationMixin(Zero3Optimizer):
             average.reset()
 
     def _epi_observe_probe(self, *, ema_decay: float) -> bool:
-        """Observe the gradients of the last backward without stepping, then drop them. Collective.
+        """Observe the gradients of the window that ends without stepping, then drop them. Collective.
 
         Returns whether they were finite; if not, nothing was observed, and a dynamic loss scale is told of it.
         """
@@ -346,14 +348,26 @@ class IsolationMixin(Zero3Optimizer):
             if finite:
                 self._epi_observe(sub_group_id, ema_decay=ema_decay)
             self._epi_drop_gradient(sub_group_id)
+        self._epi_forget_window()
+        if finite:
+            self._epi_context.controller.count_observation(ema_decay)
+        return finite
+
+    def _epi_drop_window(self) -> None:
+        """Drop the gradients of a window that will have no end, as if its backwards had not been."""
+        self._epi_context.window.close()
+        self._partition_all_parameters()
+        for sub_group_id in range(len(self.fp16_groups)):
+            self._prepare_sub_group(sub_group_id, set())
+            self._epi_drop_gradient(sub_group_id)
+        self._epi_forget_window()
+
+    def _epi_forget_window(self) -> None:
         # As before any backward: a parameter that the next window does not use must not step with a probe's gradient.
         self.grad_partitions_flat_buffer.zero_()
         self.zero_grad(set_to_none=True)
         self._epi_context.window = AccumulationWindow()
         self._post_step(set())
-        if finite:
-            self._epi_context.controller.count_observation(ema_decay)
-        return finite
 
     def _epi_drop_gradient(self, sub_group_id: int) -> None:
         """Release a sub-group that was prepared, without the gradient that it was prepared with."""

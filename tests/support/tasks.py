@@ -40,10 +40,10 @@ class WholeSelection:
         parameters = [Parameter(name, tuple(values.shape)) for name, values in present.items()]
         self.layout: Layout = build_layout([parameters], rank=0, world_size=1, layer=self.config.layer)
         self.placement = Placement(self.layout, (CPU,))
+        self.exchange = CountingExchange()
         remembered = Remembered(self.placement, self.config)
         for stage, values in finished.items():
-            remembered.keep(stage, self._state(values), step=0)
-        self.exchange = CountingExchange()
+            remembered.keep(stage, self._state(values), step=0, exchange=self.exchange)
         masks = Masks(self.placement)
         measured = self._state(present)
         self.comparison = compare(measured, remembered, masks, config=self.config, exchange=self.exchange, step=0)

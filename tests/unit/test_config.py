@@ -63,6 +63,10 @@ def test_every_field_is_documented() -> None:
         ({"normalizer": "rank"}, ["normalizer", "selection: per_layer"]),
         ({"selection": "per_layer", "normalizer": "mean"}, ["normalizer", "selection", "per_layer", "remove it"]),
         ({"selection": "raw_global", "normalizer": "minmax"}, ["normalizer", "selection", "raw_global", "remove it"]),
+        (
+            {"memory": "stage_max", "selection": "per_layer", "exchange": "reduce_scatter"},
+            ["stage_max", "mean to take"],
+        ),
         ({"exchange": "reduce_scatter"}, ["exchange: reduce_scatter", "normalized_global", "nothing to scatter"]),
         ({"exchange": "reduce_scatter", "selection": "raw_global"}, ["raw_global", "set exchange: all_reduce"]),
         ({"policy": "static"}, ["exactly one source", "mask_from or probe_steps", "none"]),

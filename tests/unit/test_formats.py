@@ -69,26 +69,32 @@ WRITERS: dict[Format, Callable[[list[dict[str, str]]], dict[str, Any]]] = {
 FLAT = ("CSV", "TSV", "CSV with semicolons")
 
 
+def write_table(path: Path, rows: list[dict[str, Any]], container: str, codec: str) -> Path:
+    if container in FLAT:
+        rows = [
+            {name: json.dumps(cell) if isinstance(cell, list) else cell for name, cell in row.items()} for row in rows
+        ]
+        # A table of one column has nothing that separates columns: only its name says that it is one.
+        path = path.with_suffix(".csv")
+    path.write_bytes(CODECS[codec](CONTAINERS[container](rows)))
+    return path
+
+
+containers, codecs = st.sampled_from(list(CONTAINERS)), st.sampled_from(list(CODECS))
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     rows=st.lists(conversations(), min_size=1, max_size=5),
     form=st.sampled_from(list(WRITERS)),
-    container=st.sampled_from(list(CONTAINERS)),
-    codec=st.sampled_from(list(CODECS)),
+    container=containers,
+    codec=codecs,
 )
 def test_conversations_come_back_from_every_format_and_container(
     tmp_path_factory: Any, rows: Any, form: Format, container: str, codec: str
 ) -> None:
     written = [WRITERS[form](turns) for turns in rows]
-    if container in FLAT:
-        written = [
-            {name: json.dumps(cell) if isinstance(cell, list) else cell for name, cell in row.items()}
-            for row in written
-        ]
-    # A table of one column has nothing that separates columns: only its name says that it is one.
-    path = tmp_path_factory.mktemp("rows") / ("rows.csv" if container in FLAT else "rows")
-    path.write_bytes(CODECS[codec](CONTAINERS[container](written)))
-    found, reading = read_with(path)
+    found, reading = read_with(write_table(tmp_path_factory.mktemp("rows") / "rows", written, container, codec))
     assert reading.format is not None
     assert reading.format.format is form
     assert [[dict(message) for message in row.messages] for row in found] == rows
@@ -98,16 +104,25 @@ def test_conversations_come_back_from_every_format_and_container(
 @given(
     rows=st.lists(conversations(system=False), min_size=1, max_size=4),
     pairs=st.lists(st.tuples(texts, texts), min_size=1),
+    container=containers,
+    codec=codecs,
 )
-def test_flat_formats_come_back(tmp_path_factory: Any, rows: Any, pairs: Any) -> None:
+def test_flat_formats_come_back(tmp_path_factory: Any, rows: Any, pairs: Any, container: str, codec: str) -> None:
     path = tmp_path_factory.mktemp("rows") / "rows"
-    write_lines(path, [{"id": "x", "data": [turn["content"] for turn in turns]} for turns in rows])
-    assert [[dict(message) for message in row.messages] for row in read(path)] == rows
+
+    def back(written: list[dict[str, Any]]) -> list[Conversation]:
+        return read(write_table(path, written, container, codec))
+
+    found = back([{"id": "x", "data": [turn["content"] for turn in turns]} for turns in rows])
+    assert [[dict(message) for message in row.messages] for row in found] == rows
     for prompt, completion in (("prompt", "completion"), ("question", "answer")):
-        write_lines(path, [dict(zip((prompt, completion), pair, strict=True)) for pair in pairs])
-        assert [(row.messages[0]["content"], row.answer) for row in read(path)] == pairs
-    write_lines(path, [{"text": text} for text, _ in pairs])
-    assert [row.text for row in read(path)] == [text for text, _ in pairs]
+        found = back([dict(zip((prompt, completion), pair, strict=True)) for pair in pairs])
+        assert [(row.messages[0]["content"], row.answer) for row in found] == pairs
+    assert [row.text for row in back([{"text": text} for text, _ in pairs])] == [text for text, _ in pairs]
+    options = [{"text": one, "question": two, "options": [two, one], "answer": 1} for one, two in pairs]
+    assert [(row.messages[0]["content"], row.answer) for row in back(options)] == [
+        (f"{one}\n\n{two}\n\nA. {two}\nB. {one}", "B") for one, two in pairs
+    ]
 
 
 def test_logiqa_is_a_question_with_lettered_options(tmp_path: Path) -> None:
@@ -200,6 +215,64 @@ def test_sharegpt_calls_functions(tmp_path: Path) -> None:
     assert found.tools == (TOOL,)
 
 
+def test_function_calls_as_openai_had_them_first_are_tool_calls(tmp_path: Path) -> None:
+    turns = [
+        {**QUESTION, "function_call": None},
+        {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"x": 1, "share": 0.5}'}},
+        {"role": "function", "name": "add", "content": "2"},
+        ANSWER,
+    ]
+    row = {"messages": turns, "functions": [TOOL["function"]], "function_call": "auto"}
+    (found,) = read(write_lines(tmp_path / "rows.jsonl", [row]))
+    assert found.messages[0] == QUESTION
+    assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert found.messages[2] == {"role": "tool", "name": "add", "content": "2"}
+    assert found.tools == (TOOL,)
+    # A column of another meaning has its name alone in common.
+    (plain,) = read(write_lines(tmp_path / "rows.jsonl", [{**row, "functions": "sine and cosine"}]))
+    assert plain.tools == ()
+
+
+@pytest.mark.parametrize(
+    ("turn", "more", "said"),
+    [
+        (
+            {**ANSWER, "function_call": {"name": "f"}, "tool_calls": [CALL]},
+            {},
+            "turn 2: it has tool_calls and function_call, which say the same in two ways",
+        ),
+        ({**QUESTION, "function_call": {"name": "f"}}, {}, "turn 2: function_call is the assistant's, and this is a"),
+        ({**QUESTION, "tool_calls": [CALL]}, {}, "turn 2: tool_calls is the assistant's, and this is a turn of the"),
+        ({**ANSWER, "function_call": {"arguments": "{}"}}, {}, "turn 2: a call of a function must have a name"),
+        (
+            {**ANSWER, "function_call": {"name": "f", "arguments": '{"x": 1'}},
+            {},
+            "turn 2: arguments of f are no JSON (Expecting ',' delimiter",
+        ),
+        (
+            {**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1, "x": 2}'}}]},
+            {},
+            "arguments of f are no JSON (the key 'x' stands twice in one object)",
+        ),
+        (ANSWER, {"tools": [TOOL], "functions": [TOOL["function"]]}, "the columns tools and functions both say which"),
+    ],
+)
+def test_calls_that_cannot_be_meant_are_named(tmp_path: Path, turn: Any, more: Any, said: str) -> None:
+    with pytest.raises(UserError) as raised:
+        messages_of({"messages": [QUESTION, turn, ANSWER], **more}, tmp_path)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [("", {}), (None, {}), ("{}", {}), ("ls -la", "ls -la"), ('{"x": [1, 0.5]}', {"x": [1, 0.5]})],
+)
+def test_arguments_are_objects_or_the_text_that_a_function_takes(tmp_path: Path, written: Any, expected: Any) -> None:
+    call = {"function": {"name": "f", "arguments": written}}
+    found = messages_of({"messages": [QUESTION, {**ANSWER, "tool_calls": [call]}]}, tmp_path)
+    assert found[1]["tool_calls"][0]["function"]["arguments"] == expected
+
+
 def test_turns_say_whether_they_are_learnt(tmp_path: Path) -> None:
     turns = [QUESTION, {**ANSWER, "weight": 0}, QUESTION, {**ANSWER, "train": True}]
     (found,) = read(write_lines(tmp_path / "rows.jsonl", [{"messages": turns}]))
@@ -236,15 +309,45 @@ def test_rows_that_say_nothing_are_left_out_and_counted(tmp_path: Path) -> None:
     assert any("left out 2 rows, because of no answer" in text and "(line 1, line 3)" in text for text in told)
 
 
+def test_turns_that_no_answer_follows_are_cut_and_counted(tmp_path: Path) -> None:
+    call, result = {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "2"}
+    thanks, silent = {"role": "user", "content": "thanks"}, {"role": "user", "content": ""}
+    rows: list[Any] = [
+        {"messages": [QUESTION, ANSWER]},
+        {"messages": [QUESTION, {**ANSWER, "weight": 1}, {**thanks, "weight": 0}]},
+        {"messages": [QUESTION]},
+        {"messages": [QUESTION, call, result, thanks, silent]},
+        {"messages": [ANSWER, thanks]},
+    ]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    found, reading = read_with(path)
+    assert [row.messages for row in found] == [(QUESTION, ANSWER), (QUESTION, ANSWER), (QUESTION, call)]
+    assert [row.trained for row in found] == [(), (None, True), ()]
+    assert (reading.num_read, reading.num_cut) == (3, 2)
+    assert reading.left_out_counts == {LeftOut.NO_ASSISTANT: 1, LeftOut.NO_QUESTION: 1}
+    told = [text for level, text in describe(Table("rows", (path,)), reading) if level == logging.WARNING]
+    assert any("2 rows go on behind what the assistant says last, and lose these" in text for text in told)
+    assert any("(line 2, line 4)" in text for text in told)
+    (odd,) = read(write_lines(path, [{"data": ["1+1?", "2", "thanks"]}]))
+    assert odd.messages == (QUESTION, ANSWER)
+    (pair,) = read(write_lines(path, [{"prompt": [QUESTION], "completion": [ANSWER, thanks]}]))
+    assert pair.messages == (QUESTION, ANSWER)
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
         ({"train": [{"question": "q", "answer": "a"}]}, "of which train holds rows itself; write that list alone"),
+        ({"messages": [QUESTION]}, "has no row to train on (1 no turn of the assistant)"),
+        ({"messages": [ANSWER, QUESTION]}, "has no row to train on (1 no question)"),
         (
-            {"messages": [QUESTION]},
-            "line 1: a conversation must have a prompt and end with the assistant, this one has",
+            {"prompt": [QUESTION, ANSWER], "completion": [QUESTION]},
+            "has no row to train on (1 no turn of the assistant)",
         ),
-        ({"messages": [QUESTION, ANSWER, QUESTION]}, "this one has user, assistant, user"),
+        (
+            {"messages": [QUESTION, ANSWER, {**QUESTION, "weight": 1}]},
+            "line 1: a turn of the user is to be learnt, because of its weight, and nothing of the assistant",
+        ),
         ({"messages": [QUESTION, {"role": "assistant"}]}, "has no row to train on (1 no answer)"),
         ({"messages": [QUESTION, {"content": "2"}]}, "of which no format is known"),
         ({"prompt": [QUESTION], "completion": [QUESTION, ANSWER]}, "begins with the prompt, so it is the whole"),

@@ -60,7 +60,7 @@ def expected(tokenizer: Any, rows: list[dict[str, str]]) -> list[tuple[list[int]
     found = []
     for row in rows:
         turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
-        ids, learnt, _ = renderer.encode(conversation_of(turns))
+        ids, learnt, *_ = renderer.encode(conversation_of(turns))
         found.append((ids, [token if learn else NOT_LEARNT for token, learn in zip(ids, learnt, strict=True)]))
     return found
 
@@ -126,6 +126,22 @@ def test_long_rows_are_cut_counted_and_told(tmp_path: Path, tokenizer: Any) -> N
     only = write_lines(tmp_path / "lost.jsonl", lost)
     with pytest.raises(UserError, match=r"the answers of all 2 rows lie beyond train\.max_length \(64 tokens"):
         prepare(table_of(only), tokens_of(tokenizer), cache=tmp_path, num_processes=1)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_what_rows_write_of_special_tokens_is_told_by_file_and_row(
+    tmp_path: Path, tokenizer: Any, num_processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "_SINGLE_ROWS", 1)
+    rows = rows_of(4)
+    for number in (2, 3):
+        rows[number]["question"] += "<|end|>"
+    first, second = write_lines(tmp_path / "a.jsonl", rows_of(3)), write_lines(tmp_path / "b.jsonl", rows)
+    table = Table(name="both", files=(first, second))
+    _, summary = prepare(table, tokens_of(tokenizer), cache=tmp_path / "cache", num_processes=num_processes)
+    (told,) = [text for level, text in summary.told if level == logging.WARNING]
+    assert told.startswith("both: 2 rows write the special token <|end|> in what they say")
+    assert f"(first {second}, line 3)" in told
 
 
 def test_a_loss_on_everything_by_accident_is_refused(tmp_path: Path, tokenizer: Any) -> None:

@@ -7,7 +7,6 @@ import gzip
 import io
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,28 +193,3 @@ def test_one_object_may_take_many_lines_and_a_list_may_be_empty(tmp_path: Path) 
     assert cells_of(path) == ROWS[:1]
     path.write_text("[ ]")
     assert cells_of(path) == []
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    raw=st.one_of(
-        st.binary(max_size=200), st.text(max_size=100).map(lambda text: f'{{"a": {text}'.encode("utf-8", "replace"))
-    )
-)
-def test_no_bytes_end_in_a_traceback(tmp_path_factory: Any, raw: bytes) -> None:
-    path = tmp_path_factory.mktemp("bytes") / "rows"
-    path.write_bytes(raw)
-    with suppress(UserError):
-        cells_of(path)
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.data(), container=st.sampled_from(list(CONTAINERS)), codec=st.sampled_from(list(CODECS)))
-def test_no_damage_ends_in_a_traceback(tmp_path_factory: Any, data: Any, container: str, codec: str) -> None:
-    raw = bytearray(CODECS[codec](CONTAINERS[container](ROWS * 3)))
-    for _ in range(data.draw(st.integers(1, 3))):
-        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    path = tmp_path_factory.mktemp("damage") / "rows"
-    path.write_bytes(bytes(raw[: data.draw(st.integers(1, len(raw)))]))
-    with suppress(UserError):
-        cells_of(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epi_ds.data.conversation import Conversation, conversation_of
+from epi_ds.data.reading.record import Number
+from epi_ds.data.remarks import Remark, RemarkKind
 from epi_ds.data.rendering import Encoded, Learnt, Renderer
 from epi_ds.data.skills import load_tokenizer
 from epi_ds.errors import UserError
+from tests.support.tables import read
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 CHATML = (
@@ -151,6 +156,61 @@ def test_thoughts_of_earlier_turns_are_neither_written_nor_learnt(tokenizer: Any
     assert learnt_texts(tokenizer, encoded) == ["It is 4.<|im_end|>\n", "<think>hm</think>6, of course.<|im_end|>\n"]
 
 
+@pytest.mark.parametrize("name", ["qwen3", "glm4moe"])
+@pytest.mark.parametrize("key", ["content", "reasoning_content"])
+def test_what_can_be_learnt_of_turns_with_thoughts_is_and_the_rest_is_told(name: str, key: str, tokenizer: Any) -> None:
+    def says(text: str, thought: str, **more: Any) -> dict[str, Any]:
+        if key == "content":
+            return {"role": "assistant", "content": f"<think>\n{thought}\n</think>\n\n{text}", **more}
+        return {"role": "assistant", "content": text, key: thought, **more}
+
+    turns = [
+        ASKS[0],
+        says("", "call it", tool_calls=CALL["tool_calls"]),
+        {"role": "tool", "content": "TOOLRES"},
+        says("It is 4.", "it said so"),
+        ASKS[2],
+        says("6, of course.", "easy"),
+    ]
+    encoded = Renderer(tokenizer, learnt=Learnt.ASSISTANT_TURNS, template=template_of(name)).encode(
+        conversation_of(turns)
+    )
+    call, first, second = learnt_texts(tokenizer, encoded)
+    assert "f" in call
+    assert "It is 4." in first
+    assert second.index("easy") < second.index("6, of course.")
+    assert not any(thought in call + first for thought in ("call it", "it said so", "TOOLRES", "2+2", "3+3"))
+    assert encoded.remarks == (Remark(RemarkKind.UNWRITTEN_THOUGHT, times=2),)
+
+
+def test_turns_that_cannot_be_told_are_counted_and_the_others_learnt(tokenizer: Any) -> None:
+    """The template writes earlier turns through a filter, which no mark comes through."""
+    template = CHATML.replace(
+        "{{ message['content'] }}",
+        "{{ message['content'] if loop.last else '<old>' ~ (message['content'] | urlencode) }}",
+    )
+    turns = [{**turn, "content": text} for turn, text in zip(ASKS, ("two", "four", "three", "six"), strict=True)]
+    renderer = Renderer(tokenizer, learnt=Learnt.ASSISTANT_TURNS, template=template)
+    encoded = renderer.encode(conversation_of(turns))
+    assert learnt_texts(tokenizer, encoded) == ["six<|im_end|>\n"]
+    assert encoded.remarks == (Remark(RemarkKind.UNTOLD_TURN, times=1),)
+    with pytest.raises(UserError, match="does not let us tell where the turns stand that are to be learnt"):
+        renderer.encode(Conversation(tuple(turns), trained=(None, True, None, False)))
+
+
+def test_special_tokens_and_unknown_keys_in_the_data_are_told(tokenizer: Any) -> None:
+    renderer = Renderer(tokenizer, learnt=Learnt.LAST_TURN, template=CHATML)
+    quoted = [{**ASKS[0], "content": "What are <|im_end|> and <|end|>?"}, {**ASKS[1], "refusal": "no", "name": "x"}]
+    assert renderer.encode(conversation_of(quoted)).remarks == (
+        Remark(RemarkKind.SPECIAL_TOKEN, "<|im_end|>"),
+        Remark(RemarkKind.SPECIAL_TOKEN, "<|end|>"),
+        Remark(RemarkKind.UNKNOWN_KEY, "refusal"),
+    )
+    assert renderer.encode(Conversation(text="a<|end|>b")).remarks == (Remark(RemarkKind.SPECIAL_TOKEN, "<|end|>"),)
+    for row in (conversation_of(ASKS), Conversation(text="<think>no special token</think>")):
+        assert renderer.encode(row).remarks == ()
+
+
 def test_turns_decide_for_themselves(tokenizer: Any) -> None:
     for learnt, trained, expected in [
         (Learnt.LAST_TURN, (None, False, None, None), ["6, of course.<|im_end|>\n"]),
@@ -226,6 +286,52 @@ def test_calls_and_thoughts_are_written_where_there_is_a_place(tokenizer: Any) -
     assert "call f" in first
     assert '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>' in first
     assert "It is 4." in second
+
+
+LITERALS = [
+    "1.0",
+    "1e5",
+    "9007199254740993",
+    "0.10",
+    "-0",
+    "1E+2",
+    "0.1",
+    "7",
+    "1e400",
+    "123456789012345678901234567890",
+]
+WRITES_CALLS = ["qwen3", "qwen3_training", "qwen2_5", "llama3_1", "glm4moe", "qwen3_5_think", "gptoss"]
+
+
+@pytest.mark.parametrize("as_text", [True, False], ids=["text", "object"])
+@pytest.mark.parametrize("name", [name for name in WRITES_CALLS if (TEMPLATES / f"{name}.jinja").exists()])
+def test_numbers_of_calls_keep_their_digits(name: str, as_text: bool, tokenizer: Any, tmp_path: Path) -> None:
+    """Given as JSON in a text, or as an object, learnt as they were written."""
+    arguments = "{" + ", ".join(f'"a{number}": {literal}' for number, literal in enumerate(LITERALS)) + "}"
+    call = f'{{"name": "f", "arguments": {json.dumps(arguments) if as_text else arguments}}}'
+    asks = json.dumps(ASKS[0])
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        f'{{"messages": [{asks}, {{"role": "assistant", "content": "", "tool_calls": [{{"function": {call}}}]}}, '
+        f'{{"role": "tool", "content": "0.10"}}, {json.dumps(ASKS[1])}], "tools": [{{"name": "f", "description": "d", '
+        f'"parameters": {{"type": "object", "properties": {{}}, "default": 0.10}}}}]}}'
+    )
+    (row,) = read(path)
+    renderer = Renderer(tokenizer, learnt=Learnt.ASSISTANT_TURNS, template=template_of(name))
+    first, second = learnt_texts(tokenizer, renderer.encode(row))
+    for number, literal in enumerate(LITERALS):
+        assert re.search(rf"a{number}\W.*?(?<![\w.+-]){re.escape(literal)}(?![\w.+-])", first, re.DOTALL), (
+            literal,
+            first,
+        )
+    assert "It is 4." in second
+
+
+def test_a_number_that_a_template_writes_otherwise_is_told(tokenizer: Any) -> None:
+    turns = [ASKS[0], {**CALL, "tool_calls": [{"function": {"name": "f", "arguments": {"x": Number("0.10")}}}]}, *ASKS]
+    template = CHATML.replace("{{ message['content'] }}", "{{ message['content'] }}{{ message.tool_calls | length }}")
+    with pytest.raises(UserError, match=r"does not write the number 0\.10 of a turn as it is"):
+        Renderer(tokenizer, learnt=Learnt.LAST_TURN, template=template).encode(conversation_of(turns))
 
 
 words = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=12)

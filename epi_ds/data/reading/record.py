@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,4 +59,16 @@ def plain(value: Any) -> Any:
         return {key: plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(part) for part in value]
+    return value
+
+
+def exact(value: Any) -> Any:
+    """Return a cell with numbers for those literals alone that JSON writes of the number again, digit by digit."""
+    if isinstance(value, Number):
+        number = value.value
+        return number if json.dumps(number) == value else value
+    if isinstance(value, Mapping):
+        return {key: exact(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [exact(part) for part in value]
     return value

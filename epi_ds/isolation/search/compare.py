@@ -10,7 +10,7 @@ from torch import Tensor
 
 from epi_ds.choices import Memory, Protects, Selection
 from epi_ds.config import EPIConfig
-from epi_ds.isolation.importance.remembered import MAXIMUM, Remembered
+from epi_ds.isolation.importance.remembered import Remembered
 from epi_ds.isolation.importance.tasks import TaskImportance, TaskScores
 from epi_ds.isolation.importance.views import Favoured, Importance, Larger, Nothing
 from epi_ds.isolation.layout import Layout
@@ -66,9 +66,10 @@ def compare(
             # One task has the whole budget: selected as it would be without memory.
             nothing = Nothing(placement, code_shift=measured.code_shift)
             importance = known[0].importance if known else nothing
-    elif config.memory is Memory.STAGE_MAX:
-        past = remembered.states[MAXIMUM]
-        importance = past if config.protects is Protects.PAST else Larger(measured, past)
+    elif config.memory is Memory.STAGE_MAX and config.protects is Protects.PAST:
+        importance = remembered.maximum
+    elif config.memory is Memory.STAGE_MAX and not remembered.is_empty:
+        importance = Larger(remembered.comparable(measured, exchange), remembered.maximum)
     else:
         importance = measured
     compared = importance
