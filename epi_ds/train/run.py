@@ -111,6 +111,8 @@ def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
     tasks = build_tasks(run.recipe)
     isolation = EPICallback()
     isolation.verified = run.resume.path if run.resume else None
+    keep = run.recipe.method.keep
+    isolation.begins_with_mask = keep is not None and keep.importance and not run.recipe.method.epi.warmup_steps
     args = _arguments_of(run, extra_arguments)
     arguments = row_arguments_of(run.recipe)
     tokenizer = load_tokenizer(run.recipe.model, arguments)

@@ -178,9 +178,9 @@ class EPI:
         return self._controller.finish_stage(name)
 
     def check_planned_steps(self, planned_steps: int) -> None:
-        """Warn or raise ValueError when a run of this many applied steps would never use a mask."""
+        """Warn or raise ValueError when a run of this many applied steps would never use a mask, or hardly."""
         config = self.config
-        if config.policy is PolicyName.EVOLVING and largest_ratio(config) > 0:
+        if not self._controller.is_active and config.policy is PolicyName.EVOLVING and largest_ratio(config) > 0:
             check_planned_steps(
                 planned_steps,
                 config.selection_interval,
