@@ -2,7 +2,8 @@
 
 `initialize` and `attach` are for hand-written DeepSpeed loops, which `Preemption` tells when their job is about to end;
 `EPICallback` is for Hugging Face and TRL trainers, which go on from `newest_checkpoint`; `ds_config` returns a shipped
-DeepSpeed configuration for either. `QuantileSketch` is the mergeable summary of importance by itself.
+DeepSpeed configuration for either. `write_own_rows` has a model write what it can, before it learns something else.
+`QuantileSketch` is the mergeable summary of importance by itself.
 """
 
 from importlib import import_module
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from epi_ds.ds_configs import load as ds_config
     from epi_ds.hf import EPICallback
     from epi_ds.isolation.search.quantile_sketch import QuantileSketch
+    from epi_ds.own_rows.writing import write_own_rows
     from epi_ds.preemption import Preemption
 
 __version__ = "0.1.0"
@@ -29,6 +31,7 @@ __all__ = [
     "ds_config",
     "initialize",
     "newest_checkpoint",
+    "write_own_rows",
 ]
 
 # Importing the package must stay quick for a command line that only prints its help, and must not need transformers for
@@ -41,6 +44,7 @@ _HOMES = {
     "ds_config": "epi_ds.ds_configs.load",
     "initialize": "epi_ds.api.initialize",
     "newest_checkpoint": "epi_ds.checkpoint.loading.newest_checkpoint",
+    "write_own_rows": "epi_ds.own_rows.writing.write_own_rows",
 }
 
 

@@ -54,6 +54,8 @@ class EPICallback(TrainerCallback):
         self._evaluates_first = False
         self.verified: Path | None = None
         """A checkpoint whose files were read and found whole already, so that resuming from it need not do it again."""
+        self.begins_with_mask = False
+        """Whether a callback behind this one selects a mask before the first step, however long the run is."""
 
     @property
     def epi(self) -> EPI:
@@ -150,7 +152,8 @@ class EPICallback(TrainerCallback):
         trained = getattr(kwargs["optimizer"], "optimizer", None)
         if self._engine is None or trained is not self._engine.optimizer:
             raise RuntimeError(f"isolation is not attached to what trains: {self._why_not(kwargs['model'])}")
-        self.epi.check_planned_steps(state.max_steps)
+        if not self.begins_with_mask:
+            self.epi.check_planned_steps(state.max_steps)
         if args.save_only_model:
             return
         if args.save_strategy != "no":

@@ -31,10 +31,12 @@ def show_run(run: Path) -> None:
     table = score_table(metrics)
     if table.rows:
         console.print(_rendered(table))
+        if table.kept_told is not None:
+            console.print(f"forgotten of what is kept: {table.kept_told} (best earlier score minus the last one)")
         if table.mean_forgetting is not None:
             console.print(f"mean forgetting {table.mean_forgetting:.1%} (best earlier score minus the last one)")
     console.print("written:")
-    for path in (folder.metrics, folder.checkpoints, folder.export, folder.report):
+    for path in (folder.own_rows, folder.metrics, folder.checkpoints, folder.export, folder.report):
         if path.exists():
             console.print(f"  {path}{'/' if path.is_dir() else ''}", highlight=False)
 

@@ -43,6 +43,15 @@ class Encoded(NamedTuple):
     """What is to be told of the row."""
 
 
+class BegunTurn(NamedTuple):
+    """A turn that somebody is yet to write."""
+
+    ids: list[int]
+    """The tokens before it."""
+    end: int | None
+    """The special token that ends it; None for none."""
+
+
 _UNTELLABLE = (
     "the chat template does not let us tell where the turns stand that are to be learnt; mark what the assistant says "
     "by {% generation %} in it, or leave out train.assistant_only_loss and weights of turns"
@@ -155,7 +164,15 @@ class Renderer:
     def end_of_turn(self) -> int | None:
         """Return the token that ends what the assistant says last: the first special one behind it; None for none."""
         turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": MARK})
-        end = self.text(turns, Conversation(turns)).rpartition(MARK)[2]
+        return self._first_special(self.text(turns, Conversation(turns)).rpartition(MARK)[2])
+
+    def user_turn(self) -> BegunTurn:
+        """Return how the template begins what a user says first, and how it ends it."""
+        turns = ({"role": "user", "content": MARK},)
+        begun, _, rest = self.text(turns, Conversation(turns)).partition(MARK)
+        return BegunTurn(self._tokens(begun), self._first_special(rest))
+
+    def _first_special(self, end: str) -> int | None:
         added = self._tokenizer.added_tokens_decoder
         special = {*self._tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
         return next((one for one in self._tokens(end) if one in special), None)

@@ -39,6 +39,8 @@ class Table(NamedTuple):
     """The value, or the values, that a column must have."""
     limit: int | None = None
     """How many conversations to read."""
+    skip: int = 0
+    """How many to leave to others before: they are read as well, and not handed on."""
 
 
 @dataclass
@@ -49,6 +51,8 @@ class Reading:
     containers: list[str] = field(default_factory=list)
     num_read: int = 0
     """Conversations that were handed on."""
+    num_skipped: int = 0
+    """Those before, which the table leaves to others."""
     left_out: dict[LeftOut, list[str]] = field(default_factory=dict)
     """Places of the rows that were not, by reason; the first few of each."""
     left_out_counts: dict[LeftOut, int] = field(default_factory=dict)
@@ -97,6 +101,9 @@ def read_table(table: Table, reading: Reading) -> Iterator[tuple[str, Conversati
                 reading.left_out_counts[found] = reading.left_out_counts.get(found, 0) + 1
                 _note(reading.left_out.setdefault(found, []), shown)
                 continue
+            if reading.num_skipped < table.skip:
+                reading.num_skipped += 1
+                continue
             if found.num_cut_turns:
                 reading.num_cut += 1
                 _note(reading.cut, shown)
@@ -126,7 +133,7 @@ def describe(table: Table, reading: Reading) -> Iterator[tuple[int, str]]:
     yield (
         logging.INFO,
         f"{table.name}: {files}{containers}, format {reading.format.format} ({', '.join(reading.format.used)}), "
-        f"{reading.num_read} rows",
+        f"{reading.num_read} rows" + (f" behind {table.skip} that are held out" if table.skip else ""),
     )
     for reason, count in reading.left_out_counts.items():
         places = _listed(reading.left_out[reason], count)

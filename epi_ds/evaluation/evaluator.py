@@ -10,9 +10,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import psutil
 import torch
 import torch.distributed as dist
 from trl.models import unwrap_model_for_generation
@@ -20,17 +19,14 @@ from trl.models import unwrap_model_for_generation
 from epi_ds.data.conversation import Conversation
 from epi_ds.data.rendering import Encoded, Learnt, Renderer
 from epi_ds.errors import UserError
+from epi_ds.evaluation.room import Weights, fits_gathered
 from epi_ds.evaluation.tasks import Task
 from epi_ds.zero3.local_forwards import local_forwards
 
 logger = logging.getLogger(__name__)
 
-Weights = Literal["auto", "gathered", "partitioned"]
-
 # Logits of a batch that is scored by its loss, at most, but for a single row that has more: 256 MB in fp32.
 _LOGITS = 1 << 26
-# Gathered weights, and as much again for activations and the cache of generated tokens.
-_ROOM_FACTOR = 2.0
 
 
 class Score(NamedTuple):
@@ -140,17 +136,7 @@ class Evaluator:
 
     def _gathers(self) -> bool:
         """Decide, alike on all ranks, whether the whole model fits on every one of them now."""
-        gathered = self._weights == "gathered"
-        if self._weights == "auto":
-            needed = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self._trainer.model.parameters())
-            device = self._trainer.accelerator.device
-            if device.type == "cuda":
-                free, _ = torch.cuda.mem_get_info(device)
-            else:
-                free = psutil.virtual_memory().available // dist.get_world_size()
-            fits = torch.tensor([int(free > _ROOM_FACTOR * needed)], device=device)
-            dist.all_reduce(fits, op=dist.ReduceOp.MIN)
-            gathered = bool(fits.item())
+        gathered = fits_gathered(self._trainer.model, self._trainer.accelerator.device, weights=self._weights)
         if gathered is not self._announced and dist.get_rank() == 0:
             logger.info(
                 "evaluation %s",

@@ -52,11 +52,17 @@ def load_conversations(source: DataSource, *, seed: int) -> list[Conversation]:
 
 
 def build_tasks(recipe: Recipe) -> list[Task]:
-    """Return everything that is evaluated: stages that can be, then the other skills the recipe names."""
+    """Return everything that is evaluated: stages that can be, then the other skills the recipe names.
+
+    But for what is kept, see `kept_tasks`: its skills are among these, and not scored twice.
+    """
     tasks = [task for stage in recipe.stages if (task := _stage_task(stage, recipe)) is not None]
-    trained = {stage.skill for stage in recipe.stages}
+    keep = recipe.method.keep
+    scored = {stage.skill for stage in recipe.stages}
+    if keep is not None and keep.evaluation:
+        scored |= {source.skill for source in keep.sources}
     tasks += [
-        _skill_task(skill, skill, recipe.evaluation.rows) for skill in recipe.evaluation.skills if skill not in trained
+        skill_task(skill, skill, recipe.evaluation.rows) for skill in recipe.evaluation.skills if skill not in scored
     ]
     return tasks
 
@@ -65,11 +71,12 @@ def _stage_task(stage: Stage, recipe: Recipe) -> Task | None:
     if stage.evaluation is not None:
         return _table_task(stage.name, stage.evaluation)
     if stage.skill is not None:
-        return _skill_task(stage.name, stage.skill, recipe.evaluation.rows)
+        return skill_task(stage.name, stage.skill, recipe.evaluation.rows)
     return None
 
 
-def _skill_task(name: str, skill_name: str, size: int) -> Task:
+def skill_task(name: str, skill_name: str, size: int) -> Task:
+    """Return the test rows of a skill, and its own check."""
     skill = get_skill(skill_name)
     drawn = rows(skill_name, split=Split.TEST, size=size, seed=TEST_SEED)
     return Task(

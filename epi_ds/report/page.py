@@ -56,9 +56,11 @@ def _summary(metrics: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) 
         "covered parameters": f"{run['covered']:,}",
         "mask active in": f"{active / max(1, len(steps)):.0%} of steps",
     }
-    forgetting = score_table(metrics).mean_forgetting
-    if forgetting is not None:
-        facts["mean forgetting"] = f"{forgetting:.1%}"
+    table = score_table(metrics)
+    if table.kept_told is not None:
+        facts["forgotten of what is kept"] = table.kept_told
+    if table.mean_forgetting is not None:
+        facts["mean forgetting"] = f"{table.mean_forgetting:.1%}"
     return "<dl>" + "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items()) + "</dl>"
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+KEPT = "base/"
+"""What the names of tasks begin with that are of what is to be kept; no stage has such a name."""
+
 
 class TaskRow(NamedTuple):
     """One task's scores, in the order of the table's columns."""
@@ -29,8 +32,22 @@ class ScoreTable(NamedTuple):
     @property
     def mean_forgetting(self) -> float | None:
         """Mean over the accuracy tasks that have a forgetting."""
-        values = [row.forgetting for row in self.rows if row.higher_is_better and row.forgetting is not None]
-        return sum(values) / len(values) if values else None
+        return _mean(row.forgetting for row in self.rows if row.higher_is_better)
+
+    @property
+    def kept_told(self) -> str | None:
+        """What was forgotten of what was to be kept, in words: points of accuracy, and loss; None without any."""
+        kept = [row for row in self.rows if row.name.startswith(KEPT)]
+        points = _mean(row.forgetting for row in kept if row.higher_is_better)
+        rise = _mean(row.forgetting for row in kept if not row.higher_is_better)
+        parts = [] if points is None else [f"{points:.1%}"]
+        parts += [] if rise is None else [f"loss {rise:+.3f}"]
+        return ", ".join(parts) or None
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def score_table(metrics: Iterable[Mapping[str, Any]]) -> ScoreTable:
@@ -55,7 +72,9 @@ def _ends_stage(line: Mapping[str, Any]) -> bool:
 
 
 def _table(evaluations: Sequence[Mapping[str, Any]], shown: Sequence[Mapping[str, Any]]) -> ScoreTable:
-    names = dict.fromkeys(name for line in evaluations for name in line["scores"])
+    names = list(dict.fromkeys(name for line in evaluations for name in line["scores"]))
+    # What must not be forgotten comes first, whenever it was first scored.
+    names.sort(key=lambda name: not name.startswith(KEPT))
     rows = []
     for name in names:
         scores = [line["scores"][name] for line in evaluations if name in line["scores"]]

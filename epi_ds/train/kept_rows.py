@@ -13,6 +13,7 @@ from epi_ds.recipe.sources import TrainingData
 from epi_ds.train.planned_rows import Part
 from epi_ds.train.replay import Replay, exact_share
 from epi_ds.train.rows import table_of
+from epi_ds.train.streams import TableRows
 
 
 class KeptRows(NamedTuple):
@@ -20,21 +21,20 @@ class KeptRows(NamedTuple):
 
     keep: Keep
     sources: tuple[TrainingData, ...]
-    """Those of ``keep.data``, and the rows that the model wrote itself."""
+    """Those of ``keep.data``, and behind them the rows that the model wrote itself."""
     rows: tuple[Dataset, ...]
     """Of every source."""
 
     @property
+    def table(self) -> TableRows:
+        """What the rows are drawn from."""
+        return table_of(self.sources, [len(one) for one in self.rows])
+
+    @property
     def replay(self) -> Replay | None:
         """What the plan of a run needs to know; None where nothing is replayed."""
-        return replay_of(self.keep, self.sources, [len(one) for one in self.rows])
-
-
-def replay_of(keep: Keep, sources: Sequence[TrainingData], num_rows: Sequence[int]) -> Replay | None:
-    """Return what the plan of a run needs to know of kept sources of so many rows; None where nothing is replayed."""
-    if not keep.replay:
-        return None
-    return Replay(exact_share(keep.replay), table_of(sources, num_rows), keep.replay_stages)
+        keep = self.keep
+        return Replay(exact_share(keep.replay), self.table, keep.replay_stages) if keep.replay else None
 
 
 def parts_of(stages: Sequence[Stage], stage_data: Sequence[Sequence[Dataset]], kept: KeptRows | None) -> list[Part]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from epi_ds.data.store import NOT_LEARNT, Summary
+from epi_ds.evaluation.kept import KeptSource, kept_sources
 from epi_ds.recipe.models import Recipe
 from epi_ds.recipe.sources import TrainingData
+from epi_ds.train.own_rows import own_rows_file
 from epi_ds.train.replay import NOTHING, exact_share, new_rows
 from epi_ds.train.rows import (
     SourceRows,
@@ -20,6 +23,7 @@ from epi_ds.train.rows import (
     rows_in,
     stage_rows_of,
 )
+from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.stages import plan_stages
 
 
@@ -58,7 +62,7 @@ class Preview(NamedTuple):
 
     stages: tuple[StagePreview, ...]
     kept: tuple[SourcePreview, ...]
-    """What is given as what must not be forgotten."""
+    """What must not be forgotten, but for rows that are held out, and the model's own where none are written yet."""
 
 
 def preview(recipe: Recipe, *, ranks: int, num_samples: int) -> Preview:
@@ -68,9 +72,11 @@ def preview(recipe: Recipe, *, ranks: int, num_samples: int) -> Preview:
     """
     arguments = row_arguments_of(recipe)
     tokenizer = load_tokenizer(recipe.model, arguments)
-    keep = recipe.method.keep
-    sources = [source for stage in recipe.stages for source in stage.sources]
-    sources += () if keep is None else keep.sources
+    keep, own_rows = recipe.method.keep, own_rows_file(recipe, RunFolder(Path(recipe.output)))
+    # Rows that the model has not written yet cannot be shown.
+    kept = kept_sources(recipe, own_rows if own_rows is not None and own_rows.exists() else None)
+    sources: list[TrainingData | KeptSource] = [source for stage in recipe.stages for source in stage.sources]
+    sources += kept
     found = [
         _preview_of(source, rows_in(folder), tokenizer, num_samples)
         for source, folder in zip(sources, prepare_here(sources, arguments, tokenizer), strict=True)
@@ -102,7 +108,9 @@ def _stages_of(
         )
 
 
-def _preview_of(source: TrainingData, found: SourceRows, tokenizer: Any, num_samples: int) -> SourcePreview:
+def _preview_of(
+    source: TrainingData | KeptSource, found: SourceRows, tokenizer: Any, num_samples: int
+) -> SourcePreview:
     shown = range(min(num_samples, len(found.rows)))
     samples = tuple(tuple(stretches(tokenizer, found.rows[index])) for index in shown)
     return SourcePreview(source.label, found.summary, len(found.rows), samples)

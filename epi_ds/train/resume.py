@@ -53,7 +53,7 @@ def is_harmless(argument: str) -> bool:
 def marker_of(recipe: Recipe, data: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """Return what decides which row is trained when and how, as it is written into every checkpoint.
 
-    data  what every stage's source held, and behind them the probe's and those of what is kept
+    data  what every stage's source held, and behind them those of what is kept, or the probe's
 
     How a step's rows are dealt to ranks is not among it: their number is in the manifest.
     """
@@ -77,10 +77,10 @@ def check_data(found: Checkpoint, recipe: Recipe, data: Sequence[Mapping[str, An
         for stage in recipe.stages
         for number, _ in enumerate(stage.sources, 1)
     ]
-    names += ["the probe"] if recipe.method.probe is not None else []
-    names += (
-        [] if recipe.method.keep is None else [f"method.keep, source {one.label}" for one in recipe.method.keep.sources]
-    )
+    if recipe.method.keep is None:
+        names.append("the probe")
+    else:
+        names += [f"what is kept, source {number}" for number in range(1, len(saved) - len(names) + 1)]
     changed = [
         f"the data of {name}: it had {before['rows']} rows, has {now['rows']}"
         + ("" if before["rows"] != now["rows"] else ", whose content is another")

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 from datasets import Dataset
@@ -21,11 +21,13 @@ from epi_ds.data.apart import prepare_all
 from epi_ds.data.once import once_per_node
 from epi_ds.data.preparing import Tokens
 from epi_ds.data.rendering import Learnt, has_marks
+from epi_ds.data.sources import SkillRows
 from epi_ds.data.store import Summary, open_store, read_summary
+from epi_ds.data.table import Table
 from epi_ds.errors import UserError
 from epi_ds.launch.environment import cache_folder
 from epi_ds.recipe.models import ModelSection, Recipe, Stage
-from epi_ds.recipe.sources import DataSource, TrainingData
+from epi_ds.recipe.sources import TrainingData
 from epi_ds.train.model import told
 from epi_ds.train.stages import StageRows
 from epi_ds.train.streams import SourceShare, TableRows
@@ -126,7 +128,14 @@ def tokens_of(arguments: RowArguments, tokenizer: Any) -> Tokens:
     )
 
 
-def prepare_here(sources: Sequence[DataSource], arguments: RowArguments, tokenizer: Any) -> list[Path]:
+class Source(Protocol):
+    """Where rows come from."""
+
+    def resolve(self, *, seed: int) -> Table | SkillRows:
+        """See `DataSource.resolve`."""
+
+
+def prepare_here(sources: Sequence[Source], arguments: RowArguments, tokenizer: Any) -> list[Path]:
     """Return the folders of the sources' stores, which are written where they are not there yet. In this process alone.
 
     Raises UserError for what the sources cannot be, and RemedyError for what is in the way.
@@ -138,7 +147,7 @@ def prepare_here(sources: Sequence[DataSource], arguments: RowArguments, tokeniz
     return [Path(folder) for folder in folders]
 
 
-def prepare_rows(sources: Sequence[DataSource], arguments: RowArguments, tokenizer: Any) -> list[SourceRows]:
+def prepare_rows(sources: Sequence[Source], arguments: RowArguments, tokenizer: Any) -> list[SourceRows]:
     """Return the rows of sources, tokenised. Every rank of a launcher calls it; none waits in a collective meanwhile.
 
     Raises, on all ranks of the node, what `prepare_here` raises, and LostRankError where the process that prepares the

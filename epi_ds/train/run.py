@@ -23,6 +23,7 @@ from epi_ds.config import SECTION
 from epi_ds.data.rendering import Learnt, Renderer
 from epi_ds.errors import RemedyError, UserError
 from epi_ds.evaluation.evaluator import Evaluator
+from epi_ds.evaluation.kept import KeptSource, kept_sources, kept_tasks
 from epi_ds.evaluation.tasks import Task, build_tasks
 from epi_ds.hf import EPICallback
 from epi_ds.launch.environment import accelerator_name
@@ -36,10 +37,11 @@ from epi_ds.train.kept_rows import KeptRows
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.metrics_callback import MetricsCallback
 from epi_ds.train.model import check_vocabulary, load_model
+from epi_ds.train.own_rows import write_before_training
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.refusals import refused_by_libraries
 from epi_ds.train.resume import DEFAULT_ARGUMENTS, check_data, check_steps, find_resume, marker_of
-from epi_ds.train.rows import digests_of, load_tokenizer, prepare_rows, row_arguments_of
+from epi_ds.train.rows import RowArguments, digests_of, load_tokenizer, prepare_rows, row_arguments_of
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.settings import END, Change, changes_since, end_of
 from epi_ds.train.stage_callback import StageCallback
@@ -107,10 +109,21 @@ def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
     folder, until = run.folder, run.start.until
     if trackers := trackers_in(run.recipe.train.get("report_to")):
         continue_runs(trackers, folder.root, run_id=on_first_rank(lambda: run_id_of(folder.checkpoints)))
+    # The cheap things first: a wrong column is found before a large model is read.
     tasks = build_tasks(run.recipe)
     isolation = EPICallback()
     isolation.verified = run.resume.path if run.resume else None
-    trainer = _make_trainer(run, isolation, extra_arguments)
+    keep = run.recipe.method.keep
+    isolation.begins_with_mask = keep is not None and keep.importance and not run.recipe.method.epi.warmup_steps
+    args = _arguments_of(run, extra_arguments)
+    arguments = row_arguments_of(run.recipe)
+    tokenizer = load_tokenizer(run.recipe.model, arguments)
+    own_rows = write_before_training(
+        run.recipe, folder, tokenizer, arguments, resumes=run.resume is not None, console=run.console
+    )
+    kept = kept_sources(run.recipe, own_rows)
+    tasks = [*kept_tasks(kept, run.recipe), *tasks]
+    trainer = _make_trainer(run, isolation, args, tokenizer=tokenizer, arguments=arguments, kept=kept)
     stop_step = next((span.stop_step for span in trainer.spans if span.name == until), None)
     if run.resume is None or stop_step is None or run.resume.step < stop_step:
         _train(run, trainer, isolation, tasks)
@@ -127,7 +140,8 @@ def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
             run.metrics.write(END, step=trainer.spans[-1].stop_step, stage=trainer.spans[-1].name)
 
 
-def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, Any]) -> StageTrainer:
+def _arguments_of(run: _Run, extra_arguments: dict[str, Any]) -> SFTConfig:
+    """Return the trainer's arguments. From then on, transformers has ZeRO-3 partition every model that it loads."""
     recipe, folder = run.recipe, run.folder
     for precision in ("bf16", "fp16"):
         if recipe.train.get(precision) and accelerator_name() == "cpu":
@@ -138,7 +152,7 @@ def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, 
     # own.
     section = recipe.method.epi.as_section()
     with refused_by_libraries():
-        args = SFTConfig(
+        return SFTConfig(
             **{
                 **DEFAULT_ARGUMENTS,
                 **recipe.train,
@@ -150,14 +164,24 @@ def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, 
                 "deepspeed": {**deepspeed_config(recipe.train), SECTION: section},
             }
         )
-    # The cheap things first: a wrong column is found before a large model is read.
-    arguments = row_arguments_of(recipe)
-    tokenizer = load_tokenizer(recipe.model, arguments)
+
+
+def _make_trainer(
+    run: _Run,
+    isolation: EPICallback,
+    args: SFTConfig,
+    *,
+    tokenizer: Any,
+    arguments: RowArguments,
+    kept: Sequence[KeptSource],
+) -> StageTrainer:
+    recipe = run.recipe
     sources = [source for stage in recipe.stages for source in stage.sources]
     probe = [] if recipe.method.probe is None else [recipe.method.probe]
     keep = recipe.method.keep
-    kept_sources = () if keep is None else keep.sources
-    found = prepare_rows([*sources, *probe, *kept_sources], arguments, tokenizer)
+    # What is only scored is not trained on.
+    used = kept if keep is not None and (keep.importance or keep.replay) else []
+    found = prepare_rows([*sources, *used, *probe], arguments, tokenizer)
     if run.resume is not None:
         check_data(run.resume, recipe, digests_of(found))
     # What is learnt of a row stands in its labels; TRL would look for the turns that are no longer there.
@@ -168,13 +192,16 @@ def _make_trainer(run: _Run, isolation: EPICallback, extra_arguments: dict[str, 
         check_vocabulary(model, tokenizer, path=recipe.model.path)
     unused = (one.rows for one in found)
     stage_data = [[next(unused) for _ in stage.sources] for stage in recipe.stages]
-    probe_data = next(unused) if probe else None
+    kept_rows = None
+    if keep is not None:
+        kept_rows = KeptRows(keep, tuple(one.source for one in used), tuple(next(unused) for _ in used))
     with refused_by_libraries():
         trainer = StageTrainer(
             stages=recipe.stages,
             stage_data=stage_data,
-            probe_data=probe_data,
-            kept=None if keep is None else KeptRows(keep, kept_sources, tuple(unused)),
+            probe_steps=recipe.method.epi.probe_steps,
+            probe_data=next(unused) if probe else None,
+            kept=kept_rows,
             marker=marker_of(recipe, digests_of(found)),
             args=args,
             model=model,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from epi_ds.checkpoint.catalog import Checkpoint, checkpoints_in
 from epi_ds.errors import RemedyError, UserError
+from epi_ds.own_rows.file import record_of
 from epi_ds.train.metrics import FILE as METRICS_FILE
 
 
@@ -48,6 +49,11 @@ class RunFolder:
         """The recipe as it was run."""
         return self.root / "recipe.json"
 
+    @property
+    def own_rows(self) -> Path:
+        """Rows that the model wrote itself before training."""
+        return self.root / "own_rows.jsonl"
+
     def prepare(self) -> None:
         """Make the folder, if it is not there.
 
@@ -69,7 +75,7 @@ class RunFolder:
     def clear(self) -> None:
         """Remove what a run writes, and nothing else that lies in the folder. Raises what `prepare` raises."""
         self.prepare()
-        for file in (self.metrics, self.report, self.recipe):
+        for file in (self.metrics, self.report, self.recipe, self.own_rows, record_of(self.own_rows)):
             file.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.export):
             shutil.rmtree(folder, ignore_errors=True)

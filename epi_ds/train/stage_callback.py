@@ -1,23 +1,24 @@
-"""What happens between steps: probe, evaluation, and what the next stage begins with."""
+"""What happens between steps: what is measured before the first, evaluation, and what the next stage begins with."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
 
 import torch.distributed as dist
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from epi_ds.choices import PolicyName
 from epi_ds.evaluation.evaluator import Evaluator
 from epi_ds.hf import EPICallback
 from epi_ds.planned_rates import planned_rates
 from epi_ds.recipe.models import Moments
+from epi_ds.train.measuring import losses_of
 from epi_ds.train.metrics_callback import BEFORE, MetricsCallback
 from epi_ds.train.stages import StageSpan, stage_at
 from epi_ds.train.trainer import StageTrainer
 from epi_ds.zero3.handle import EPI
+
+logger = logging.getLogger(__name__)
 
 
 class StageCallback(TrainerCallback):
@@ -55,10 +56,12 @@ class StageCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Before the first step, probe where asked for and evaluate; else evaluate what an earlier process had not."""
+        """Before the first step, measure where asked for, and evaluate; else evaluate what an earlier process had
+        not.
+        """
         self._plan(stage_at(self._spans, state.global_step))
         if state.global_step == 0:
-            self._probe()
+            self._measure()
             self._evaluate(0, BEFORE)
             return
         if self._is_evaluated(state.global_step) and not self._metrics.has_evaluation(state.global_step):
@@ -80,26 +83,22 @@ class StageCallback(TrainerCallback):
         if stage.name == self._until and step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
-    def _probe(self) -> None:
-        config = self._epi.config
-        if config.policy is not PolicyName.STATIC or config.probe_steps is None:
+    def _measure(self) -> None:
+        """Measure what is kept, and remember it, or what a static mask is selected from."""
+        measured = self._trainer.measured
+        if measured is None:
             return
         model = self._trainer.model
         was_training = model.training
         model.eval()
-        refresh = self._epi.probe(self._probe_losses(config.probe_steps))
+        losses = losses_of(self._trainer, measured)
+        name = measured.name
+        refresh = self._epi.probe(losses) if name is None else self._epi.remember(name, losses)
         model.train(was_training)
-        self._metrics.write_refresh(0, BEFORE, refresh)
-
-    def _probe_losses(self, num_batches: int) -> Iterator[Tensor]:
-        """Yield the loss of this rank's share of each of the first batches."""
-        trainer = self._trainer
-        size, rows = trainer.args.per_device_train_batch_size, trainer.probe_dataset
-        for index in range(num_batches):
-            # The first rows, dealt to the ranks as the run's own batches are.
-            first = (index * dist.get_world_size() + dist.get_rank()) * size
-            batch = [rows[i % len(rows)] for i in range(first, first + size)]
-            yield trainer.compute_loss(trainer.model_wrapped, trainer._prepare_inputs(trainer.data_collator(batch)))
+        if dist.get_rank() == 0:
+            logger.info("importance was measured on %d global batches", measured.num_windows)
+        if refresh is not None:
+            self._metrics.write_refresh(0, BEFORE, refresh)
 
     def _is_evaluated(self, step: int) -> bool:
         """Whether tasks are scored after a step."""

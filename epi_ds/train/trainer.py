@@ -16,6 +16,7 @@ from epi_ds.errors import RemedyError
 from epi_ds.recipe.keep import ReplayLoss
 from epi_ds.recipe.models import Stage
 from epi_ds.train.kept_rows import KeptRows, parts_of
+from epi_ds.train.measuring import Measured, kept_windows
 from epi_ds.train.planned_rows import SOURCE, SOURCES, PlannedRows, SourceCollator
 from epi_ds.train.replay import NOTHING, replayed_rows
 from epi_ds.train.resume import MARKER
@@ -35,6 +36,7 @@ class StageTrainer(SFTTrainer):
         *,
         stages: Sequence[Stage],
         stage_data: Sequence[Sequence[Dataset]],
+        probe_steps: int | None,
         probe_data: Dataset | None,
         marker: dict[str, Any],
         args: SFTConfig,
@@ -45,13 +47,13 @@ class StageTrainer(SFTTrainer):
 
         The other arguments are SFTTrainer's.
 
-        Without ``probe_data`` a probe reads the rows of the run. ``marker`` is written into every checkpoint, see
-        `marker_of`. ``kept`` rows are replayed as it says.
+        ``kept`` rows are measured and replayed as it says. A probe takes ``probe_steps`` global batches, of the rows of
+        the run where there are no ``probe_data``. ``marker`` is written into every checkpoint, see `marker_of`.
         """
         self.stages = list(stages)
         self._marker = marker
         self._stage_data = list(stage_data)
-        self._probe_data = probe_data
+        self._probe_steps, self._probe_data = probe_steps, probe_data
         self._kept = kept
         self._replayed_share = NOTHING
         self._token_weights: Tensor | None = None
@@ -59,8 +61,8 @@ class StageTrainer(SFTTrainer):
         self.spans: list[StageSpan] = []
         self.epoch_ends: frozenset[int] = frozenset()
         """Numbers of steps after which an epoch of a stage has ended."""
-        self.probe_dataset: Any = None
-        """Tokenised rows that a probe reads from the front."""
+        self.measured: Measured | None = None
+        """What is measured before the first step; None for nothing."""
         # TRL looks at this one to learn the rows' form, and then asks `_prepare_dataset` for what is trained.
         super().__init__(args=args, train_dataset=self._stage_data[0][0], **kwargs)
         collator: Any = self.data_collator  # type: ignore[has-type]
@@ -89,7 +91,7 @@ class StageTrainer(SFTTrainer):
         order = row_order(counts, self.spans, global_batch=batch, seed=args.seed, replay=replay)
         self._rows = PlannedRows(parts_of(self.stages, self._stage_data, self._kept), order)
         self.source_losses = SourceLosses(self._rows.sources)
-        self.probe_dataset = self._rows if self._probe_data is None else self._probe_data
+        self.measured = self._measured()
         return self._rows
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -142,6 +144,14 @@ class StageTrainer(SFTTrainer):
         # Its gradient is the weighted one already.
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return loss + ((weights - 1) * losses).sum() * ranks / num_items_in_batch
+
+    def _measured(self) -> Measured | None:
+        """Return what is measured before the first step."""
+        if self._kept is not None and self._kept.keep.importance:
+            return kept_windows(self._kept.keep, self._kept.rows, global_batch=self.global_batch, seed=self.args.seed)
+        if self._probe_steps is None:
+            return None
+        return Measured(self._rows if self._probe_data is None else self._probe_data, self._probe_steps, None)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Lay the stages' schedules end to end."""

@@ -162,7 +162,9 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
             controller.exchange.world_size,
         )
         if config.protects is Protects.PAST:
-            logger.info("protects: past isolates nothing until engine.epi.finish_stage() has ended a stage")
+            logger.info(
+                "protects: past isolates nothing until a stage has ended, by engine.epi.finish_stage() or remember()"
+            )
         if isinstance(moments, SecondMoments):
             logger.info(
                 "importance is Adam's exp_avg_sq, so its effective ema_decay is beta2: %s",

@@ -171,9 +171,9 @@ class EPI:
             logger.warning("%s", warning)
 
     def check_planned_steps(self, planned_steps: int) -> None:
-        """Warn or raise ValueError when a run of this many applied steps would never use a mask."""
+        """Warn or raise ValueError when a run of this many applied steps would never use a mask, or hardly."""
         config = self.config
-        if config.policy in BEGINNING_LATE and largest_ratio(config) > 0:
+        if not self._controller.is_active and config.policy in BEGINNING_LATE and largest_ratio(config) > 0:
             check_planned_steps(
                 planned_steps,
                 config.selection_interval,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import itertools
+import json
 import os
 import re
 import shlex
@@ -392,6 +393,17 @@ def test_what_is_not_run_here_is_one_script() -> None:
             assert hasattr(epi_ds, node.attr), f"epi_ds.{node.attr}"
 
 
+def tokenizer_of(size: int) -> Any:
+    """A tokenizer of so many words, without a chat template; 1 begins a text and 2 ends it, as Llama's do."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"word{number}": number for number in range(3, size)}}
+    core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
 def run_fragments(fragments: list[str], folder: str) -> list[str]:
     """Run pieces of Python, each with the names that a reader would have; return what went wrong."""
     import deepspeed
@@ -411,7 +423,9 @@ def run_fragments(fragments: list[str], folder: str) -> list[str]:
         names: dict[str, Any] = {
             "epi_ds": epi_ds,
             "itertools": itertools,
+            "json": json,
             "model": model,
+            "tokenizer": tokenizer_of(sizes["vocab_size"]),
             "ds_config": ds_config(epi=section),
             "loader": [{"input_ids": tokens, "labels": tokens}] * 3,
             "importance": torch.rand(1000),

@@ -245,6 +245,22 @@ def test_scores_within_stages_count_and_have_a_table_of_their_own(tmp_path: Path
         ) is has_history
 
 
+def test_what_was_to_be_kept_is_reported_first(tmp_path: Path) -> None:
+    lines = [
+        LINES[0],
+        evaluation(0, "start", new=0.0, **{"base/logic": 0.5}),
+        evaluation(2, "a", new=0.75, **{"base/logic": 0.25}),
+    ]
+    for line, loss in zip(lines[1:], (1.5, 1.75), strict=True):
+        line["scores"]["base/own_rows"] = {"value": loss, "num_rows": 4, "higher_is_better": False}
+    table = score_table(lines)
+    assert [row.name for row in table.rows] == ["base/logic", "base/own_rows", "new"]
+    assert table.kept_told == "25.0%, loss +0.250"
+    assert score_table(LINES).kept_told is None
+    write_report(lines, tmp_path / "report.html", title="run")
+    assert "forgotten of what is kept</dt><dd>25.0%, loss +0.250" in (tmp_path / "report.html").read_text()
+
+
 def test_the_report_is_the_same_page_every_time_and_escapes_names(tmp_path: Path) -> None:
     pages = []
     for name in ("one.html", "two.html"):
@@ -319,14 +335,12 @@ def test_a_resume_knows_its_data(tmp_path: Path) -> None:
         check_data(found, RECIPE, [{"digests": ["bb"], "rows": 8}])
     # It is enough to look at that.
     check_steps(found, [StageSpan("a", 0, 99)], global_batch=1)
-    # What is kept comes behind the stages.
-    keep = {"data": [{"skill": "logic", "rows": 4, "source": "old"}, {"skill": "code", "rows": 4}]}
-    keeping = RECIPE.model_copy(update={"method": MethodSection.model_validate({"keep": keep})})
-    kept = [*saved, {"digests": [], "rows": 4}, {"digests": [], "rows": 4}]
-    (path / MARKER).write_text(json.dumps(marker_of(keeping, kept)))
-    check_data(found, keeping, kept)
-    with pytest.raises(UserError, match=r"the data of method.keep, source code: it had 4 rows, has 3"):
-        check_data(found, keeping, [*kept[:2], {"digests": [], "rows": 3}])
+    keeps = RECIPE.model_copy(update={"method": MethodSection.model_validate({"keep": {"self": 4}})})
+    own = {"digests": ["cc"], "rows": 4}
+    (path / MARKER).write_text(json.dumps(marker_of(keeps, [*saved, own])))
+    check_data(found, keeps, [*saved, own])
+    with pytest.raises(UserError, match=r"the data of what is kept, source 1: it had 4 rows, has 4, whose content"):
+        check_data(found, keeps, [*saved, {**own, "digests": ["dd"]}])
     # A release of before said nothing of it.
     values = marker_of(RECIPE)
     del values[DATA]

@@ -96,6 +96,7 @@ def train(folder: str, micro_batch: int, accumulation: int, replay_loss: str, pa
             "replay": SHARE,
             "replay_stages": True,
             "replay_loss": replay_loss,
+            "importance": False,
         }
     )
     record = Record()
@@ -120,6 +121,7 @@ def train(folder: str, micro_batch: int, accumulation: int, replay_loss: str, pa
         trainer = StageTrainer(
             stages=stages,
             stage_data=rows,
+            probe_steps=None,
             probe_data=None,
             marker={},
             kept=KeptRows(keep, keep.sources, kept),
