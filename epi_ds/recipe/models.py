@@ -15,6 +15,7 @@ from epi_ds.data.skills import SKILLS
 from epi_ds.data.sources import SkillRows, check_split, find_files, is_local
 from epi_ds.data.table import Table, files_matching
 from epi_ds.errors import UserError, nearest
+from epi_ds.recipe.lora import LoraSection
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
@@ -50,6 +51,9 @@ class ModelSection(BaseModel):
     allow_missing: tuple[str, ...] = ()
     """Regular expressions of weights that the model's files may lack, such as a head that is meant to be new. Any other
     that they lack is an error: it would be trained from random values."""
+    lora: LoraSection | None = None
+    """Train a low-rank adapter instead of the weights: ``{r: 16, target_modules: all-linear}``. Isolation then covers
+    the adapter alone. Wants the extra ``lora``."""
 
 
 class DataSource(BaseModel):
