@@ -26,6 +26,7 @@ from tests.support.engines import (
     train_step,
 )
 from tests.support.models import OddNet, odd_batch
+from tests.support.nvme import WideNet, needs_libaio, nvme, on_host
 from tests.support.oracle import oracle_masks
 from tests.support.ranks import run_ranks
 from tests.support.tiers import slow_but
@@ -398,3 +399,24 @@ def test_entries_released_by_a_draw_do_not_jump(name: str, apply: str, factor: f
     """Nothing measures what is held; the optimizer's second moment goes on, and is what a release begins with."""
     ratio = run_ranks(measure_release, 1, POLICIES[name], apply, factor)[0]
     assert ratio <= BOUND
+
+
+def check_nvme(folder: str, name: str) -> None:
+    """A mask that is drawn before the first step, and another one at a stage's end: on a disk as in memory."""
+    states = []
+    for changes in (nvme(folder), on_host()):
+        with engine_of(WideNet, ds_config(epi=POLICIES[name], **changes)) as engine:
+            for step in range(4):
+                train_step(engine, step, odd_batch)
+                if step == 1:
+                    engine.epi.finish_stage("a")
+            states.append((full_masks(engine), full_weights(engine), full_moments(engine)))
+    for one, other in zip(*states, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.slow
+@needs_libaio
+@pytest.mark.parametrize("name", ["random, stage", "half"])
+def test_draws_with_nvme_are_those_with_cpu_offload(tmp_path: Path, name: str) -> None:
+    run_ranks(check_nvme, 2, str(tmp_path), name)
