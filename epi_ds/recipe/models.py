@@ -13,6 +13,7 @@ from epi_ds.config import EPIConfig
 from epi_ds.data.skills import SKILLS
 from epi_ds.errors import UserError, nearest
 from epi_ds.recipe.keep import BASE, Keep, ReplayLoss
+from epi_ds.recipe.lora import LoraSection
 from epi_ds.recipe.sources import DataSource, EvaluationData, OneOrSeveral, TrainingData, check_shares, sources_of
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +42,9 @@ class ModelSection(BaseModel):
     allow_missing: tuple[str, ...] = ()
     """Regular expressions of weights that the model's files may lack, such as a head that is meant to be new. Any other
     that they lack is an error: it would be trained from random values."""
+    lora: LoraSection | None = None
+    """Train a low-rank adapter instead of the weights: ``{r: 16, target_modules: all-linear}``. Isolation then covers
+    the adapter alone. Wants the extra ``lora``."""
 
 
 class Stage(BaseModel):

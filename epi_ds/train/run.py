@@ -31,6 +31,7 @@ from epi_ds.recipe.arguments import deepspeed_config
 from epi_ds.recipe.models import Recipe
 from epi_ds.trackers import continue_runs, trackers_in
 from epi_ds.train.accelerate_setup import DEFAULT_TIMEOUT_SECONDS, prepare_accelerate
+from epi_ds.train.adapter import export_adapter, with_adapter
 from epi_ds.train.epoch_callback import EpochCallback
 from epi_ds.train.export import export_model
 from epi_ds.train.kept_rows import KeptRows
@@ -135,7 +136,11 @@ def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
                 f"all steps of {folder.root} were skipped, because gradients were not finite: the model has learnt "
                 "nothing and is not exported; look at the data and the precision, and lower the learning rate"
             )
-        export_model(trainer.model_wrapped, trainer.processing_class, folder.export)
+        lora = run.recipe.model.lora
+        if lora is None:
+            export_model(trainer.model_wrapped, trainer.processing_class, folder.export)
+        else:
+            export_adapter(trainer.model_wrapped, trainer.processing_class, folder.export, merge=lora.merge)
         if run.metrics is not None:
             run.metrics.write(END, step=trainer.spans[-1].stop_step, stage=trainer.spans[-1].name)
 
@@ -188,6 +193,8 @@ def _make_trainer(
     args.assistant_only_loss = False
     # After the arguments: they tell from_pretrained that ZeRO-3 partitions the weights as they are loaded.
     model = load_model(recipe.model)
+    if recipe.model.lora is not None:
+        model = with_adapter(model, recipe.model.lora, seed=args.seed)
     if arguments.chat_template_path is None:
         check_vocabulary(model, tokenizer, path=recipe.model.path)
     unused = (one.rows for one in found)

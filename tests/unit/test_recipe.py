@@ -186,3 +186,33 @@ def test_unknown_recipes_and_configurations_name_what_there_is() -> None:
         load_recipe("missing.yaml")
     with pytest.raises(ValueError, match="did you mean 'zero3'"):
         ds_configs.load("zero4x")
+
+
+LORA = "model.lora={r: 4, target_modules: [q_proj]"
+
+
+# Importing PEFT takes seconds.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"{LORA}, lora_alpah: 8}}", "model.lora.lora_alpah: not a key of LoraConfig; did you mean 'lora_alpha'?"),
+        (f"{LORA}, task_type: CAUSAL_LM}}", "model.lora.task_type: decided by the recipe"),
+        (f"{LORA}, use_dora: true}}", "model.lora.use_dora: takes whole weights"),
+        (f"{LORA}, init_lora_weights: pissa}}", "set true, false or gaussian"),
+        (f"{LORA}, merge: maybe}}", "model.lora.merge: Input should be a valid boolean"),
+        ("model.lora={layers_to_transform: [1], target_modules: '.*q'}", "model.lora: "),
+    ],
+)
+def test_an_adapter_that_cannot_be_made_is_refused_before_ranks_start(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match="1 problem in") as raised:
+        load_recipe(write(tmp_path, MINIMAL), [override])
+    assert message in str(raised.value)
+
+
+def test_an_adapter_without_peft_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else object())
+    with pytest.raises(ValueError, match=r"model\.lora needs peft, which is not installed here: pip install"):
+        load_recipe(write(tmp_path, MINIMAL), [f"{LORA}}}"])

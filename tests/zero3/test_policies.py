@@ -26,11 +26,13 @@ from tests.support.engines import (
     train_step,
 )
 from tests.support.models import OddNet, odd_batch
+from tests.support.nvme import WideNet, needs_libaio, nvme, on_host
 from tests.support.oracle import oracle_masks
 from tests.support.ranks import run_ranks
 from tests.support.tiers import slow_but
 from tests.zero3.test_masks import given_importance, restore
 from tests.zero3.test_ratio_zero import compare
+from tests.zero3.test_release import BOUND, LEARNING_RATE, Prescribed
 
 pytestmark = pytest.mark.zero3
 
@@ -352,3 +354,69 @@ def test_ratio_zero_is_plain_zero3(name: str) -> None:
 
 def compare_at_zero(name: str) -> None:
     compare("update", {}, section=POLICIES[name] | {"ratio": 0.0})
+
+
+def measure_release(policy: dict[str, Any], apply: str, factor: float) -> float:
+    """Return how far entries released by the second draw move, relative to those that were never held; RMS, 10 steps.
+
+    The gradients of what is held become ``factor`` times as large meanwhile, and stay so.
+    """
+    config = ds_config(epi=policy | {"apply": apply, "exclude": ["ballast"]}, gradient_clipping=1.0)
+    config["optimizer"]["params"] |= {"lr": LEARNING_RATE, "weight_decay": 0.0, "betas": [0.9, 0.99]}
+    with engine_of(Prescribed, config) as engine:
+        before = full_masks(engine)
+        held = torch.stack([before[name] for name in engine.epi.parameter_names])
+
+        def train(first: int, last: int) -> None:
+            for step in range(first, last):
+                generator = torch.Generator().manual_seed(step)
+                rows = torch.randn(held.shape, generator=generator)
+                rows[held] *= factor if step >= 20 else 1.0
+                engine.backward(engine(rows, torch.zeros(held.shape[1])))
+                engine.step()
+
+        train(0, 60)
+        engine.epi.finish_stage("a")
+        now, weights = full_masks(engine), full_weights(engine)
+        moved = {kind: [] for kind in ("released", "plastic")}
+        for step in range(60, 70):
+            train(step, step + 1)
+            after = full_weights(engine)
+            for name, mask in before.items():
+                update = (after[name] - weights[name]).square()
+                moved["released"].append(update[mask & ~now[name]])
+                moved["plastic"].append(update[~mask & ~now[name]])
+            weights = after
+    released, plastic = (float(torch.cat(parts).mean().sqrt()) for parts in moved.values())
+    return released / plastic
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("apply", ["reduction", "update"])
+@pytest.mark.parametrize("factor", [0.3, 10.0])
+@pytest.mark.parametrize("name", ["random, stage", "half"])
+def test_entries_released_by_a_draw_do_not_jump(name: str, apply: str, factor: float) -> None:
+    """Nothing measures what is held; the optimizer's second moment goes on, and is what a release begins with."""
+    ratio = run_ranks(measure_release, 1, POLICIES[name], apply, factor)[0]
+    assert ratio <= BOUND
+
+
+def check_nvme(folder: str, name: str) -> None:
+    """A mask that is drawn before the first step, and another one at a stage's end: on a disk as in memory."""
+    states = []
+    for changes in (nvme(folder), on_host()):
+        with engine_of(WideNet, ds_config(epi=POLICIES[name], **changes)) as engine:
+            for step in range(4):
+                train_step(engine, step, odd_batch)
+                if step == 1:
+                    engine.epi.finish_stage("a")
+            states.append((full_masks(engine), full_weights(engine), full_moments(engine)))
+    for one, other in zip(*states, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.slow
+@needs_libaio
+@pytest.mark.parametrize("name", ["random, stage", "half"])
+def test_draws_with_nvme_are_those_with_cpu_offload(tmp_path: Path, name: str) -> None:
+    run_ranks(check_nvme, 2, str(tmp_path), name)
