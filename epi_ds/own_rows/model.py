@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import GenerationConfig
-from trl.models.utils import add_hooks, remove_hooks
 
 from epi_ds.evaluation.room import Weights, fits_gathered
 from epi_ds.zero3.local_forwards import local_forwards
@@ -65,6 +64,9 @@ def _gathered(module: Any, engine: Any) -> Iterator[None]:
         if engine is None:
             yield
             return
+        # Imported here: TRL takes seconds, and a loop of one's own need not have it in its process.
+        from trl.models.utils import add_hooks, remove_hooks
+
         remove_hooks(engine)
         try:
             with local_forwards(engine):

@@ -9,18 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
 import epi_ds
 from epi_ds.data.rendering import Learnt, Renderer
 from epi_ds.data.skills import load_tokenizer
-from epi_ds.demo.base_model import small_llama
 from epi_ds.errors import RemedyError, UserError
 from epi_ds.own_rows.file import record_of, standing_in, write_rows
 from epi_ds.own_rows.sifting import Draft, LeftOut, Sifter
+from tests.support.few_words import few_words
 
 ROWS = [{"text": "one"}, {"text": "two"}]
 
@@ -79,33 +75,11 @@ def test_a_template_says_how_a_user_begins_and_ends() -> None:
     assert begun.end == tokenizer.convert_tokens_to_ids("<|end|>")
 
 
-def model_and_tokenizer(**changes: Any) -> tuple[Any, Any]:
-    """A model of a few words, of which every fourth ends a turn."""
-    vocabulary = {"<|end|>": 0, "<|user|>": 1, "<|assistant|>": 2, "yes": 3, "no": 4, "so": 5, "<|pad|>": 6}
-    core = Tokenizer(WordLevel(vocabulary, unk_token="so"))
-    core.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"],
-        chat_template=(
-            "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|> {% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|> {% endif %}"
-        ),
-    )
-    for name, value in changes.items():
-        setattr(tokenizer, name, value)
-    torch.manual_seed(0)
-    model = small_llama(7, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
-    return model, tokenizer
-
-
 SETTINGS: dict[str, Any] = {"rows": 6, "batch_size": 4, "max_prompt_tokens": 6, "max_new_tokens": 6, "attempts": 20}
 
 
 def test_rows_depend_on_their_seed_and_on_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model, tokenizer = model_and_tokenizer()
+    model, tokenizer = few_words()
     model.generation_config.repetition_penalty = 9.0
     random_state, kept = torch.get_rng_state(), model.generation_config
     texts = {}
@@ -133,7 +107,7 @@ def test_rows_depend_on_their_seed_and_on_nothing_else(tmp_path: Path, caplog: p
 
 
 def test_a_base_model_writes_texts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model, tokenizer = model_and_tokenizer(chat_template=None)
+    model, tokenizer = few_words(template=None)
     file = epi_ds.write_own_rows(model, tokenizer, file=tmp_path / "texts.jsonl", **SETTINGS)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len({row["text"] for row in rows}) == 6
@@ -147,13 +121,13 @@ def test_a_base_model_writes_texts(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    model, tokenizer = model_and_tokenizer()
+    model, tokenizer = few_words()
     with pytest.raises(UserError, match=r"temprature: unknown key; did you mean 'temperature'"):
         epi_ds.write_own_rows(model, tokenizer, file=tmp_path / "a.jsonl", temprature=2.0)
     tokenizer.chat_template = "{% for m in messages %}<|user|> {{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match="ends a user's turn with no special token"):
         epi_ds.write_own_rows(model, tokenizer, file=tmp_path / "a.jsonl", **SETTINGS)
-    model, tokenizer = model_and_tokenizer(chat_template=None)
+    model, tokenizer = few_words(template=None)
     with pytest.raises(RemedyError, match=r"no row that could be kept in 8 attempts \(left out: .* cut\)"):
         epi_ds.write_own_rows(
             model, tokenizer, file=tmp_path / "a.jsonl", rows=4, attempts=2, max_new_tokens=1, batch_size=8

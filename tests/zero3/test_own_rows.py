@@ -11,43 +11,41 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from trl import SFTConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 import epi_ds
-from epi_ds import ds_configs
-from epi_ds.train.accelerate_setup import prepare_accelerate
+from tests.support.few_words import save_few_words
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.zero3
 
-# Three batches, so that ranks have other numbers of them, or none.
+# So many batches that ranks have other numbers of them, or none.
 SETTINGS: dict[str, Any] = {
-    "rows": 3,
-    "batch_size": 2,
-    "seed": 1,
-    "top_p": 0.15,
-    "max_prompt_tokens": 12,
-    "max_new_tokens": 12,
-    "attempts": 8,
+    "rows": 9,
+    "batch_size": 4,
+    "max_prompt_tokens": 6,
+    "max_new_tokens": 6,
+    "attempts": 20,
 }
 
 
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that writes in no time."""
+    return save_few_words(tmp_path_factory.mktemp("words"))
+
+
 @contextmanager
-def partitioned(base: str, folder: str) -> Iterator[Any]:
+def partitioned(base: str) -> Iterator[Any]:
     """Yield a model whose weights ZeRO-3 has partitioned as a recipe's are: by transformers, and without an engine."""
+    config = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
     try:
-        args = SFTConfig(
-            output_dir=folder, bf16=False, report_to="none", deepspeed=ds_configs.load("cpu"), **prepare_accelerate()
-        )
-        assert args.deepspeed is not None
+        assert config.is_zero3()
         yield AutoModelForCausalLM.from_pretrained(base, dtype="float32")
     finally:
         unset_hf_deepspeed_config()
-        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write(base: str, folder: str, weights: list[str]) -> list[str]:
@@ -55,7 +53,7 @@ def write(base: str, folder: str, weights: list[str]) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(base)
     written = []
     for way in weights:
-        with partitioned(base, folder) as model:
+        with partitioned(base) as model:
             random_state, seen = torch.get_rng_state(), []
             file = epi_ds.write_own_rows(
                 model, tokenizer, file=f"{folder}/{way}.jsonl", weights=way, show=seen.append, **SETTINGS
@@ -82,11 +80,11 @@ def write(base: str, folder: str, weights: list[str]) -> list[str]:
     ids=["quick", "in step on more"],
 )
 def test_a_model_writes_the_same_rows_on_every_number_of_ranks(
-    small_base: Path, tmp_path: Path, ways: dict[int, list[str]]
+    words: Path, tmp_path: Path, ways: dict[int, list[str]]
 ) -> None:
     """As a model that is whole, in one process without ranks, does."""
-    model = AutoModelForCausalLM.from_pretrained(small_base, dtype="float32")
-    tokenizer = AutoTokenizer.from_pretrained(small_base)
+    model = AutoModelForCausalLM.from_pretrained(words, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(words)
     alone = epi_ds.write_own_rows(model, tokenizer, file=tmp_path / "alone.jsonl", **SETTINGS)
     rows = [json.loads(line) for line in alone.read_text().splitlines()]
     assert len({json.dumps(row) for row in rows}) == len(rows) == SETTINGS["rows"]
@@ -94,10 +92,11 @@ def test_a_model_writes_the_same_rows_on_every_number_of_ranks(
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
         assert all(message["content"].strip() for message in row["messages"])
     counts = json.loads(alone.with_suffix(".written.json").read_text())
+    assert counts["left_out"]["empty"] > 0 < counts["left_out"]["cut"]
     for ranks, weights in ways.items():
         folder = tmp_path / str(ranks)
         folder.mkdir()
-        for texts in run_ranks(write, ranks, str(small_base), str(folder), weights):
+        for texts in run_ranks(write, ranks, str(words), str(folder), weights):
             for text, said in zip(texts[::2], texts[1::2], strict=True):
                 assert text == alone.read_text()
                 assert json.loads(said) == {name: counts[name] for name in ("rows", "left_out", "num_tokens")}
@@ -123,7 +122,7 @@ def write_with_engine(base: str, folder: str) -> list[str]:
                 file = epi_ds.write_own_rows(engine, tokenizer, file=f"{folder}/{way}.jsonl", weights=way, **SETTINGS)
                 texts.append(file.read_text())
                 assert engine.module.training
-            ids = torch.arange(20).view(2, 10) + 7
+            ids = torch.arange(12).view(2, 6) % 7
             for _ in range(2):
                 loss = engine(input_ids=ids, labels=ids).loss
                 engine.backward(loss)
@@ -134,7 +133,7 @@ def write_with_engine(base: str, folder: str) -> list[str]:
     return texts
 
 
-def test_an_engine_writes_before_it_trains(small_base: Path, tmp_path: Path) -> None:
-    for texts in run_ranks(write_with_engine, 2, str(small_base), str(tmp_path)):
+def test_an_engine_writes_before_it_trains(words: Path, tmp_path: Path) -> None:
+    for texts in run_ranks(write_with_engine, 2, str(words), str(tmp_path)):
         assert texts[0] == texts[1]
         assert len(texts[0].splitlines()) == SETTINGS["rows"]

@@ -175,7 +175,7 @@ def oracle(batches: list[Any], *, replay_loss: str, loss_type: str) -> list[Step
 def check(folder: Path, world_size: int, accumulation: int, **settings: Any) -> None:
     values = {"replay_loss": "share", "packed": False, "loss_type": "nll", **settings}
     micro_batch = GLOBAL_BATCH // (world_size * accumulation)
-    ranks = run_ranks(train, world_size, str(folder), micro_batch, accumulation, *values.values(), timeout=120)
+    ranks = run_ranks(train, world_size, str(folder), micro_batch, accumulation, *values.values())
     steps, batches = ranks[0]
     assert all(found == ranks[0] for found in ranks)
     replayed = [sum(source.endswith("(replayed)") for source, _ in batch) for batch in batches]
