@@ -53,7 +53,6 @@ OPTIONAL = {
     "isolation.extra": {"clipping": [], "swapped": {}, "anchor": None},
     "isolation.extra.clipping": [],
     "isolation.extra.swapped": {},
-    "isolation.extra.anchor": None,
     **{f"isolation.counters.{name}": value for name, value in Counters().to_dict().items()},
 }
 # Its default is true of importance that nothing was observed of, and this one was.
