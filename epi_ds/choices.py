@@ -14,6 +14,19 @@ class PolicyName(StrEnum):
     EVOLVING = "evolving"
     STATIC = "static"
     NONE = "none"
+    RANDOM = "random"
+    INVERTED = "inverted"
+    FIRST = "first"
+    MOMENTUM = "momentum"
+    HALF = "half"
+
+
+class Redraw(StrEnum):
+    """When ``policy: random`` draws another mask."""
+
+    NEVER = "never"
+    STAGE = "stage"
+    REFRESH = "refresh"
 
 
 class Selection(StrEnum):
@@ -91,3 +104,25 @@ class Curve(StrEnum):
 
     LINEAR = "linear"
     COSINE = "cosine"
+
+
+class AnchorWeight(StrEnum):
+    """Which entries an anchor pulls more than others."""
+
+    UNIFORM = "uniform"
+    IMPORTANCE = "importance"
+
+
+class Pull(StrEnum):
+    """Where in a step an anchor pulls."""
+
+    UPDATE = "update"
+    GRADIENT = "gradient"
+
+
+class AnchorDevice(StrEnum):
+    """Where the weights lie that an anchor pulls towards."""
+
+    PARTITION = "partition"
+    CPU = "cpu"
+    DISK = "disk"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from epi_ds.choices import Apply, StateFormat
+from epi_ds.choices import Apply, PolicyName, Pull, StateFormat
 from epi_ds.config import EPIConfig
 from epi_ds.ds_configs.keys import misspelt, misspelt_sentence
 from epi_ds.errors import nearest
@@ -49,11 +49,35 @@ def reduction_optimizer_problem(optimizer: str) -> str:
     )
 
 
+def anchor_optimizer_problem(optimizer: str) -> str:
+    """Return what to say of ``anchor.pull: gradient`` with an optimizer that is no Adam."""
+    return (
+        f"anchor.pull: gradient is in proportion to the size of gradients, which Adam divides by and {optimizer} does "
+        "not; use AdamW, or anchor.pull: update"
+    )
+
+
 def adam_state_optimizer_problem(optimizer: str) -> str:
     """Return what to say of ``state: adam`` with an optimizer that is no Adam."""
     return (
         f"state: adam reads the second moments of Adam, and {optimizer} keeps none that are averages of squared "
         "gradients; use AdamW, or state: u8"
+    )
+
+
+def momentum_optimizer_problem(optimizer: str) -> str:
+    """Return what to say of ``policy: momentum`` with an optimizer that is no Adam."""
+    return (
+        f"policy: momentum ranks by the momenta of Adam, and those of {optimizer} are not known; use AdamW, or another "
+        "policy"
+    )
+
+
+def momentum_nvme_problem() -> str:
+    """Return what to say of ``policy: momentum`` with moments on NVMe."""
+    return (
+        "offload_optimizer.device: nvme keeps the momenta on the disk, and policy: momentum reads them several times "
+        "after every step; set offload_optimizer.device: cpu, or another policy"
     )
 
 
@@ -89,6 +113,8 @@ def _zero_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> Iterator[
         yield adam_state_ratio_problem(share)
     if device == "nvme" and config.state is StateFormat.ADAM:
         yield adam_state_nvme_problem()
+    if device == "nvme" and config.policy is PolicyName.MOMENTUM:
+        yield momentum_nvme_problem()
 
 
 def _path_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
@@ -113,3 +139,7 @@ def _optimizer_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> Iter
             yield reduction_optimizer_problem(name)
         if config.state is StateFormat.ADAM:
             yield adam_state_optimizer_problem(name)
+        if config.anchor is not None and config.anchor.pull is Pull.GRADIENT:
+            yield anchor_optimizer_problem(name)
+        if config.policy is PolicyName.MOMENTUM:
+            yield momentum_optimizer_problem(name)

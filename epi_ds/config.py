@@ -8,21 +8,26 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from epi_ds.anchor_config import AnchorConfig
+from epi_ds.checkpoint_config import CheckpointConfig
 from epi_ds.choices import (
     ADAPTIVE,
+    AnchorWeight,
     Apply,
     Curve,
     Memory,
     MissingState,
     Normalizer,
-    OnFailure,
     PolicyName,
     Protects,
+    Pull,
+    Redraw,
     Selection,
     StateFormat,
     Transport,
 )
 from epi_ds.errors import UserError, problems_of, summarize
+from epi_ds.policy_rules import adaptive_problem, decided_by, memory_problem, policy_problems, with_policy_defaults
 
 # Top-level key of a DeepSpeed configuration that holds these settings.
 SECTION = "epi"
@@ -46,41 +51,6 @@ class RatioSchedule(BaseModel):
     """Applied steps from the one to the other."""
 
 
-class CheckpointConfig(BaseModel):
-    """How a run's checkpoints are kept and read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    keep_last: int | None = Field(None, ge=1)
-    """Complete checkpoints to keep; older ones are removed once a newer one is complete. None keeps all."""
-
-    keep_every: int | None = Field(None, ge=1)
-    """With ``keep_last``: keep those of every so many steps for good."""
-
-    on_failure: OnFailure = OnFailure.CONTINUE
-    """When a checkpoint cannot be saved (a full disk, say): say so and ``continue`` training, or ``stop`` with an error
-    on all ranks. What was saved before is untouched either way."""
-
-    trust: bool = False
-    """Read the files of a checkpoint that is not of the run whose folder it lies in. DeepSpeed's are pickles: reading
-    them runs whatever their author put there."""
-
-    allow_new_batch_size: bool = False
-    """Resume although a step has another number of rows now (micro-batch x accumulation x ranks)."""
-
-    stop_before_end: float = Field(120, ge=0)
-    """Seconds before the time limit of a Slurm job at which to save and stop: enough for two steps and a save. 0 leaves
-    it to signals."""
-
-    @model_validator(mode="after")
-    def _keep_every_is_used(self) -> CheckpointConfig:
-        if self.keep_every is not None and self.keep_last is None:
-            raise UserError(
-                "keep_every says which of the older checkpoints to keep, and without keep_last all are kept"
-            )
-        return self
-
-
 class EPIConfig(BaseModel):
     """Settings of evolving parameter isolation (arXiv 2604.14010). Frozen; unknown keys are errors."""
 
@@ -88,11 +58,17 @@ class EPIConfig(BaseModel):
 
     policy: PolicyName = PolicyName.EVOLVING
     """``evolving`` selects a new mask every ``refresh_interval`` steps; ``static`` isolates one mask for the
-    whole run; ``none`` isolates nothing and measures nothing."""
+    whole run; ``none`` isolates nothing and measures nothing. Controls and other methods
+    ([policies](method.md#policies)): ``random``, ``inverted`` (the least important entries), ``first`` (the first mask
+    is kept), ``momentum`` (MoFO: only the largest momenta move), ``half`` (HFT: half of the matrices stand still)."""
+
+    redraw: Redraw = Redraw.NEVER
+    """``policy: random`` only: one mask for the whole run, another one for every ``stage``, or at every ``refresh``."""
 
     ratio: float | RatioSchedule | Literal["adaptive"] = 0.01
     """Requested share of the covered parameters to isolate (the paper's p), in [0, 1); a schedule of it; or
-    ``adaptive``: as many as hold ``coverage`` of the importance."""
+    ``adaptive``: as many as hold ``coverage`` of the importance. ``policy: momentum`` wants one, of every tensor; under
+    ``half`` it is 0.5."""
 
     coverage: float = Field(0.5, gt=0, lt=1)
     """``ratio: adaptive`` only: share of the importance, as selection compares it, that isolated entries shall hold."""
@@ -102,7 +78,7 @@ class EPIConfig(BaseModel):
 
     refresh_interval: int | Literal["adaptive"] = 500
     """Applied optimizer steps from one refresh to the next (the paper's H); or ``adaptive``: a mask is looked at every
-    ``check_interval`` steps, and refreshed once it has drifted."""
+    ``check_interval`` steps, and refreshed once it has drifted. 1 under ``policy: momentum``."""
 
     check_interval: int = Field(50, ge=1)
     """``refresh_interval: adaptive`` only: applied steps from one look at the mask to the next."""
@@ -123,14 +99,16 @@ class EPIConfig(BaseModel):
 
     selection: Selection = Selection.NORMALIZED_GLOBAL
     """``normalized_global`` (the paper's): one quantile over the normalised importance of all layers;
-    ``per_layer``: the quantile of each layer; ``raw_global``: one quantile without normalisation."""
+    ``per_layer``: the quantile of each layer; ``raw_global``: one quantile without normalisation, and what
+    ``policy: random`` begins from."""
 
     normalizer: Normalizer = Normalizer.MINMAX
     """``normalized_global`` only: ``minmax`` (the paper's) or ``mean``, which no single outlier decides."""
 
     layer: Literal["block", "tensor"] | dict[str, str] = "block"
     """What a layer is: the outermost numbered block of a parameter's name, a tensor, or named groups given as
-    regular expressions over parameter names, of which every covered parameter must match exactly one."""
+    regular expressions over parameter names, of which every covered parameter must match exactly one. ``tensor`` under
+    ``policy: momentum``."""
 
     include: tuple[str, ...] = ()
     """Regular expressions over parameter names; empty covers every trainable parameter."""
@@ -140,7 +118,8 @@ class EPIConfig(BaseModel):
 
     apply: Apply = Apply.REDUCTION
     """``reduction``: isolated entries count as zero gradient for norm, clipping and optimizer (Adam family only);
-    ``update`` (the paper's eq. 12-13): the optimizer sees every gradient and only the update is undone."""
+    ``update`` (the paper's eq. 12-13): the optimizer sees every gradient and only the update is undone, as always under
+    ``policy: momentum``."""
 
     state: StateFormat = StateFormat.U16
     """Storage of the importance: ``fp32``, ``bf16`` and ``u16`` (2 bytes, the latter with one more bit of precision),
@@ -159,8 +138,12 @@ class EPIConfig(BaseModel):
     (``past``), so that nothing is isolated in the first stage. Where a recipe has ``method.keep``, the default is
     ``past``."""
 
+    anchor: AnchorConfig | None = None
+    """A pull of all covered entries towards the weights that knew what must be kept; under any policy, ``none`` too."""
+
     seed: int = Field(0, ge=0)
-    """Where the stochastic rounding of ``bf16``, ``u16`` and ``u8`` begins."""
+    """Where the stochastic rounding of ``bf16``, ``u16`` and ``u8`` begins, and what ``random`` and ``half``
+    draw from."""
 
     exchange: Transport = Transport.AUTO
     """Transport of the sketches: ``all_gather``, ``all_reduce``, ``per_layer`` also ``reduce_scatter``, where every
@@ -196,6 +179,16 @@ class EPIConfig(BaseModel):
     def has_room_for_answers(self) -> bool:
         """Whether a refresh stays within 8 collectives where every round of its search takes two."""
         return self.memory is Memory.NONE or (self.memory is Memory.STAGE_MAX and self.protects is Protects.PAST)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _begin_from_policy(cls, values: Any) -> Any:
+        return with_policy_defaults(values) if isinstance(values, Mapping) else values
+
+    def as_section(self) -> dict[str, Any]:
+        """Return the settings that `parse_config` reads back as these, as JSON has them; defaults are left out."""
+        whole = self.model_dump(mode="json")
+        return {**self.model_dump(mode="json", exclude_defaults=True), **{k: whole[k] for k in decided_by(self.policy)}}
 
     @field_validator("refresh_interval", mode="before")
     @classmethod
@@ -280,16 +273,32 @@ class EPIConfig(BaseModel):
             ignored = [field for field in fields if field in self.model_fields_set]
             if ignored and not adaptive:
                 raise UserError(f"{ignored[0]} belongs to {name}: adaptive, and would be ignored without it; remove it")
-            if adaptive and self.policy is not PolicyName.EVOLVING:
-                raise UserError(
-                    f"{name}: adaptive selects masks during the run, and policy: {self.policy.value} does not"
-                )
+            if (problem := adaptive_problem(self, name)) is not None:
+                raise UserError(problem)
         return self
 
     @model_validator(mode="after")
     def _check_memory(self) -> EPIConfig:
         if self.memory is Memory.NONE and "protects" in self.model_fields_set:
             raise UserError("protects belongs to memory, and would be ignored without it; remove it, or set memory")
+        if (problem := memory_problem(self)) is not None:
+            raise UserError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _check_anchor(self) -> EPIConfig:
+        if self.anchor is None:
+            return self
+        if self.anchor.weight is AnchorWeight.IMPORTANCE and self.memory is Memory.NONE:
+            raise UserError(
+                "anchor.weight: importance pulls by what is remembered of finished stages, and memory: none remembers "
+                "nothing; set memory: stage_max, or anchor.weight: uniform"
+            )
+        if self.anchor.pull is Pull.GRADIENT and self.state is StateFormat.ADAM:
+            raise UserError(
+                "anchor.pull: gradient would enter the second moments, which are the importance under state: adam; set "
+                "another state, or anchor.pull: update"
+            )
         return self
 
     @model_validator(mode="after")
@@ -309,32 +318,8 @@ class EPIConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_policy(self) -> EPIConfig:
-        sources = [name for name in ("mask_from", "probe_steps") if getattr(self, name) is not None]
-        remembers = self.memory is not Memory.NONE
-        if self.policy is PolicyName.STATIC and len(sources) != 1 and not (remembers and not sources):
-            raise UserError(
-                "policy: static needs exactly one source of its mask, mask_from or probe_steps, or memory of what is "
-                "kept; got " + (" and ".join(sources) or "none")
-            )
-        if self.policy is PolicyName.STATIC and remembers and self.probe_steps is not None:
-            raise UserError(
-                "probe_steps and memory both say what the mask of policy: static is selected from; remove probe_steps "
-                "where it is what engine.epi.remember() has measured, else memory"
-            )
-        if self.policy is not PolicyName.EVOLVING:
-            if isinstance(self.ratio, RatioSchedule):
-                raise UserError(
-                    "a schedule of ratio needs masks that are selected during the run, and policy: "
-                    f"{self.policy.value} selects none; give a number"
-                )
-            ignored = [name for name in ("warmup_steps", "hysteresis") if name in self.model_fields_set]
-            if ignored:
-                raise UserError(
-                    f"{ignored[0]} is about masks that are selected during the run, and would be ignored by policy: "
-                    f"{self.policy.value}; remove it"
-                )
-        if self.policy is not PolicyName.STATIC and sources:
-            raise UserError(f"{sources[0]} belongs to policy: static, but policy is {self.policy.value}")
+        for problem in policy_problems(self):
+            raise UserError(problem)
         return self
 
 

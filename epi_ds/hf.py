@@ -20,10 +20,12 @@ from epi_ds.checkpoint.manifest import Manifest
 from epi_ds.checkpoint.run import run_id_of
 from epi_ds.checkpoint.trainer_folder import commit_trainer_folder, set_aside_incomplete
 from epi_ds.checkpoint.verdict import on_first_rank
-from epi_ds.choices import Memory, PolicyName
+from epi_ds.choices import Memory
 from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, EPIConfig, parse_config
 from epi_ds.errors import UserError, summarize
+from epi_ds.planned_rates import planned_rates
+from epi_ds.policy_rules import selects_by_steps
 from epi_ds.preemption import Preemption
 from epi_ds.trackers import continue_runs
 from epi_ds.zero3.guard import has_optimizer
@@ -49,6 +51,7 @@ class EPICallback(TrainerCallback):
         self._keep_last: int | None = None
         self._save_total_limit: int | None = None
         self._preemption: Preemption | None = None
+        self._evaluates_first = False
         self.verified: Path | None = None
         """A checkpoint whose files were read and found whole already, so that resuming from it need not do it again."""
         self.begins_with_mask = False
@@ -112,14 +115,13 @@ class EPICallback(TrainerCallback):
                 "from by a pattern: it would find nothing there. Give a name without them"
             )
         config = EPIConfig() if self._config is None else self._config
+        # None and numbers below 1 are no limit to the trainer.
         limit, own = args.save_total_limit, config.checkpoint.keep_last
+        limit = limit if limit is not None and limit > 0 else None
         if limit is not None and own is not None and limit != own:
             raise UserError(
                 f"save_total_limit is {limit} and checkpoint.keep_last is {own}, which mean the same; keep one of them"
             )
-        if limit is not None and args.load_best_model_at_end:
-            # One more than the newest: the best one, which `on_save` keeps.
-            limit = max(1, limit - 1)
         self._keep_last = own if limit is None else limit
         self._save_total_limit, args.save_total_limit = args.save_total_limit, None
         if not dist.is_initialized():
@@ -166,7 +168,7 @@ class EPICallback(TrainerCallback):
         """Say how often to save, where an audit would find no two checkpoints under one mask."""
         config = self.epi.config
         interval = config.selection_interval
-        if args.save_strategy != "steps" or config.policy is not PolicyName.EVOLVING or dist.get_rank() != 0:
+        if args.save_strategy != "steps" or not selects_by_steps(config) or dist.get_rank() != 0:
             return
         if 2 * state.save_steps > interval >= 2:
             logger.info(
@@ -176,6 +178,13 @@ class EPICallback(TrainerCallback):
                 interval,
                 interval // 2,
             )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Plan the whole run as one stage for an anchor, where nobody has planned stages."""
+        if self.epi.awaits_plan:
+            self.epi.plan_stage(planned_rates(kwargs["lr_scheduler"], first_step=0, stop_step=state.max_steps))
 
     @property
     def _folder(self) -> Path:
@@ -197,6 +206,13 @@ class EPICallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
             # It may take longer than the job has left.
             control.should_evaluate = False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Do nothing more where the job is about to end: the trainer leaves the epoch, and takes that for its end."""
+        if self.is_stopping:
+            control.should_save = control.should_evaluate = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make what the trainer has saved a checkpoint, and remove older ones that are not to be kept. Collective."""
@@ -236,6 +252,9 @@ class EPICallback(TrainerCallback):
         if self._save_total_limit is not None:
             # For another trainer with these arguments.
             args.save_total_limit = self._save_total_limit
+            if self._save_total_limit == 1 and state.best_model_checkpoint is not None:
+                # The trainer does so here too: newest and best were two while it trained.
+                self._engine.epi.run.keep_only(Path(state.best_model_checkpoint))
         epi = self.epi
         if epi.config.memory is not Memory.NONE and not epi.stats().counters.finished_stages and dist.get_rank() == 0:
             logger.warning(
@@ -260,6 +279,12 @@ class EPICallback(TrainerCallback):
                 "the trainer trains another model than it was constructed with, as model_init makes it do; construct "
                 "it with model=... and an EPICallback of its own"
             )
+        if self._evaluates_first:
+            return (
+                "the trainer evaluated before it trained, and keeps the engine without an optimizer that it made for "
+                "that. Set eval_on_start=True (with eval_strategy) to evaluate at the start of train(), or evaluate "
+                "with a trainer of its own"
+            )
         return (
             "the trainer made no DeepSpeed engine of its model for this run; construct a new trainer, and on the CPU "
             "build its arguments with **epi_ds.train.accelerate_setup.prepare_accelerate()"
@@ -267,8 +292,11 @@ class EPICallback(TrainerCallback):
 
     def attach_if_awaited(self, engine: Any) -> bool:
         """Attach to ``engine`` if it is the one that trains the trainer's model; return whether it was."""
-        # Evaluating before training makes an engine without an optimizer, and the one that trains comes later.
-        if self._model is None or self._model() is not engine.module or not has_optimizer(engine):
+        if self._model is None or self._model() is not engine.module:
+            return False
+        if not has_optimizer(engine):
+            # Of an evaluation before training. Should the trainer make another one to train, that is waited for.
+            self._evaluates_first = True
             return False
         attach(engine, self._config)
         engine.epi.run.trainer_folder, engine.epi.run.verified = self._output, self.verified

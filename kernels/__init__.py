@@ -13,12 +13,14 @@ from epi_ds.kernels.ops import (
     mask_,
     masked_sumsq,
     observe_,
+    pull_,
     restore_,
     select_,
     sketch_counts,
 )
 from epi_ds.kernels.reference.chunks import chunks
 from epi_ds.kernels.reference.codecs import Stored, num_blocks
+from epi_ds.kernels.reference.dither import random_codes
 from epi_ds.kernels.reference.mask_bits import pack_bits, set_bits, slice_bits, unpack_bits
 from epi_ds.kernels.reference.runs import Run, table_of
 
@@ -36,6 +38,8 @@ __all__ = [
     "num_blocks",
     "observe_",
     "pack_bits",
+    "pull_",
+    "random_codes",
     "restore_",
     "select_",
     "set_bits",

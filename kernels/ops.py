@@ -238,3 +238,22 @@ _register(
     lambda bits: implementation("hold", bits).count_bits(bits),
     lambda bits: torch.library.get_ctx().new_dynamic_size(),
 )
+
+
+# --- pull_ ---
+
+
+def pull_(target: Tensor, weights: Tensor, anchor: Tensor, factor: float | Tensor) -> None:
+    """Add a multiple of what the weights have moved by to a tensor, which may be the weights themselves, in place.
+
+    See `epi_ds.kernels.reference.pull`.
+    """
+    factors = factor if isinstance(factor, Tensor) else None
+    torch.ops.epi_ds.pull_(target, weights, anchor, factors, 0.0 if isinstance(factor, Tensor) else factor)
+
+
+def _pull(target: Tensor, weights: Tensor, anchor: Tensor, factors: Tensor | None, factor: float) -> None:
+    implementation("pull", target).pull_(target, weights, anchor, factor if factors is None else factors)
+
+
+_register("pull_(Tensor(a!) target, Tensor weights, Tensor anchor, Tensor? factors, float factor) -> ()", _pull)

@@ -120,6 +120,8 @@ class _Entries(NamedTuple):
     selected: Tensor
     """Another mask, to be written to."""
     held: Tensor
+    anchor: Tensor
+    """bf16, beside ``values``."""
     table: Tensor
 
     def chunk(self, start: int, stop: int) -> _Entries:
@@ -132,6 +134,7 @@ class _Entries(NamedTuple):
             self.bits[: -(-(stop - start) // 8)],
             self.selected[start // 8 : -(-stop // 8)],
             self.held[:num_isolated],
+            self.anchor[start:stop],
             self.table,
         )
 
@@ -193,6 +196,9 @@ def _operations(state: str, device: torch.device) -> Iterator[_Operation]:
     yield _Operation("hold", "hold", moved, lambda module, of: module.hold(of.values, of.bits, of.held.numel()))
     yield _Operation("restore_", "hold", moved, lambda module, of: module.restore_(of.values, of.bits, of.held))
     yield _Operation("mask_", "hold", 1 / 8 + 4 / _APART, lambda module, of: module.mask_(of.gradient, of.bits))
+    yield _Operation(
+        "pull_", "pull", 4 + 2 + 4, lambda module, of: module.pull_(of.values, of.values, of.anchor, -1e-4)
+    )
     for name, edges in (
         ("first round", torch.arange(1, _NUM_EDGES + 1) * (TOP_CODE // _NUM_EDGES)),
         ("later round", _CODE_OF_ONE + torch.arange(_NUM_EDGES) * 64),
@@ -222,6 +228,7 @@ def _entries(state: str, numel: int, device: torch.device) -> _Entries:
         bits,
         torch.zeros_like(bits),
         values[::_APART].clone(),
+        values.bfloat16(),
         table_of([Run(0, numel, 0, 0, 0, 1)], device=device),
     )
 

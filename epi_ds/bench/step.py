@@ -22,7 +22,7 @@ import epi_ds
 from epi_ds.bench.engine import bench_engine, tokens_of_a_step
 from epi_ds.bench.ranks import run_on_ranks
 from epi_ds.bench.step_clock import Owner, TimedClasses
-from epi_ds.choices import Apply, StateFormat
+from epi_ds.choices import Apply, Pull, StateFormat
 from epi_ds.zero3.attach import detach
 
 REFRESH_INTERVAL = 100
@@ -39,6 +39,8 @@ class Case(NamedTuple):
     state: StateFormat
     apply: Apply
     offload: bool
+    pull: Pull | None = None
+    """With an anchor beside isolation."""
 
 
 # Of which whole steps are compared, too.
@@ -50,6 +52,7 @@ class StepRow(NamedTuple):
 
     state: str
     apply: str
+    pull: str
     offload: bool
     world_size: int
     params: int
@@ -76,12 +79,14 @@ class StepRow(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """Yield every combination that exists: ``adam`` goes with ``apply: update`` only."""
+    """Yield every combination of isolation that exists, ``adam`` with ``apply: update`` only; then both anchors."""
     for offload in (False, True):
         for state in StateFormat:
             for apply in Apply:
                 if state is not StateFormat.ADAM or apply is Apply.UPDATE:
                     yield Case(state, apply, offload)
+        for pull in Pull:
+            yield Case(StateFormat.U16, Apply.REDUCTION, offload, pull)
 
 
 def measure_steps(
@@ -100,14 +105,16 @@ def _measure_all(chosen: Sequence[Case], pairs: int, layers: int, steps: int) ->
         engine = bench_engine(offload=offload, layers=layers)
         for case in chosen:
             if case.offload is offload:
-                confirmed = not offload and (case.state, case.apply) in CONFIRMED
+                confirmed = not offload and case.pull is None and (case.state, case.apply) in CONFIRMED
                 rows.append(_measure(engine, case, pairs=pairs if confirmed else 0, steps=steps))
         engine.destroy()
     return rows
 
 
 def _measure(engine: Any, case: Case, *, pairs: int, steps: int) -> StepRow:
-    section = {"state": case.state, "apply": case.apply, "ratio": _RATIO, "refresh_interval": 10**9}
+    section: dict[str, Any] = {"state": case.state, "apply": case.apply, "ratio": _RATIO, "refresh_interval": 10**9}
+    if case.pull is not None:
+        section["anchor"] = {"decay": 1.0, "pull": case.pull}
     epi = epi_ds.attach(engine, {**section, "allow_inactive": True})
     classes = TimedClasses(engine.optimizer)
     run_plain, run_isolating = partial(_step, engine, classes.plain), partial(_step, engine, classes.isolating)
@@ -136,6 +143,7 @@ def _measure(engine: Any, case: Case, *, pairs: int, steps: int) -> StepRow:
     return StepRow(
         state=case.state.value,
         apply=case.apply.value,
+        pull="" if case.pull is None else case.pull.value,
         offload=case.offload,
         world_size=report.world_size,
         params=report.covered_numel,

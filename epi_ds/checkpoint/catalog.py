@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from epi_ds.checkpoint.deepspeed_files import LATEST, is_states_file, is_tag_name
+from epi_ds.checkpoint.deepspeed_files import LATEST, is_states_file, is_tag_name, is_universal
 from epi_ds.checkpoint.durable import sync_folder
 from epi_ds.checkpoint.manifest import FOLDER, PATH, Manifest, read_manifest, remove_manifest
 from epi_ds.errors import CheckpointError, UserError
@@ -53,6 +53,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(folder, None, str(error))
     if manifest is None:
         problem = f"{folder / PATH} is missing: the checkpoint was saved without isolation, or not to its end"
+        if is_universal(folder):
+            problem = (
+                f"{folder} is in DeepSpeed's universal format, which holds no importance and no masks. Load the "
+                "checkpoint that it was converted from, with any number of ranks; or, to begin isolation anew, name it "
+                "(load_checkpoint(folder, tag=...)) with missing_state: fresh, and "
+                '"checkpoint": {"load_universal": true} in the DeepSpeed configuration'
+            )
         return Checkpoint(folder, None, problem, is_plain=True)
     return Checkpoint(folder, manifest, None)
 

@@ -23,8 +23,8 @@ from epi_ds.checkpoint.run import RunRecord, take_over, why_not_ours
 from epi_ds.checkpoint.saving import SaveTimes
 from epi_ds.checkpoint.seats import free_number, leave_seats, take_seat
 from epi_ds.checkpoint.verdict import AgreedError, on_first_rank
+from epi_ds.checkpoint_config import CheckpointConfig
 from epi_ds.choices import OnFailure
-from epi_ds.config import CheckpointConfig
 from epi_ds.errors import CheckpointError, UserError
 
 logger = logging.getLogger(__name__)
@@ -161,14 +161,24 @@ class Run:
     def completed(self, path: Path, *, step: int, also_keep: Sequence[Path] = ()) -> None:
         """Note that a checkpoint of a step is whole, and remove older ones of this run that are not to stay.
 
-        also_keep  checkpoints that stay whatever their age
+        also_keep  checkpoints that stay whatever their age, and count among those to keep
         """
         self.saved_step = step
-        home = self.home_of(path)
-        if dist.get_rank() == 0:
-            run_id, engine = self._occupied[home.resolve()].record.run_id, self.number_in(home)
-            paths = (path, *also_keep)
-            prune(home, Retention(self.keep_last, self.config.keep_every, run_id=run_id, engine=engine, paths=paths))
+        self._remove_older(self.keep_last, home=self.home_of(path), paths=(path, *also_keep))
+
+    def keep_only(self, path: Path) -> None:
+        """Remove all checkpoints of this run beside one, but for those that ``keep_every`` keeps, if that one is whole.
+
+        Whatever is newer goes too.
+        """
+        if open_checkpoint(path).problem is None:
+            self._remove_older(0, home=self.home_of(path), paths=(path,))
+
+    def _remove_older(self, last: int | None, *, home: Path, paths: tuple[Path, ...]) -> None:
+        held = self._occupied.get(home.resolve())
+        if held is not None and dist.get_rank() == 0:
+            run_id, engine = held.record.run_id, self.number_in(home)
+            prune(home, Retention(last, self.config.keep_every, run_id=run_id, engine=engine, paths=paths))
 
     def continues_from(self, path: Path, *, step: int, engine: int) -> None:
         """Note that the run goes on from a tag that was loaded, of an engine of that number.

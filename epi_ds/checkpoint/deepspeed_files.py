@@ -58,6 +58,11 @@ def is_states_file(name: str) -> bool:
     return _STATES_FILE.search(name) is not None
 
 
+def is_universal(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint in DeepSpeed's universal format, which its converter writes."""
+    return (folder / "zero").is_dir() and not any(folder.glob("*_optim_states.pt"))
+
+
 def model_states_file(rank: int) -> str:
     """Return the name of what a rank saves beside the optimizer: buffers, frozen slices, counters, scheduler."""
     return f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"

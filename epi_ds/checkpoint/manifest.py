@@ -100,6 +100,25 @@ class SavedOptimizer(BaseModel):
         return f"{self.name} ({self.algorithm}{states})" if self.algorithm != self.name or states else self.name
 
 
+class SavedAnchor(BaseModel):
+    """Where an anchor stands; what it pulls towards lies in the shards."""
+
+    model_config = _FROZEN
+
+    to: str
+    """`AnchorConfig.to`."""
+    is_taken: bool
+    """Whether the shards hold what it pulls towards; not before the first step of a run or a stage."""
+    folder_files: dict[str, FileRecord] | None = None
+    """Where it lies in a folder: that folder's files, by name. The tag has no copy of them."""
+    totals: tuple[float, ...] | None = None
+    """Sums of the learning rates that are planned for the stage, by parameter group; None where none were."""
+    square_sum: float = 0.0
+    """Of `GradientScale`."""
+    weight: float = 0.0
+    """Of `GradientScale`."""
+
+
 class EngineState(BaseModel):
     """What the engine keeps beside the optimizer's state and the isolation's, and readers without an engine need."""
 
@@ -109,6 +128,8 @@ class EngineState(BaseModel):
     """`ClippingAverage.to_dict` of every parameter group; empty where none was kept, and they begin anew."""
     swapped: dict[str, str] = {}
     """Names of the files with the weights of sub-groups that NVMe offload had swapped out, by sub-group."""
+    anchor: SavedAnchor | None = None
+    """None where nothing was pulled."""
 
 
 class Isolation(BaseModel):

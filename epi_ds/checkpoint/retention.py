@@ -16,7 +16,7 @@ class Retention(NamedTuple):
     """Which of a folder's complete checkpoints stay when older ones are removed."""
 
     last: int | None
-    """How many of the newest stay, at least one; with None all of them do."""
+    """How many stay, those of `paths` and then the newest; with None all of them do."""
     every: int | None = None
     """Those of every so many steps stay for good."""
     run_id: str | None = None
@@ -34,11 +34,6 @@ def surplus(checkpoints: Sequence[Checkpoint], retention: Retention) -> list[Che
     """
     if retention.last is None:
         return []
-
-    def stays(one: Checkpoint) -> bool:
-        is_of_every = retention.every is not None and one.step % retention.every == 0
-        return is_of_every or one.path.resolve() in paths
-
     paths = {path.resolve() for path in retention.paths}
     by_engine: dict[int, list[Checkpoint]] = {}
     for one in checkpoints:
@@ -47,8 +42,14 @@ def surplus(checkpoints: Sequence[Checkpoint], retention: Retention) -> list[Che
             continue
         if retention.engine in (None, manifest.engine):
             by_engine.setdefault(manifest.engine, []).append(one)
-    keep = max(1, retention.last)
-    return [one for tags in by_engine.values() for one in tags[:-keep] if not stays(one)]
+    found = []
+    for tags in by_engine.values():
+        others = [one for one in tags if one.path.resolve() not in paths]
+        num_named = len(tags) - len(others)
+        num_newest = max(0, retention.last - num_named)
+        older = others[: max(0, len(others) - num_newest)]
+        found += [one for one in older if retention.every is None or one.step % retention.every != 0]
+    return found
 
 
 def doomed_in(folder: Path, retention: Retention) -> list[Path]:

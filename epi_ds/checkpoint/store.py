@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from epi_ds.config import EPIConfig
 from epi_ds.defaults import with_defaults
 from epi_ds.errors import UserError
 from epi_ds.isolation.controller import IsolationController
+from epi_ds.isolation.layout import Segment
+from epi_ds.kernels import Stored
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +42,17 @@ def _plain(config: EPIConfig) -> dict[str, Any]:
 # --- saving ---
 
 
-def write_state(writer: TagWriter, controller: IsolationController) -> None:
-    """Write this rank's shard."""
+def write_state(
+    writer: TagWriter, controller: IsolationController, others: Mapping[str, Callable[[Segment], Stored]]
+) -> None:
+    """Write this rank's shard. ``others`` are states that are not the controller's; see `ShardContent.states`."""
     rank, world_size = controller.exchange.rank, controller.exchange.world_size
     path = writer.folder / FOLDER / shard_name(rank)
 
     def write() -> None:
         content = ShardContent(
             bits_of=controller.masks.segment_bits,
-            states={name: state.stored for name, state in controller.states.items()},
+            states={name: state.stored for name, state in controller.states.items()} | dict(others),
             first_mask=controller.refresher.first_mask.sample,
             random_states=random_states(),
         )

@@ -8,8 +8,10 @@ turn. Reading is the library's.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,27 +34,61 @@ _NAMES = {
 _ALIGNMENT = 8
 
 
+class TensorForm(NamedTuple):
+    """What a file's header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def form_named(dtype: str, shape: Sequence[int]) -> TensorForm | None:
+    """Return the form that a header gives by the format's name of a dtype; None for one that has no name here."""
+    found = next((known for known, name in _NAMES.items() if name == dtype), None)
+    return None if found is None else TensorForm(found, tuple(shape))
+
+
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors of any device, views and empty ones too, as a safetensors file.
 
     Raises ValueError for a dtype that has no name here, before anything is written.
     """
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise ValueError(f"{path}: {name} is {tensor.dtype}, which is none of {', '.join(_NAMES.values())}")
+    forms = {name: TensorForm(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_tensor_file(path, forms, tensors.__getitem__, metadata)
+
+
+def stream_tensor_file(
+    path: Path, forms: Mapping[str, TensorForm], tensor_of: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file whose tensors are asked for one after another, so that no two are in memory.
+
+    tensor_of  a name -> the tensor of that form, on any device
+
+    Raises ValueError for a dtype that has no name here, before anything is written, and for a tensor of another form.
+    """
+    for name, form in forms.items():
+        if form.dtype not in _NAMES:
+            raise ValueError(f"{path}: {name} is {form.dtype}, which is none of {', '.join(_NAMES.values())}")
     # The widest first: then each begins at a multiple of its width, which who maps the file relies on.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(forms, key=lambda name: (-forms[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     stop = 0
     for name in names:
-        tensor = tensors[name]
-        start, stop = stop, stop + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        form = forms[name]
+        start, stop = stop, stop + form.num_bytes
+        header[name] = {"dtype": _NAMES[form.dtype], "shape": list(form.shape), "data_offsets": [start, stop]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in names:
-            values = tensors[name].detach().cpu().contiguous().view(-1)
+            tensor = tensor_of(name)
+            if (tensor.dtype, tuple(tensor.shape)) != forms[name]:
+                raise ValueError(f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, and was to be {forms[name]}")
+            values = tensor.detach().cpu().contiguous().view(-1)
             file.write(values.view(torch.uint8).numpy().data)

@@ -22,6 +22,7 @@ from epi_ds.cli import (
     estimate,
     export,
     launch,
+    merge,
     operators,
     preview_data,
     recipes,
@@ -68,6 +69,7 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(configs.app, name="configs")
 app.command("export")(export.export)
+app.command("merge")(merge.merge)
 app.command("estimate")(estimate.estimate)
 app.command("report")(report.report)
 app.command("recipes")(recipes.recipes)

@@ -38,15 +38,23 @@ def preview_data(
 
     loaded = load_recipe(recipe, overrides or [])
     console = Console(soft_wrap=True, highlight=False)
-    for stage in preview(loaded, ranks=ranks or loaded.ranks or 1, num_samples=rows):
+    found = preview(loaded, ranks=ranks or loaded.ranks or 1, num_samples=rows)
+    for stage in found.stages:
         _show(stage, console)
+    if found.kept:
+        console.rule("what is kept")
+    for source in found.kept:
+        _show_source(source, console)
 
 
 def _show(stage: StagePreview, console: Console) -> None:
     console.rule(f"stage {stage.name}")
     for source in stage.sources:
         _show_source(source, console)
-    console.print(f"{stage.num_steps} steps, and {stage.left_over} rows left over (the last, incomplete batch)")
+    replayed = f" with {stage.num_replayed} replayed rows" if stage.num_replayed else ""
+    console.print(
+        f"{stage.num_steps} steps{replayed}, and {stage.left_over} rows left over (the last, incomplete batch)"
+    )
 
 
 def _show_source(source: SourcePreview, console: Console) -> None:

@@ -7,7 +7,8 @@ its padding) with the same rows: scores are equal at every number of ranks, not 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -37,11 +38,33 @@ class Score(NamedTuple):
     higher_is_better: bool
 
 
+class Scored(NamedTuple):
+    """How far an evaluation has come, on all ranks together, which are taken to be equally fast."""
+
+    task: str
+    """The one that is being scored."""
+    done: int
+    """Rows of it that were when this rank's next batch began."""
+    total: int
+    seconds: float
+    """Since the evaluation began."""
+
+
 class TaskBatch(NamedTuple):
     """Rows of one task that are generated together."""
 
     task: int
     rows: tuple[int, ...]
+
+
+class _Turn(NamedTuple):
+    """A batch that this rank scores."""
+
+    batch: TaskBatch
+    counts: bool
+    """Whether its scores are taken."""
+    done: int
+    """Rows of its task that come in earlier turns, of all ranks."""
 
 
 def cut_batches(
@@ -87,19 +110,26 @@ class Evaluator:
         self._weights = weights
         self._announced: bool | None = None
 
-    def evaluate(self) -> dict[str, Score]:
-        """Score every task. Collective. Leaves the model in the mode it was in, and every random state alone."""
+    def evaluate(self, show: Callable[[Scored], None] | None = None) -> dict[str, Score]:
+        """Score every task. Collective. Leaves the model in the mode it was in, and every random state alone.
+
+        show  is called before each of this rank's batches
+        """
         if not self._tasks:
             return {}
+        show = show or (lambda _: None)
+        started = time.perf_counter()
         gathered = self._gathers()
         model = self._trainer.model
         was_training = model.training
         model.eval()
         results: list[tuple[int, int, float, float]] = []
         with torch.no_grad(), torch.random.fork_rng(), self._model(gathered) as unwrapped:
-            for batch, counts in self._own_batches(gathered):
-                scored = self._score(unwrapped, batch, synced=not gathered)
-                if counts:
+            for turn in self._own_turns(gathered):
+                task = self._tasks[turn.batch.task]
+                show(Scored(task.name, turn.done, len(task.conversations), time.perf_counter() - started))
+                scored = self._score(unwrapped, turn.batch, synced=not gathered)
+                if turn.counts:
                     results += scored
         model.train(was_training)
         return self._merge(results)
@@ -134,8 +164,8 @@ class Evaluator:
                 gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs
             )
 
-    def _own_batches(self, gathered: bool) -> Iterator[tuple[TaskBatch, bool]]:
-        """Yield this rank's batches and whether they count.
+    def _own_turns(self, gathered: bool) -> Iterator[_Turn]:
+        """Yield this rank's batches.
 
         With partitioned weights every forward is collective, so ranks with fewer batches repeat one that does not
         count, and a round never mixes generation with teacher forcing, which take different numbers of forwards.
@@ -145,10 +175,11 @@ class Evaluator:
         teacher_forced = [batch for batch in self._batches if self._tasks[batch.task].check is None]
         for batches in (generated, teacher_forced):
             for first in range(0, len(batches), world_size):
-                if first + rank < len(batches):
-                    yield batches[first + rank], True
-                elif not gathered:
-                    yield batches[-1], False
+                counts = first + rank < len(batches)
+                if counts or not gathered:
+                    batch = batches[first + rank if counts else -1]
+                    done = sum(len(one.rows) for one in batches[:first] if one.task == batch.task)
+                    yield _Turn(batch, counts, done)
 
     def _score(self, model: Any, batch: TaskBatch, *, synced: bool) -> list[tuple[int, int, float, float]]:
         """Score a batch: (task, row, points, weight) per row."""

@@ -50,6 +50,7 @@ def export_tag(
     """
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} is not empty; give a folder that is")
+    _check_is_whole(tag)
     chosen = DTYPES[dtype or tag.manifest.model_dtype]
     config = _config_of(model)
     output.mkdir(parents=True, exist_ok=True)
@@ -123,6 +124,16 @@ def weights_of(tag: Tag, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in saved.buffers():
         yield name, buffer.to(dtype) if buffer.is_floating_point() else buffer.clone()
     saved.close()
+
+
+def _check_is_whole(tag: Tag) -> None:
+    """Raise UserError for a checkpoint of an adapter, whose weights no plain model has."""
+    names = (parameter.name for group in tag.manifest.sub_groups for parameter in group.parameters)
+    if (adapter := next((name for name in names if ".lora_" in name), None)) is not None:
+        raise UserError(
+            f"{tag.path} is of a model with an adapter ({adapter}), and holds nothing else; `epi-ds train` exports it "
+            "at the end of the run, merged or alone (model.lora.merge)"
+        )
 
 
 def _config_of(model: Path) -> Any:

@@ -20,7 +20,7 @@ from epi_ds.isolation.importance.views import Importance
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.mask import MaskListener, Masks
 from epi_ds.isolation.placement import Placement
-from epi_ds.isolation.policy import Policy
+from epi_ds.isolation.policies.base import Policy
 from epi_ds.isolation.refresh import Refresher
 from epi_ds.isolation.refresh_report import RefreshReport
 from epi_ds.isolation.schedule import largest_ratio
@@ -41,7 +41,9 @@ class IsolationController:
         listener: MaskListener | None = None,
         moments: Importance | None = None,
     ) -> None:
-        """``moments`` are the optimizer's second moments, for ``state: adam`` to read."""
+        """``moments`` are what the optimizer keeps, where that is ranked by: the second moments for ``state: adam``,
+        the size of the first ones for ``policy: momentum``.
+        """
         self.placement = placement
         self.config = config
         self.exchange = exchange
@@ -114,6 +116,13 @@ class IsolationController:
             raise RuntimeError(f"there is no importance: policy {self.config.policy.value} does not measure it")
         return importance
 
+    def remembered_importance(self) -> Importance | None:
+        """Return what is remembered of all finished stages; None where none has ended. Collective.
+
+        See `Remembered.largest`.
+        """
+        return self._remembered.largest(self.exchange)
+
     def segment_importance(self, segment: Segment) -> Tensor:
         """Return this rank's slice of a parameter's importance. [real_numel] fp32, not to be written to.
 
@@ -148,6 +157,9 @@ class IsolationController:
 
         One segment after the other is asked for: what is loaded is never there twice.
         """
+        if "importance" not in states:
+            # A policy that measures for a while had stopped.
+            self.stop_measuring()
         own = [name for name in states if name != "importance"]
         self._remembered.restart(own, is_empty=not counters.finished_stages)
         for name, state in self.states.items():
@@ -156,6 +168,8 @@ class IsolationController:
         self.refresher.first_mask.restore(first_mask, self.placement.devices)
         self.refresher.last_row_codes = last_row_codes
         self.refresher.threshold_codes = threshold_codes
+        # What this process selected before the load is no part of the run.
+        self.refresher.last_refresh = self.refresher.last_decision = None
         self.refresher.load(mask_of)
         self.counters = counters
 
@@ -234,18 +248,22 @@ class IsolationController:
             applied_steps=step,
             active_steps=self.counters.active_steps + self.is_active,
         )
-        return self._select(may_stay=True) if self._policy.refreshes(step) else None
+        refresh = self._select(may_stay=True) if self._policy.refreshes(step) else None
+        if self._stored is not None and not self._policy.observes(step + 1):
+            self.stop_measuring()
+        return refresh
 
     def finish_stage(self, name: str | None) -> RefreshReport | None:
         """Remember the importance of the stage that ends, and select the mask that the next one begins with.
 
-        Collective. Does nothing under ``memory: none``, and under a policy that measures nothing while it trains. See
-        `Remembered.keep`.
+        Collective. Nothing is remembered under ``memory: none``, and by a policy that measures nothing while it trains;
+        a mask is selected then where the policy does so at the end of a stage. See `Remembered.keep`.
         """
-        if self.config.memory is Memory.NONE or not self._policy.observes(self.counters.applied_steps + 1):
-            return None
-        self._keep(name)
-        return self.refresh() if self.counters.applied_steps >= self.config.warmup_steps else None
+        remembers = self.config.memory is not Memory.NONE and self._policy.observes(self.counters.applied_steps + 1)
+        if remembers:
+            self._keep(name)
+        is_due = self.counters.applied_steps >= self.config.warmup_steps
+        return self.refresh() if is_due and (remembers or self._policy.selects_at_stage_ends) else None
 
     def remember(self, name: str) -> RefreshReport | None:
         """Remember what was measured just now as a finished stage, and begin the importance of the run anew.
@@ -274,6 +292,10 @@ class IsolationController:
 
     # --- a refresh ---
 
+    def begin(self) -> RefreshReport | None:
+        """Select the mask of the first step, where the policy has one. Collective then; see [Note: when]."""
+        return self.refresh() if self._policy.selects_at_start else None
+
     def refresh(self) -> RefreshReport:
         """Select the mask from the importance as it is now. Collective; see [Note: when].
 
@@ -285,8 +307,10 @@ class IsolationController:
         return refresh
 
     def _select(self, *, may_stay: bool) -> RefreshReport | None:
+        ranking = self._policy.ranking(self.placement, draw=self.counters.refreshes)
+        measured = self._importance() if ranking is None else ranking
         refresh = self.refresher.refresh(
-            self._importance(), remembered=self._remembered, counters=self.counters, may_stay=may_stay
+            measured, remembered=self._remembered, counters=self.counters, may_stay=may_stay
         )
         if refresh is not None:
             self.counters = self.counters.after_refresh()

@@ -1,31 +1,25 @@
-"""Who decides when importance is measured and when a mask is selected.
+"""Who decides when importance is measured and when a mask is selected: the paper's policies, and which is asked for.
 
-A policy answers two questions about an applied step; what it measures and how a mask is selected from it are
-the controller's. Controls that select differently (random, inverted) belong here too.
+The others are in policies/. How a mask is selected is the refresh's business.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from epi_ds.choices import PolicyName
 from epi_ds.config import EPIConfig
-from epi_ds.isolation.schedule import refresh_due
-
-
-class Policy(Protocol):
-    """The two decisions of a policy. ``step`` is the number of the applied step, from 1."""
-
-    def observes(self, step: int) -> bool:
-        """Whether the gradient of this step enters the importance."""
-
-    def refreshes(self, step: int) -> bool:
-        """Whether a new mask is selected after this step."""
+from epi_ds.isolation.policies.base import Policy
+from epi_ds.isolation.policies.first import First
+from epi_ds.isolation.policies.half import Half
+from epi_ds.isolation.policies.inverted import Inverted
+from epi_ds.isolation.policies.momentum import Momentum
+from epi_ds.isolation.policies.random import Random
+from epi_ds.isolation.schedule import first_active_step, refresh_due
 
 
 @dataclass(frozen=True)
-class Evolving:
+class Evolving(Policy):
     """Measure always, select every ``refresh_interval`` steps (EPI, arXiv 2604.14010)."""
 
     refresh_interval: int
@@ -41,7 +35,7 @@ class Evolving:
 
 
 @dataclass(frozen=True)
-class Static:
+class Static(Policy):
     """Keep the one mask that a probe or a file gave."""
 
     def observes(self, step: int) -> bool:
@@ -55,6 +49,19 @@ class Static:
 
 def make_policy(config: EPIConfig) -> Policy:
     """Return the policy that ``config`` names. ``none`` is static with no mask."""
-    if config.policy is PolicyName.EVOLVING:
-        return Evolving(config.selection_interval, config.warmup_steps)
-    return Static()
+    interval, warmup_steps = config.selection_interval, config.warmup_steps
+    match config.policy:
+        case PolicyName.EVOLVING:
+            return Evolving(interval, warmup_steps)
+        case PolicyName.INVERTED:
+            return Inverted(interval, warmup_steps)
+        case PolicyName.MOMENTUM:
+            return Momentum(interval, warmup_steps)
+        case PolicyName.FIRST:
+            return First(first_active_step(interval, warmup_steps=warmup_steps) - 1)
+        case PolicyName.RANDOM:
+            return Random(config.seed, config.redraw, interval, warmup_steps)
+        case PolicyName.HALF:
+            return Half(config.seed)
+        case PolicyName.STATIC | PolicyName.NONE:
+            return Static()

@@ -72,7 +72,9 @@ class Refresher:
 
         comparison = compare(measured, remembered, masks, config=config, exchange=exchange, step=step)
         preview = take_preview(comparison, masks, config=config, near=self.last_row_codes, staying=staying)
-        budget = find_budget(comparison.search, preview, config=config, step=step, staying=staying)
+        budget = find_budget(
+            comparison.search, preview, config=config, step=step, staying=staying, asked=comparison.asked
+        )
         thresholds = None if budget.mask_stays else comparison.search.finish(budget.entries)
         self._decide(Decision(budget.ratio, budget.drift, thresholds), step)
         if thresholds is None:

@@ -13,6 +13,7 @@ from epi_ds import ds_configs
 from epi_ds.config import SECTION
 from epi_ds.errors import UserError, nearest
 from epi_ds.recipe.trainer_arguments import PLAIN, trainer_arguments
+from epi_ds.trackers import trackers_in
 
 _DEFAULT_DEEPSPEED = "zero3"
 # Key of ``train.deepspeed`` that names what its other keys change.
@@ -27,8 +28,14 @@ _OWNED_ARGUMENTS = {
     "train_sampling_strategy": "nothing: rows are permuted per stage from train.seed",
     "shuffle_dataset": "nothing: rows are permuted per stage from train.seed",
     "ignore_data_skip": "nothing: a resumed run must not train rows twice",
-    "eval_strategy": "evaluation",
+    "eval_strategy": "evaluation.every",
+    "eval_steps": "evaluation.every",
+    "eval_delay": "evaluation.every",
+    "eval_on_start": "evaluation, which scores before the first stage",
+    "per_device_eval_batch_size": "evaluation.batch_size",
     "do_train": "nothing",
+    "do_eval": "evaluation",
+    "do_predict": "evaluation",
     "accelerator_config": "nothing: it is set for ZeRO-3",
     "use_cpu": "the environment variable DS_ACCELERATOR=cpu",
     "fsdp": "nothing: training is ZeRO-3",
@@ -37,8 +44,16 @@ _OWNED_ARGUMENTS = {
     "save_only_model": "nothing: without optimizer and importance no run can continue",
     "enable_jit_checkpoint": "train.save_steps",
     "load_best_model_at_end": "nothing: the export is of the last step",
+    "metric_for_best_model": "nothing: the export is of the last step",
+    "greater_is_better": "nothing: the export is of the last step",
     "optim": "optimizer in the DeepSpeed configuration (train.deepspeed)",
 }
+
+
+# TRL's losses that were tried under ZeRO-3 on several ranks; tests/zero3/test_trl.py compares each with its definition.
+_LOSSES = ("nll", "dft")
+# Others that TRL takes, and why they are not taken here.
+_OTHER_LOSSES = {"chunked_nll": "TRL's old name of nll, which computes the same; set nll"}
 
 
 class _Range(NamedTuple):
@@ -56,11 +71,33 @@ class _Range(NamedTuple):
         return least if self.below == math.inf else f"{least} and below {self.below}"
 
 
+# Words that an argument may have: others are left to libraries. YAML reads a bare ``no`` as false.
+_CHOICES = {
+    "save_strategy": ("no", "steps", "epoch"),
+    "logging_strategy": ("no", "steps", "epoch"),
+    "truncation_mode": ("keep_start", "keep_end"),
+    "packing_strategy": ("bfd", "bfd_split", "wrapped"),
+    "loss_type": ("nll", "dft"),
+}
+
 # Numbers that end in a division by zero, or in a traceback of a library, when ranks have started.
 _RANGES = {
-    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"), _Range(1)),
-    "learning_rate": _Range(0, includes_least=False),
-    "max_grad_norm": _Range(0),
+    **dict.fromkeys(
+        (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "max_length",
+            "dataset_num_proc",
+            "ddp_timeout",
+            "torch_empty_cache_steps",
+        ),
+        _Range(1),
+    ),
+    **dict.fromkeys(("learning_rate", "logging_steps", "adam_epsilon"), _Range(0, includes_least=False)),
+    **dict.fromkeys(
+        ("max_grad_norm", "weight_decay", "warmup_steps", "save_steps", "dataloader_num_workers"), _Range(0)
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _Range(0, below=1)),
     "seed": _Range(0, below=1 << 32),
     "data_seed": _Range(0, below=1 << 32),
 }
@@ -129,6 +166,12 @@ def argument_problems(train: Mapping[str, Any]) -> list[str]:
             problems.append(f"train.{name}: not an argument of SFTConfig{nearest(name, valid)}")
         elif name == "lr_scheduler_type":
             problems += [f"train.{name}: {problem}" for problem in schedule_problems(value)]
+        elif name == "loss_type":
+            problems += _loss_problems(value)
+        elif name == "report_to":
+            problems += [f"train.{name}: {problem}" for problem in _tracker_problems(value)]
+        elif name in _CHOICES and value not in _CHOICES[name]:
+            problems.append(f"train.{name}: must be {_listed(_CHOICES[name])}, got {value!r}")
         elif name != "deepspeed" and not _is_of(valid[name], value):
             problems.append(f"train.{name}: must be {_named(valid[name])}, got {value!r}")
         elif name in _RANGES and isinstance(value, (int, float)) and not _RANGES[name].holds(value):
@@ -140,6 +183,28 @@ def argument_problems(train: Mapping[str, Any]) -> list[str]:
     except UserError as error:
         problems.append(f"train.deepspeed: {error}")
     return problems
+
+
+def _loss_problems(name: object) -> list[str]:
+    if name in _LOSSES:
+        return []
+    reason = _OTHER_LOSSES.get(str(name), f"none of the losses that were tried under ZeRO-3: {', '.join(_LOSSES)}")
+    return [f"train.loss_type: {name!r} is {reason}{nearest(str(name), _LOSSES)}"]
+
+
+def _tracker_problems(given: object) -> list[str]:
+    """Return what is wrong with what ``report_to`` names."""
+    valid = trainer_arguments().trackers
+    return [
+        f"{name!r} is no tracker{nearest(name, valid)}; there are {', '.join(valid)}, all and none"
+        for name in trackers_in(given)
+        if name not in (*valid, "all")
+    ]
+
+
+def _listed(words: tuple[str, ...]) -> str:
+    """Return words as a rule gives them, in the quotes that YAML needs around ``no``."""
+    return " or ".join(", ".join(map(repr, words)).rsplit(", ", 1))
 
 
 def schedule_problems(name: object) -> list[str]:

@@ -84,12 +84,13 @@ class Keep(BaseModel):
     windows: int | None = Field(None, ge=1)
     """Global batches that are measured; default as many as the rows fill, at most 64."""
     replay: float = Field(0.0, ge=0, lt=1)
-    """Share of every global batch that is drawn from the rows."""
+    """Share of every global batch that is drawn from the rows, exact over time: batches of 8 with 0.05 have one such
+    row in two of five steps. Every row of a stage is trained as often as without, so that a stage has more steps."""
     replay_stages: bool = False
-    """Whether rows of finished stages are drawn, too."""
+    """Whether rows of finished stages are drawn, too: what is kept and each of these stages have equal parts."""
     replay_loss: ReplayLoss = ReplayLoss.SHARE
-    """``share``: the mean of the sources' own means, by their shares of the rows, so that long rows do not drown short
-    answers; ``token``: the mean over all tokens."""
+    """``share``: the mean over the tokens of new rows and the mean over those of replayed ones, each by its share of
+    the global batch's rows, so that long rows do not drown short answers; ``token``: the mean over all tokens."""
     evaluation: bool = True
     """Whether held-out rows are scored before training and at the end of every stage: test rows of a skill, else one
     row in ten, at most ``evaluation.rows`` of a source, by their loss. They are neither measured nor replayed."""

@@ -12,7 +12,8 @@ from epi_ds.choices import Memory, PolicyName, Protects, StateFormat
 from epi_ds.config import EPIConfig
 from epi_ds.data.skills import SKILLS
 from epi_ds.errors import UserError, nearest
-from epi_ds.recipe.keep import BASE, Keep
+from epi_ds.recipe.keep import BASE, Keep, ReplayLoss
+from epi_ds.recipe.lora import LoraSection
 from epi_ds.recipe.sources import DataSource, EvaluationData, OneOrSeveral, TrainingData, check_shares, sources_of
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +42,9 @@ class ModelSection(BaseModel):
     allow_missing: tuple[str, ...] = ()
     """Regular expressions of weights that the model's files may lack, such as a head that is meant to be new. Any other
     that they lack is an error: it would be trained from random values."""
+    lora: LoraSection | None = None
+    """Train a low-rank adapter instead of the weights: ``{r: 16, target_modules: all-linear}``. Isolation then covers
+    the adapter alone. Wants the extra ``lora``."""
 
 
 class Stage(BaseModel):
@@ -87,12 +91,14 @@ class Stage(BaseModel):
 
 
 class EvaluationSection(BaseModel):
-    """How tasks are evaluated, before the first stage and after every one."""
+    """How tasks are evaluated: before the first stage, after every one, and within them where `every` says so."""
 
     model_config = _FROZEN
 
     skills: tuple[str, ...] = ()
     """Skills to evaluate besides those of the stages."""
+    every: int | None = Field(None, ge=1)
+    """Steps of the run from one evaluation to the next, besides those at the ends of stages."""
     rows: int = Field(64, ge=1)
     """Test rows of every skill."""
     batch_size: int = Field(32, ge=1)
@@ -203,6 +209,26 @@ class Recipe(BaseModel):
                 "method.epi.protects: past isolates nothing before a stage has finished, and there is one stage only; "
                 "add a stage, set method.keep, or set protects: past_and_present"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _replay_has_stages_and_a_loss(self) -> Recipe:
+        keep = self.method.keep
+        if keep is None or not keep.replay:
+            return self
+        if keep.replay_stages and len(self.stages) < 2:
+            raise UserError(
+                "method.keep.replay_stages: true draws rows of stages that have finished, and there is one stage only; "
+                "remove it, or add a stage"
+            )
+        if keep.replay_loss is ReplayLoss.TOKEN:
+            return self
+        for name, plain in (("label_smoothing_factor", 0), ("average_tokens_across_devices", True)):
+            if self.train.get(name, plain) != plain:
+                raise UserError(
+                    f"train.{name}: {self.train[name]} averages the losses of tokens in another way, in which replayed "
+                    "rows cannot have their share; remove it, or set method.keep.replay_loss: token"
+                )
         return self
 
     @model_validator(mode="after")

@@ -31,6 +31,8 @@ class TrainerArguments(NamedTuple):
     """By argument the names of its types in `PLAIN`; empty where it takes others too."""
     schedules: tuple[str, ...]
     """Names of learning-rate schedules."""
+    trackers: tuple[str, ...]
+    """What ``report_to`` may name."""
 
 
 @cache
@@ -43,9 +45,8 @@ def trainer_arguments() -> TrainerArguments:
     kept = cache_folder() / f"arguments-{releases}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         values = json.loads(kept.read_text())
-        return TrainerArguments(
-            {name: tuple(kinds) for name, kinds in values["types"].items()}, tuple(values["schedules"])
-        )
+        types = {name: tuple(kinds) for name, kinds in values["types"].items()}
+        return TrainerArguments(types, tuple(values["schedules"]), tuple(values["trackers"]))
     found = _read_from_trl()
     # Without a place to keep it, the next command takes seconds longer.
     with suppress(OSError):
@@ -55,11 +56,12 @@ def trainer_arguments() -> TrainerArguments:
 
 def _read_from_trl() -> TrainerArguments:
     from transformers import SchedulerType
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
     from trl import SFTConfig
 
     hints = typing.get_type_hints(SFTConfig)
     types = {field.name: _plain_types(hints[field.name]) for field in dataclasses.fields(SFTConfig) if field.init}
-    return TrainerArguments(types, tuple(kind.value for kind in SchedulerType))
+    return TrainerArguments(types, tuple(kind.value for kind in SchedulerType), tuple(INTEGRATION_TO_CALLBACK))
 
 
 def _plain_types(annotation: Any) -> tuple[str, ...]:

@@ -48,6 +48,21 @@ def loss_figure(steps: Sequence[Mapping[str, Any]], stages: Stages) -> str:
     return _svg(figure)
 
 
+def sources_of(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the sources whose losses the steps have, in the order of their first; earlier releases wrote none."""
+    return list(dict.fromkeys(name for step in steps for name in step.get("source_losses", {})))
+
+
+def source_loss_figure(steps: Sequence[Mapping[str, Any]], stages: Stages) -> str:
+    """Training loss of every source by step, where it had tokens."""
+    figure, axes = _figure(stages, label="training loss")
+    for name in sources_of(steps):
+        points = [(s["step"], s["source_losses"][name]) for s in steps if name in s.get("source_losses", {})]
+        axes.plot([step for step, _ in points], [_number(loss) for _, loss in points], linewidth=1, label=name)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return _svg(figure)
+
+
 def score_figure(evaluations: Sequence[Mapping[str, Any]], stages: Stages) -> str:
     """Accuracy of every task at the evaluations."""
     figure, axes = _figure(stages, label="accuracy")

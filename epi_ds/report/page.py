@@ -9,7 +9,7 @@ from typing import Any
 
 from epi_ds.errors import UserError
 from epi_ds.report import figures
-from epi_ds.report.scores import ScoreTable, score_table
+from epi_ds.report.scores import ScoreTable, score_history, score_table
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; margin: 2rem auto; max-width: 56rem; padding: 0 1rem; }
@@ -105,8 +105,15 @@ def _sections(metrics: Sequence[dict[str, Any]], stages: figures.Stages) -> list
         )
         if any(score["higher_is_better"] for line in evaluations for score in line["scores"].values()):
             sections.append(_section("Accuracy", "", figures.score_figure(evaluations, stages)))
+        history = score_history(metrics)
+        if len(history.columns) > len(score_table(metrics).columns):
+            explanation = "Every task at every evaluation, those within stages too."
+            sections.append(_section("Scores over time", explanation, _history_rows(history)))
     if steps:
         sections.append(_section("Loss", "", figures.loss_figure(steps, stages)))
+        if len(figures.sources_of(steps)) > 1:
+            explanation = "Mean over the tokens of each source; what is drawn from what is kept is called replayed."
+            sections.append(_section("Loss by source", explanation, figures.source_loss_figure(steps, stages)))
         sections.append(
             _section("Isolated share", "Entries that did not move, per step.", figures.share_figure(steps, stages))
         )
@@ -148,18 +155,31 @@ def _section(title: str, explanation: str, content: str) -> str:
     return f"<section><h2>{title}</h2>{text}{content}</section>"
 
 
-def _score_rows(table: ScoreTable) -> str:
-    def shown(value: float | None, percent: bool) -> str:
-        if value is None:
-            return "-"
-        return f"{value:.0%}" if percent else f"{value:.3f}"
+def _shown(value: float | None, percent: bool) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0%}" if percent else f"{value:.3f}"
 
+
+def _history_rows(table: ScoreTable) -> str:
+    """Evaluations below each other: there may be many."""
+    header = "".join(f"<th>{escape(name)}</th>" for name in ("evaluation", *(row.name for row in table.rows)))
+    rows = "".join(
+        f"<tr><td>{escape(column)}</td>"
+        + "".join(f"<td>{_shown(row.values[index], row.higher_is_better)}</td>" for row in table.rows)
+        + "</tr>"
+        for index, column in enumerate(table.columns)
+    )
+    return f"<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _score_rows(table: ScoreTable) -> str:
     header = "".join(f"<th>{escape(column)}</th>" for column in ("task", *table.columns, "forgetting"))
     rows = "".join(
         "<tr><td>"
         + escape(row.name)
         + "</td>"
-        + "".join(f"<td>{shown(value, row.higher_is_better)}</td>" for value in (*row.values, row.forgetting))
+        + "".join(f"<td>{_shown(value, row.higher_is_better)}</td>" for value in (*row.values, row.forgetting))
         + "</tr>"
         for row in table.rows
     )

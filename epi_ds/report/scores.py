@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 KEPT = "base/"
@@ -15,23 +15,16 @@ class TaskRow(NamedTuple):
     name: str
     values: tuple[float | None, ...]
     higher_is_better: bool
+    forgetting: float | None
+    """Best score before the last evaluation minus the last one, in the score's own unit; positive = forgotten.
 
-    @property
-    def forgetting(self) -> float | None:
-        """Best score before the last evaluation minus the last one, in the score's own unit; positive = forgotten.
-
-        For losses the sign is turned, so that it reads the same. None with fewer than two evaluations.
-        """
-        known = [value for value in self.values if value is not None]
-        if len(known) < 2:
-            return None
-        if self.higher_is_better:
-            return max(known[:-1]) - known[-1]
-        return known[-1] - min(known[:-1])
+    Of all evaluations, whether they are columns or not. For losses the sign is turned, so that it reads the same. None
+    with fewer than two evaluations.
+    """
 
 
 class ScoreTable(NamedTuple):
-    """Scores of every task before training and after every stage."""
+    """Scores of every task at some evaluations."""
 
     columns: tuple[str, ...]
     rows: tuple[TaskRow, ...]
@@ -58,16 +51,48 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def score_table(metrics: Iterable[Mapping[str, Any]]) -> ScoreTable:
-    """Collect the evaluations of a run."""
-    evaluations = [line for line in metrics if line["event"] == "evaluation"]
+    """Collect the evaluations of a run before training, after every stage, and the last one."""
+    evaluations = _evaluations_in(metrics)
+    return _table(evaluations, [line for line in evaluations if _ends_stage(line) or line is evaluations[-1]])
+
+
+def score_history(metrics: Iterable[Mapping[str, Any]]) -> ScoreTable:
+    """Collect all evaluations of a run, those within stages too."""
+    evaluations = _evaluations_in(metrics)
+    return _table(evaluations, evaluations)
+
+
+def _evaluations_in(metrics: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [line for line in metrics if line["event"] == "evaluation"]
+
+
+def _ends_stage(line: Mapping[str, Any]) -> bool:
+    # Earlier releases evaluated nowhere else, and did not say so.
+    return bool(line.get("stage_ended", True))
+
+
+def _table(evaluations: Sequence[Mapping[str, Any]], shown: Sequence[Mapping[str, Any]]) -> ScoreTable:
     names = list(dict.fromkeys(name for line in evaluations for name in line["scores"]))
     # What must not be forgotten comes first, whenever it was first scored.
     names.sort(key=lambda name: not name.startswith(KEPT))
     rows = []
     for name in names:
-        scores = [line["scores"].get(name) for line in evaluations]
-        values = tuple(None if score is None or score["value"] is None else float(score["value"]) for score in scores)
-        higher = all(score["higher_is_better"] for score in scores if score is not None)
-        rows.append(TaskRow(name, values, higher))
-    columns = tuple("before" if line["step"] == 0 else f"after {line['stage']}" for line in evaluations)
-    return ScoreTable(columns, tuple(rows))
+        scores = [line["scores"][name] for line in evaluations if name in line["scores"]]
+        higher = all(score["higher_is_better"] for score in scores)
+        known = [float(score["value"]) for score in scores if score["value"] is not None]
+        values = tuple(line["scores"].get(name, {}).get("value") for line in shown)
+        rows.append(TaskRow(name, values, higher, _forgetting(known, higher_is_better=higher)))
+    return ScoreTable(tuple(_named(line) for line in shown), tuple(rows))
+
+
+def _forgetting(values: Sequence[float], *, higher_is_better: bool) -> float | None:
+    if len(values) < 2:
+        return None
+    return max(values[:-1]) - values[-1] if higher_is_better else values[-1] - min(values[:-1])
+
+
+def _named(line: Mapping[str, Any]) -> str:
+    """Say when an evaluation was."""
+    if line["step"] == 0:
+        return "before"
+    return f"after {line['stage']}" if _ends_stage(line) else f"{line['stage']}, step {line['step']}"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from epi_ds.errors import UserError
 from epi_ds.recipe.keep import BASE, Keep
-from epi_ds.train.stages import SourceShare, StageRows, StageSpan, row_order
+from epi_ds.train.stages import StageRows, StageSpan, row_order
+from epi_ds.train.streams import SourceShare
 
 # By default; the mean of squared gradients of so many batches has settled.
 _MOST_WINDOWS = 64

@@ -1,7 +1,8 @@
 """``metrics.jsonl``: one JSON object per line, appended as things happen, cut back on resume.
 
 Every line has ``event``, ``step`` (optimizer steps finished) and ``stage``. Events: ``run`` (a start or a resume, with
-the settings that it changed), ``step``, ``drift`` (a look at the mask under ``refresh_interval: adaptive``),
+the settings that it changed), ``step`` (with the mean loss of each source's tokens since the line before, over all
+ranks, under ``source_losses``), ``drift`` (a look at the mask under ``refresh_interval: adaptive``),
 ``refresh``, ``evaluation``, ``summary``, ``end`` (everything is on the disk, the exported model included).
 """
 

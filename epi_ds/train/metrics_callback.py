@@ -11,7 +11,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from epi_ds.checkpoint.verdict import on_first_rank
-from epi_ds.evaluation.evaluator import Score
+from epi_ds.evaluation.evaluator import Score, Scored
 from epi_ds.hf import EPICallback
 from epi_ds.isolation.refresh_report import Decision, RefreshReport
 from epi_ds.train.metrics import MetricsWriter
@@ -86,6 +86,9 @@ class MetricsCallback(TrainerCallback):
             config=self._epi.config.model_dump(mode="json"),
             changed=[change._asdict() for change in self._changed],
         )
+        if self._last_refresh is not None and state.global_step == 0:
+            # A policy that selects before the first step did so when the engine was made.
+            self.write_refresh(0, BEFORE, self._last_refresh)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -125,6 +128,7 @@ class MetricsCallback(TrainerCallback):
             state.global_step,
             stage,
             **{k: v for k, v in logs.items() if isinstance(v, (int, float)) and k not in _PER_PROCESS},
+            source_losses=self._trainer.source_losses.take(),
             isolated=self._isolated_in_force,
             isolated_share=share,
             seconds=self._seconds,
@@ -155,12 +159,18 @@ class MetricsCallback(TrainerCallback):
 
     # --- what others have to say ---
 
-    def write_evaluation(self, step: int, after: str, scores: Mapping[str, Score], *, seconds: float) -> None:
-        """Write and show the scores of all tasks by name; ``after`` is the stage that has ended, or `BEFORE`."""
+    def write_evaluation(self, step: int, stage: str, scores: Mapping[str, Score], *, seconds: float) -> None:
+        """Write and show the scores of all tasks by name; ``stage`` is the one of the step, or `BEFORE`."""
+        ended = step in {0, *(span.stop_step for span in self._spans)}
         written = {name: score._asdict() for name, score in scores.items()}
-        self._write("evaluation", step, after, scores=written, seconds=seconds)
+        self._write("evaluation", step, stage, stage_ended=ended, scores=written, seconds=seconds)
         shown = "  ".join(f"{name} {score.value:.3f}" for name, score in scores.items())
-        self._progress.note(f"{'before training' if after == BEFORE else 'after ' + after}: {shown}")
+        when = f"after {stage}" if ended else f"{stage}, step {step}"
+        self._progress.note(f"{'before training' if stage == BEFORE else when}: {shown}")
+
+    def show_scored(self, scored: Scored) -> None:
+        """Show how far an evaluation has come."""
+        self._progress.evaluation(scored.task, done=scored.done, total=scored.total, seconds=scored.seconds)
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the metrics hold an evaluation of a step. Collective: the first rank has the file."""

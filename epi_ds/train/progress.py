@@ -45,14 +45,27 @@ class ProgressDisplay:
         status = f"loss {loss:.3f}  isolated {isolated_share:.2%}"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, description=stage, status=status)
-        elif self._console is not None and (time.monotonic() - self._last_line > _LINE_SECONDS or step == self._total):
+        else:
+            self._line(f"step {step}/{self._total}  {stage}  {status}", is_last=step == self._total)
+
+    def evaluation(self, task: str, *, done: int, total: int, seconds: float) -> None:
+        """Show how many rows of a task are scored, and after how many seconds of the evaluation."""
+        status = f"evaluating {task}: {done}/{total} rows, {seconds:.0f} s"
+        if self._progress is not None:
+            self._progress.update(self._task, status=status)
+        else:
+            self._line(status)
+
+    def _line(self, text: str, *, is_last: bool = False) -> None:
+        """Print a line where there is no bar, unless the one before is too near; the last one in any case."""
+        if self._console is not None and (time.monotonic() - self._last_line > _LINE_SECONDS or is_last):
             self._last_line = time.monotonic()
-            self._console.print(f"step {step}/{self._total}  {stage}  {status}", highlight=False)
+            self._console.print(text, highlight=False, markup=False)
 
     def note(self, text: str) -> None:
         """Print a line of its own, above the bar where there is one."""
         if self._console is not None:
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
         """Take the bar down."""

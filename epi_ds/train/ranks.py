@@ -9,6 +9,7 @@ from pathlib import Path
 
 from epi_ds.errors import LostRankError
 from epi_ds.recipe.models import Recipe
+from epi_ds.trackers import check_installed, trackers_in
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.start import Start
 
@@ -23,8 +24,9 @@ def start_ranks(recipe: Recipe, arguments: Sequence[str], *, num_ranks: int | No
 
     num_ranks  None for as many as the recipe says
 
-    Raises LostRankError where a rank was killed.
+    Raises UserError, before any starts, for a tracker that is not installed, and LostRankError where a rank was killed.
     """
+    check_installed(trackers_in(recipe.train.get("report_to")))
     from epi_ds.launch.environment import default_ranks
     from epi_ds.launch.local import run_ranks
     from epi_ds.launch.lost_ranks import OF_A_DEATH, signal_of
@@ -40,8 +42,9 @@ def train_as_rank(recipe: Recipe, start: Start, *, show: Callable[[Path], None])
 
     show  called on rank 0 with the folder of a run that was trained
 
-    Raises LostRankError where another rank dies or stands still.
+    Raises UserError for a tracker that is not installed, and LostRankError where another rank dies or stands still.
     """
+    check_installed(trackers_in(recipe.train.get("report_to")))
     if recipe.ranks not in (None, int(os.environ["WORLD_SIZE"])) and os.environ["RANK"] == "0":
         logger.warning("ranks: %d is ignored, because %s were started", recipe.ranks, os.environ["WORLD_SIZE"])
     import torch.distributed as dist

@@ -10,6 +10,7 @@ from typing import Any
 
 from epi_ds.checkpoint.catalog import Checkpoint
 from epi_ds.checkpoint.loading import choose
+from epi_ds.checkpoint.trainer_folder import TRAINER_STATE
 from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.defaults import with_defaults
 from epi_ds.errors import UserError
@@ -17,6 +18,7 @@ from epi_ds.recipe.keep import Keep
 from epi_ds.recipe.models import ModelSection, Recipe, Stage
 from epi_ds.recipe.sources import DataSource
 from epi_ds.train.run_folder import RunFolder
+from epi_ds.train.stages import StageSpan
 
 MARKER = "recipe.json"
 """Name of the file in a checkpoint that `marker_of` is written to."""
@@ -66,7 +68,7 @@ def marker_of(recipe: Recipe, data: Sequence[Mapping[str, Any]] = ()) -> dict[st
 
 def check_data(found: Checkpoint, recipe: Recipe, data: Sequence[Mapping[str, Any]]) -> None:
     """Raise UserError where a source holds other rows than when a checkpoint was saved, by name."""
-    # A checkpoint of an earlier release says nothing of its data.
+    # A checkpoint of an earlier release says nothing of its data: see `check_steps`.
     saved = json.loads((found.path / MARKER).read_text()).get(DATA)
     if saved is None:
         return
@@ -90,6 +92,25 @@ def check_data(found: Checkpoint, recipe: Recipe, data: Sequence[Mapping[str, An
             f"{found.path} was trained on other rows, and a resume would train some twice and some never:\n  - "
             + "\n  - ".join(changed)
             + "\nRestore the files, choose another output, or start over with --restart"
+        )
+
+
+def check_steps(found: Checkpoint, spans: Sequence[StageSpan], *, global_batch: int) -> None:
+    """Raise UserError where a checkpoint that does not say what its data held was saved on the way to other steps.
+
+    Only where a step has as many rows as then: with others it is a run of other steps anyway.
+    """
+    manifest = found.manifest
+    if DATA in json.loads((found.path / MARKER).read_text()) or manifest is None or manifest.batch.rows != global_batch:
+        return
+    before, now = json.loads((found.path / TRAINER_STATE).read_text())["max_steps"], spans[-1].stop_step
+    if before != now:
+        stages = ", ".join(f"{span.name} {span.num_steps}" for span in spans)
+        raise UserError(
+            f"{found.path} was saved by an earlier release on the way to {before} steps, and the rows now fill {now} "
+            f"({stages}): a file has changed, or holds rows that were trained on then and are left out now (without an "
+            "answer but white space, say). A resume would train some rows twice and some never. Restore the file, "
+            "finish the run with the release that began it, choose another output, or start over with --restart"
         )
 
 

@@ -27,14 +27,15 @@ from epi_ds.data.table import Table
 from epi_ds.errors import UserError
 from epi_ds.launch.environment import cache_folder
 from epi_ds.recipe.models import ModelSection, Recipe, Stage
+from epi_ds.recipe.sources import TrainingData
 from epi_ds.train.model import told
-from epi_ds.train.stages import SourceShare, StageRows
+from epi_ds.train.stages import StageRows
+from epi_ds.train.streams import SourceShare, TableRows
 
 logger = logging.getLogger(__name__)
 
 # More processes than these wait for the one that reads.
 _MOST_PROCESSES = 8
-_PACKINGS = ("bfd", "bfd_split", "wrapped")
 
 
 class SourceRows(NamedTuple):
@@ -68,15 +69,11 @@ def argument_of(recipe: Recipe, name: str) -> Any:
 def row_arguments_of(recipe: Recipe) -> RowArguments:
     """Return what a recipe's ``train`` says of rows, and TRL's default where it says nothing.
 
-    Raises UserError for a packing that there is not, or without a length.
+    Raises UserError for packing without a length.
     """
     found = RowArguments(*(argument_of(recipe, name) for name in RowArguments._fields))
     if found.packing and found.max_length is None:
         raise UserError("train.packing puts rows into sequences of train.max_length tokens, which is null; set it")
-    if found.packing_strategy not in _PACKINGS:
-        raise UserError(
-            f"train.packing_strategy: must be one of {', '.join(_PACKINGS)}, got {found.packing_strategy!r}"
-        )
     return found
 
 
@@ -176,14 +173,20 @@ def rows_in(folder: Path) -> SourceRows:
     return SourceRows(open_store(folder), read_summary(folder))
 
 
-def stage_rows_of(stage: Stage, num_rows: Sequence[int]) -> StageRows:
-    """Return what the plan of a run needs to know of a stage whose sources have so many rows."""
+def table_of(sources: Sequence[TrainingData], num_rows: Sequence[int]) -> TableRows:
+    """Return what the plan of a run needs to know of sources of so many rows, which are drawn from together."""
     shares = tuple(
         SourceShare(count, source.share)
-        for count, source in zip(num_rows, stage.sources, strict=True)
+        for count, source in zip(num_rows, sources, strict=True)
         if source.share is not None
     )
-    return StageRows(stage.name, sum(num_rows), stage.epochs, shares, stage.steps)
+    return TableRows(sum(num_rows), shares)
+
+
+def stage_rows_of(stage: Stage, num_rows: Sequence[int]) -> StageRows:
+    """Return what the plan of a run needs to know of a stage whose sources have so many rows."""
+    table = table_of(stage.sources, num_rows)
+    return StageRows(stage.name, table.num_rows, stage.epochs, table.shares, stage.steps)
 
 
 def digests_of(found: Sequence[SourceRows]) -> list[dict[str, Any]]:

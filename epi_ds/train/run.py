@@ -29,15 +29,19 @@ from epi_ds.hf import EPICallback
 from epi_ds.launch.environment import accelerator_name
 from epi_ds.recipe.arguments import deepspeed_config
 from epi_ds.recipe.models import Recipe
-from epi_ds.trackers import continue_runs
+from epi_ds.trackers import continue_runs, trackers_in
 from epi_ds.train.accelerate_setup import DEFAULT_TIMEOUT_SECONDS, prepare_accelerate
+from epi_ds.train.adapter import export_adapter, with_adapter
+from epi_ds.train.epoch_callback import EpochCallback
 from epi_ds.train.export import export_model
+from epi_ds.train.kept_rows import KeptRows
 from epi_ds.train.metrics import MetricsWriter
 from epi_ds.train.metrics_callback import MetricsCallback
 from epi_ds.train.model import check_vocabulary, load_model
 from epi_ds.train.own_rows import write_before_training
 from epi_ds.train.progress import ProgressDisplay
-from epi_ds.train.resume import DEFAULT_ARGUMENTS, check_data, find_resume, marker_of
+from epi_ds.train.refusals import refused_by_libraries
+from epi_ds.train.resume import DEFAULT_ARGUMENTS, check_data, check_steps, find_resume, marker_of
 from epi_ds.train.rows import RowArguments, digests_of, load_tokenizer, prepare_rows, row_arguments_of
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.settings import END, Change, changes_since, end_of
@@ -68,7 +72,7 @@ def run_recipe(recipe: Recipe, start: Start | None = None) -> RunFolder | None:
 
     Collective: every rank of a launcher calls it. A run that has ended says so, changes nothing and returns None.
     Raises SystemExit where the job was about to end, see preemption.py, and UserError for a stage that is not there,
-    and for a run that has ended and was trained with other settings.
+    and for a run that has ended and was trained with other settings, and what `RunFolder.prepare` raises.
     """
     start = (start or Start()).of(recipe)
     timeout = recipe.train.get("ddp_timeout", DEFAULT_TIMEOUT_SECONDS)
@@ -88,9 +92,9 @@ def run_recipe(recipe: Recipe, start: Start | None = None) -> RunFolder | None:
         return None
     changed: list[Change] = []
     metrics = None
+    on_first_rank(folder.prepare)
     if console is not None:
         changed = changes_since(folder, recipe) if resume else []
-        folder.root.mkdir(parents=True, exist_ok=True)
         write_json(folder.recipe, recipe.model_dump(mode="json"))
         metrics = MetricsWriter(folder.metrics, resume_step=resume.step if resume else None)
     try:
@@ -104,7 +108,7 @@ def run_recipe(recipe: Recipe, start: Start | None = None) -> RunFolder | None:
 def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
     """Train from where the run stands to where this start ends. Collective."""
     folder, until = run.folder, run.start.until
-    if trackers := _trackers_of(run.recipe):
+    if trackers := trackers_in(run.recipe.train.get("report_to")):
         continue_runs(trackers, folder.root, run_id=on_first_rank(lambda: run_id_of(folder.checkpoints)))
     # The cheap things first: a wrong column is found before a large model is read.
     tasks = build_tasks(run.recipe)
@@ -132,14 +136,13 @@ def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
                 f"all steps of {folder.root} were skipped, because gradients were not finite: the model has learnt "
                 "nothing and is not exported; look at the data and the precision, and lower the learning rate"
             )
-        export_model(trainer.model_wrapped, trainer.processing_class, folder.export)
+        lora = run.recipe.model.lora
+        if lora is None:
+            export_model(trainer.model_wrapped, trainer.processing_class, folder.export)
+        else:
+            export_adapter(trainer.model_wrapped, trainer.processing_class, folder.export, merge=lora.merge)
         if run.metrics is not None:
             run.metrics.write(END, step=trainer.spans[-1].stop_step, stage=trainer.spans[-1].name)
-
-
-def _trackers_of(recipe: Recipe) -> list[str]:
-    given = recipe.train.get("report_to", "none")
-    return [name for name in ([given] if isinstance(given, str) else given) if name != "none"]
 
 
 def _arguments_of(run: _Run, extra_arguments: dict[str, Any]) -> SFTConfig:
@@ -152,19 +155,20 @@ def _arguments_of(run: _Run, extra_arguments: dict[str, Any]) -> SFTConfig:
             )
     # Defaults of the section are left out: accelerate takes any "auto" inside a DeepSpeed configuration for one of its
     # own.
-    section = recipe.method.epi.model_dump(mode="json", exclude_defaults=True)
-    return SFTConfig(
-        **{
-            **DEFAULT_ARGUMENTS,
-            **recipe.train,
-            **extra_arguments,
-            "output_dir": str(folder.checkpoints),
-            "num_train_epochs": 1,
-            "train_sampling_strategy": "sequential",
-            "eval_strategy": "no",
-            "deepspeed": {**deepspeed_config(recipe.train), SECTION: section},
-        }
-    )
+    section = recipe.method.epi.as_section()
+    with refused_by_libraries():
+        return SFTConfig(
+            **{
+                **DEFAULT_ARGUMENTS,
+                **recipe.train,
+                **extra_arguments,
+                "output_dir": str(folder.checkpoints),
+                "num_train_epochs": 1,
+                "train_sampling_strategy": "sequential",
+                "eval_strategy": "no",
+                "deepspeed": {**deepspeed_config(recipe.train), SECTION: section},
+            }
+        )
 
 
 def _make_trainer(
@@ -183,28 +187,36 @@ def _make_trainer(
     # What is only scored is not trained on.
     used = kept if keep is not None and (keep.importance or keep.replay) else []
     found = prepare_rows([*sources, *used, *probe], arguments, tokenizer)
-    unused = iter(found)
     if run.resume is not None:
         check_data(run.resume, recipe, digests_of(found))
     # What is learnt of a row stands in its labels; TRL would look for the turns that are no longer there.
     args.assistant_only_loss = False
     # After the arguments: they tell from_pretrained that ZeRO-3 partitions the weights as they are loaded.
     model = load_model(recipe.model)
+    if recipe.model.lora is not None:
+        model = with_adapter(model, recipe.model.lora, seed=args.seed)
     if arguments.chat_template_path is None:
         check_vocabulary(model, tokenizer, path=recipe.model.path)
-    trainer = StageTrainer(
-        stages=recipe.stages,
-        stage_data=[[next(unused).rows for _ in stage.sources] for stage in recipe.stages],
-        keep=keep,
-        kept_data=[one.rows for one in found[len(sources) : len(sources) + len(used)]],
-        probe_steps=recipe.method.epi.probe_steps,
-        probe_data=found[-1].rows if probe else None,
-        marker=marker_of(recipe, digests_of(found)),
-        args=args,
-        model=model,
-        processing_class=tokenizer,
-        callbacks=[isolation],
-    )
+    unused = (one.rows for one in found)
+    stage_data = [[next(unused) for _ in stage.sources] for stage in recipe.stages]
+    kept_rows = None
+    if keep is not None:
+        kept_rows = KeptRows(keep, tuple(one.source for one in used), tuple(next(unused) for _ in used))
+    with refused_by_libraries():
+        trainer = StageTrainer(
+            stages=recipe.stages,
+            stage_data=stage_data,
+            probe_steps=recipe.method.epi.probe_steps,
+            probe_data=next(unused) if probe else None,
+            kept=kept_rows,
+            marker=marker_of(recipe, digests_of(found)),
+            args=args,
+            model=model,
+            processing_class=tokenizer,
+            callbacks=[isolation],
+        )
+    if run.resume is not None:
+        check_steps(run.resume, trainer.spans, global_batch=trainer.global_batch)
     trainer.remove_callback(PrinterCallback)
     _stop_at_the_end_of_a_turn(trainer)
     return trainer
@@ -245,7 +257,15 @@ def _train(run: _Run, trainer: StageTrainer, isolation: EPICallback, tasks: Sequ
             trainer, isolation=isolation, metrics=run.metrics, progress=progress, changed=run.changed
         )
         trainer.add_callback(metrics)
+        trainer.add_callback(EpochCallback(trainer))
         trainer.add_callback(
-            StageCallback(trainer, isolation=isolation, evaluator=evaluator, metrics=metrics, until=run.start.until)
+            StageCallback(
+                trainer,
+                isolation=isolation,
+                evaluator=evaluator,
+                metrics=metrics,
+                every=evaluation.every,
+                until=run.start.until,
+            )
         )
         trainer.train(resume_from_checkpoint=str(resume.path) if resume else None)

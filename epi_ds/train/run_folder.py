@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from epi_ds.checkpoint.catalog import Checkpoint, checkpoints_in
+from epi_ds.errors import RemedyError, UserError
 from epi_ds.own_rows.file import record_of
 from epi_ds.train.metrics import FILE as METRICS_FILE
 
@@ -52,8 +54,27 @@ class RunFolder:
         """Rows that the model wrote itself before training."""
         return self.root / "own_rows.jsonl"
 
+    def prepare(self) -> None:
+        """Make the folder, if it is not there.
+
+        Raises UserError where a file is in its place, and RemedyError where nothing can be written there.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(
+                f"output {self.root} cannot be a folder, a file is in its place ({error}); give another"
+            ) from error
+        except OSError as error:
+            raise RemedyError(
+                f"output {self.root} cannot be written ({error}); make room or get access, or give another"
+            ) from error
+
     def clear(self) -> None:
-        """Remove what a run writes, and nothing else that lies in the folder."""
+        """Remove what a run writes, and nothing else that lies in the folder. Raises what `prepare` raises."""
+        self.prepare()
         for file in (self.metrics, self.report, self.recipe, self.own_rows, record_of(self.own_rows)):
             file.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.export):

@@ -1,4 +1,4 @@
-"""What happens between stages: what is measured before the first, evaluation, and what the next stage begins with."""
+"""What happens between steps: what is measured before the first, evaluation, and what the next stage begins with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from epi_ds.evaluation.evaluator import Evaluator
 from epi_ds.hf import EPICallback
+from epi_ds.planned_rates import planned_rates
 from epi_ds.recipe.models import Moments
 from epi_ds.train.measuring import losses_of
 from epi_ds.train.metrics_callback import BEFORE, MetricsCallback
@@ -30,13 +31,18 @@ class StageCallback(TrainerCallback):
         isolation: EPICallback,
         evaluator: Evaluator,
         metrics: MetricsCallback,
+        every: int | None,
         until: str | None,
     ) -> None:
-        """``until`` names the stage after which to stop, None for the last."""
+        """``every`` so many steps tasks are scored, besides the ends of stages; None for those only.
+
+        ``until`` names the stage after which to stop, None for the last.
+        """
         self._trainer = trainer
         self._isolation = isolation
         self._evaluator = evaluator
         self._metrics = metrics
+        self._every = every
         self._until = until
 
     @property
@@ -53,26 +59,26 @@ class StageCallback(TrainerCallback):
         """Before the first step, measure where asked for, and evaluate; else evaluate what an earlier process had
         not.
         """
+        self._plan(stage_at(self._spans, state.global_step))
         if state.global_step == 0:
             self._measure()
             self._evaluate(0, BEFORE)
             return
-        ended = stage_at(self._spans, state.global_step - 1)
-        if state.global_step == ended.stop_step and not self._metrics.has_evaluation(ended.stop_step):
-            # The process that ended the stage had no time for it.
-            self._evaluate(ended.stop_step, ended.name)
+        if self._is_evaluated(state.global_step) and not self._metrics.has_evaluation(state.global_step):
+            # The process that took the step had no time for it.
+            self._evaluate(state.global_step, stage_at(self._spans, state.global_step - 1).name)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """At the end of a stage evaluate, and prepare importance and optimizer for the next one."""
+        """Evaluate where it is due; at the end of a stage prepare importance and optimizer for the next one."""
         step = state.global_step
         stage = stage_at(self._spans, step - 1)
-        if step != stage.stop_step:
-            return
-        if not self._isolation.is_stopping:
+        if self._is_evaluated(step) and not self._isolation.is_stopping:
             # A job that is about to end saves first: the weights stay as they are until the resumed one evaluates.
             self._evaluate(step, stage.name)
+        if step != stage.stop_step:
+            return
         self._begin_stage_after(stage)
         if stage.name == self._until and step < state.max_steps:
             control.should_save = control.should_training_stop = True
@@ -94,11 +100,16 @@ class StageCallback(TrainerCallback):
         if refresh is not None:
             self._metrics.write_refresh(0, BEFORE, refresh)
 
-    def _evaluate(self, step: int, after: str) -> None:
+    def _is_evaluated(self, step: int) -> bool:
+        """Whether tasks are scored after a step."""
+        is_end = step == stage_at(self._spans, step - 1).stop_step
+        return is_end or (self._every is not None and step % self._every == 0)
+
+    def _evaluate(self, step: int, stage: str) -> None:
         started = time.perf_counter()
-        scores = self._evaluator.evaluate()
+        scores = self._evaluator.evaluate(self._metrics.show_scored)
         if scores:
-            self._metrics.write_evaluation(step, after, scores, seconds=time.perf_counter() - started)
+            self._metrics.write_evaluation(step, stage, scores, seconds=time.perf_counter() - started)
 
     def _begin_stage_after(self, stage: StageSpan) -> None:
         position = self._spans.index(stage) + 1
@@ -109,3 +120,10 @@ class StageCallback(TrainerCallback):
             self._metrics.write_refresh(stage.stop_step, stage.name, refresh)
         if self._trainer.stages[position].moments is Moments.RESET:
             self._epi.reset_optimizer_state()
+        self._plan(self._spans[position])
+
+    def _plan(self, stage: StageSpan) -> None:
+        """Say what the stage's learning rates will add up to, where an anchor's strength depends on it."""
+        if self._epi.awaits_plan:
+            rates = planned_rates(self._trainer.lr_scheduler, first_step=stage.first_step, stop_step=stage.stop_step)
+            self._epi.plan_stage(rates)

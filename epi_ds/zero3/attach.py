@@ -11,19 +11,23 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from epi_ds.checkpoint.commit import Run
+from epi_ds.checkpoint.meeting import leave_word
 from epi_ds.choices import Apply, PolicyName, Protects, Selection, StateFormat, Transport
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.importance.stored import code_shift_of
+from epi_ds.isolation.importance.views import Importance
 from epi_ds.isolation.layout import Layout
 from epi_ds.isolation.placement import Placement
+from epi_ds.isolation.policies.half import still_half
 from epi_ds.isolation.policy import make_policy
 from epi_ds.isolation.schedule import largest_ratio
 from epi_ds.isolation.search.collectives import GroupExchange
 from epi_ds.isolation.search.threshold import budget_of
 from epi_ds.isolation.search.traffic import compare, pick, refresh_messages
 from epi_ds.zero3.context import IsolationContext
+from epi_ds.zero3.first_moments import FirstMoments
 from epi_ds.zero3.geometry import layout_of
 from epi_ds.zero3.guard import check_engine, has_resumed
 from epi_ds.zero3.handle import EPI
@@ -47,6 +51,13 @@ def _check_budget(layout: Layout, config: EPIConfig) -> None:
     # A mask that is loaded has the size it was saved with.
     ratio = largest_ratio(config)
     if ratio == 0 or config.policy is PolicyName.NONE or config.mask_from is not None:
+        return
+    if config.policy is PolicyName.HALF:
+        if not still_half(layout.segments, name=""):
+            raise UserError(
+                "policy: half chooses among matrices that lie beside each other in numbered blocks, and none of the "
+                f"{len(layout.segments)} covered parameters do; cover more, or set another policy"
+            )
         return
     per_layer = config.selection is Selection.PER_LAYER
     sizes = layout.layer_numel if per_layer else (layout.covered_numel,)
@@ -73,6 +84,13 @@ def _transport_of(layout: Layout, config: EPIConfig, *, world_size: int) -> Tran
         # See `EPIConfig._check_exchange`.
         costs = tuple(cost for cost in costs if cost.transport is not Transport.REDUCE_SCATTER)
     return pick(costs).transport
+
+
+def _moments_of(optimizer: Any, config: EPIConfig) -> Importance | None:
+    """Return what the optimizer keeps and isolation ranks by; None where it ranks by something of its own."""
+    if config.policy is PolicyName.MOMENTUM:
+        return FirstMoments(optimizer)
+    return SecondMoments(optimizer) if config.state is StateFormat.ADAM else None
 
 
 def _warn_if_mostly_frozen(engine: Any) -> None:
@@ -105,7 +123,7 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
     layout = layout_of(optimizer, layer=config.layer, include=config.include, exclude=config.exclude)
     _check_partitioning(layout, optimizer)
     _check_budget(layout, config)
-    moments = SecondMoments(optimizer) if config.state is StateFormat.ADAM else None
+    moments = _moments_of(optimizer, config)
     controller = IsolationController(
         Placement(layout, tuple(partition.device for partition in optimizer.fp32_partitioned_groups_flat)),
         config,
@@ -125,6 +143,8 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
     optimizer._epi_context = context
     engine.__class__ = type(f"Isolating{type(engine).__name__}", (IsolationEngineMixin, type(engine)), {})
     engine.epi = EPI(engine, controller, run=run)
+    leave_word()
+    controller.begin()
     if dist.get_rank() == 0:
         _warn_if_mostly_frozen(engine)
         if has_resumed(engine):
@@ -145,7 +165,7 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
             logger.info(
                 "protects: past isolates nothing until a stage has ended, by engine.epi.finish_stage() or remember()"
             )
-        if moments is not None:
+        if isinstance(moments, SecondMoments):
             logger.info(
                 "importance is Adam's exp_avg_sq, so its effective ema_decay is beta2: %s",
                 ", ".join(str(decay) for decay in sorted(set(moments.decays))),

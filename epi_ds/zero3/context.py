@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from epi_ds.anchor_config import AnchorConfig
 from epi_ds.choices import Apply
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.layout import Span
+from epi_ds.zero3.anchor import Anchor
 from epi_ds.zero3.geometry import layout_of
 from epi_ds.zero3.moments import ClippingAverage
 from epi_ds.zero3.skipped import SkippedSteps
@@ -52,6 +54,8 @@ class IsolationContext:
         self.rescale: Rescale | None = None
         # Under `apply: reduction` the update of isolated entries is not what they would have moved by.
         self.step_energy = None if self.masks_gradients else StepEnergy(get_accelerator().current_device_name())
+        config = controller.config.anchor
+        self.anchor = None if config is None else _anchor_of(config, optimizer, controller)
         self.names: dict[Any, str] = dict(optimizer.param_names)
         # Of every trainable parameter: the controller's layout has the covered ones only.
         layout = layout_of(optimizer, layer="tensor")
@@ -62,3 +66,12 @@ class IsolationContext:
             for group, segments in zip(optimizer.fp16_groups, layout.by_sub_group, strict=True)
         ]
         """Real entries of every trainable parameter in the flat partitions; empty ones left out."""
+
+
+def _anchor_of(config: AnchorConfig, optimizer: Any, controller: IsolationController) -> Anchor:
+    return Anchor(
+        config,
+        controller,
+        num_entries=sum(parameter.ds_numel for group in optimizer.fp16_groups for parameter in group),
+        dtype=optimizer.dtype,
+    )

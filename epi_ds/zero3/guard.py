@@ -13,11 +13,14 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from epi_ds.choices import Apply, MissingState, StateFormat
+from epi_ds.choices import Apply, MissingState, PolicyName, Pull, StateFormat
 from epi_ds.combinations import (
     adam_state_nvme_problem,
     adam_state_optimizer_problem,
     adam_state_ratio_problem,
+    anchor_optimizer_problem,
+    momentum_nvme_problem,
+    momentum_optimizer_problem,
     reduction_optimizer_problem,
     stage_problem,
 )
@@ -140,12 +143,19 @@ def _optimizer_reasons(optimizer: Any, config: EPIConfig) -> Iterator[str]:
         yield "sequence parallelism is not covered yet; set sequence_parallel_size: 1"
     if config.apply is Apply.REDUCTION:
         yield from _reduction_reasons(base)
+    if config.anchor is not None and config.anchor.pull is Pull.GRADIENT and not is_adam(base):
+        yield anchor_optimizer_problem(type(base).__name__)
     if config.state is StateFormat.ADAM:
         yield from _adam_reasons(base)
         if optimizer.offload_optimizer and optimizer.partial_offload != 1.0:
             yield adam_state_ratio_problem(optimizer.partial_offload)
         if optimizer.swap_optimizer:
             yield adam_state_nvme_problem()
+    if config.policy is PolicyName.MOMENTUM:
+        if not is_adam(base):
+            yield momentum_optimizer_problem(type(base).__name__)
+        if optimizer.swap_optimizer:
+            yield momentum_nvme_problem()
 
 
 def _history_reasons(engine: Any, config: EPIConfig) -> Iterator[str]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,63 +22,14 @@ from epi_ds.choices import ADAPTIVE, Memory, PolicyName, StateFormat
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError, nearest
 from epi_ds.isolation.controller import IsolationController
-from epi_ds.isolation.counters import Counters
 from epi_ds.isolation.layout import Segment
-from epi_ds.isolation.refresh_report import Decision, RefreshReport, values_of
+from epi_ds.isolation.refresh_report import RefreshReport, values_of
 from epi_ds.isolation.schedule import check_planned_steps, largest_ratio
+from epi_ds.policy_rules import BEGINNING_LATE, UNMEASURED
+from epi_ds.zero3.anchor import Anchor
+from epi_ds.zero3.stats import IsolationStats, MemoryReport, ResolvedLayer
 
 logger = logging.getLogger(__name__)
-
-
-class IsolationStats(NamedTuple):
-    """Counts over all ranks, as of now."""
-
-    counters: Counters
-    covered: int
-    """Entries that can be isolated."""
-    isolated: int
-    last_refresh: RefreshReport | None
-    last_decision: Decision | None
-    """Of the last step after which a mask could be selected; with ``refresh_interval: adaptive`` it may have stayed."""
-
-    @property
-    def achieved_ratio(self) -> float:
-        """Isolated share of the covered entries."""
-        return self.isolated / self.covered
-
-    @property
-    def active_share(self) -> float:
-        """Share of the applied steps that ran under a mask with an isolated entry."""
-        return self.counters.active_steps / max(1, self.counters.applied_steps)
-
-
-class ResolvedLayer(NamedTuple):
-    """A layer, and which parameters a pattern or a name has put into it."""
-
-    name: str
-    numel: int
-    parameters: tuple[str, ...]
-
-
-class MemoryReport(NamedTuple):
-    """Bytes of isolation's state on this rank that outlive a step, measured from its tensors."""
-
-    state_bytes: dict[str, int]
-    """``importance`` where it is ours; ``remembered_relative`` under ``memory: stage_max``, or ``task/...`` for each
-    finished stage under ``per_task``; ``masks``; and the sample of the ``first_mask``."""
-    covered_numel: int
-    """Covered entries over all ranks."""
-    world_size: int
-
-    @property
-    def total_bytes(self) -> int:
-        """All of it."""
-        return sum(self.state_bytes.values())
-
-    @property
-    def bytes_per_parameter_share(self) -> float:
-        """Bytes on this rank per covered parameter, times the world size."""
-        return self.total_bytes * self.world_size / self.covered_numel
 
 
 class EPI:
@@ -147,10 +98,21 @@ class EPI:
             controller.refresher.last_decision,
         )
 
+    def anchor(self, name: str) -> Tensor:
+        """Gather what one parameter is pulled towards. Collective. -> its full shape, fp32, CPU.
+
+        Raises UserError without an anchor, and before the first step, which takes the weights that it is to be.
+        """
+        segment = self._segment(name)
+        if self._anchor is None or not (self._anchor.is_taken or self._anchor.folder):
+            reason = "there is none; set anchor" if self._anchor is None else "it is taken in the first step"
+            raise UserError(f"the anchor of {name} was asked for, and {reason}")
+        return self._gather(segment, self._anchor.of(segment).float())
+
     def memory_report(self) -> MemoryReport:
         """Return what isolation keeps on this rank."""
         return MemoryReport(
-            self._controller.state_bytes(),
+            self._controller.state_bytes() | ({} if self._anchor is None else {"anchor": self._anchor.num_bytes}),
             self._controller.layout.covered_numel,
             self._controller.exchange.world_size,
         )
@@ -158,35 +120,71 @@ class EPI:
     def refresh_now(self) -> RefreshReport:
         """Select a new mask from the importance as it is, between two steps. Collective.
 
-        Raises UserError under ``policy: none`` or in an accumulation window, and RuntimeError where nothing is
-        measured.
+        Under ``policy: random`` and ``half`` that is another draw. Raises UserError under ``policy: none`` and
+        ``first`` or in an accumulation window, and RuntimeError where nothing is measured.
         """
         self._check_window("refresh_now()")
         if self.config.policy is PolicyName.NONE:
             raise UserError("policy: none isolates nothing, but a refresh selects a mask; set policy: evolving")
+        if self.config.policy is PolicyName.FIRST:
+            raise UserError("policy: first selects one mask by itself and keeps it; set policy: evolving")
         return self._controller.refresh()
 
     def finish_stage(self, name: str | None = None) -> RefreshReport | None:
         """Remember what the stage that ends needed, and select the mask that the next one begins with. Collective.
 
-        Between two steps; does nothing and returns None under ``memory: none``, and under a policy that measures
-        nothing while it trains. ``memory: per_task`` wants the stage's ``name``, and raises UserError without; a stage
-        of a name that ended before is the same task, trained further.
+        Between two steps. Nothing is remembered under ``memory: none``, and by a policy that measures nothing while it
+        trains; None is returned then but by a policy that draws anew for every stage (``half``, ``random`` with
+        ``redraw: stage``). ``memory: per_task`` wants the stage's ``name``, and raises UserError without; a stage of a
+        name that ended before is the same task, trained further.
         UserError also in the middle of an accumulation window.
         """
         self._check_window("finish_stage()")
+        if self._anchor is not None:
+            self._anchor.end_stage()
         return self._controller.finish_stage(name)
+
+    @property
+    def awaits_plan(self) -> bool:
+        """Whether an anchor wants to hear from `plan_stage` before the next step, also where a checkpoint had sums."""
+        return self._anchor is not None and self._anchor.strength.awaits_plan
+
+    def plan_stage(self, total_rates: Sequence[float]) -> None:
+        """Say what the learning rates of the stage that begins add up to, which an anchor's strength is divided by.
+
+        total_rates  one sum per parameter group of the optimizer, over the steps of the stage
+
+        After a load in the middle of a stage the sums of its beginning stay in force, and a difference is warned of.
+        Without an anchor nothing happens. Raises UserError for another number of sums, and for one that is negative or
+        not finite.
+        """
+        if self._anchor is None:
+            return
+        groups = len(self._engine.optimizer.optimizer.param_groups)
+        if len(total_rates) != groups:
+            raise UserError(
+                f"plan_stage got {len(total_rates)} sums of learning rates, and the optimizer has {groups} parameter "
+                "groups; give one sum of each"
+            )
+        warning = self._anchor.strength.plan(total_rates)
+        if warning and dist.get_rank() == 0:
+            logger.warning("%s", warning)
 
     def check_planned_steps(self, planned_steps: int) -> None:
         """Warn or raise ValueError when a run of this many applied steps would never use a mask, or hardly."""
         config = self.config
-        if not self._controller.is_active and config.policy is PolicyName.EVOLVING and largest_ratio(config) > 0:
+        if not self._controller.is_active and config.policy in BEGINNING_LATE and largest_ratio(config) > 0:
             check_planned_steps(
                 planned_steps,
                 config.selection_interval,
                 setting="check_interval" if config.refresh_interval == ADAPTIVE else "refresh_interval",
                 warmup_steps=config.warmup_steps,
                 allow_inactive=config.allow_inactive,
+            )
+        elif config.policy is PolicyName.RANDOM and config.warmup_steps and largest_ratio(config) > 0:
+            # Drawn after them, whatever the interval.
+            check_planned_steps(
+                planned_steps, 1, warmup_steps=config.warmup_steps, allow_inactive=config.allow_inactive
             )
 
     def reset_optimizer_state(self) -> None:
@@ -213,13 +211,18 @@ class EPI:
         warning. The losses decide how much is probed: ``probe_steps`` says it to `epi-ds train` only, and elsewhere
         that the mask comes from a call of this method before the first step. Importance measured so far is replaced.
 
-        Raises UserError under ``policy: none``, in an accumulation window and for fewer losses than a global batch has,
-        and RuntimeError when none gave finite gradients. Afterwards the importance is freed unless the policy measures
-        it during training.
+        Raises UserError under ``policy: none`` and those that do not select by a probe (``random``, ``half``,
+        ``momentum``, ``first``), in an accumulation window and for fewer losses than a global batch has, and
+        RuntimeError when none gave finite gradients. Afterwards the importance is freed unless the policy measures it
+        during training.
         """
         controller = self._controller
         if self.config.policy is PolicyName.NONE:
             raise UserError("policy: none isolates nothing, but a probe selects a mask; set policy: static")
+        if self.config.policy in UNMEASURED | {PolicyName.FIRST}:
+            raise UserError(
+                f"policy: {self.config.policy.value} does not select by a probe; set policy: static, or do not probe"
+            )
         if self.config.state is StateFormat.ADAM:
             raise UserError("state: adam has no importance of its own for a probe to measure; set another state")
         self._measure("probe()", losses)
@@ -245,6 +248,8 @@ class EPI:
         if not name:
             raise UserError("remember() keeps what it measures as a finished stage; give it a name, such as base")
         self._measure("remember()", losses)
+        if self._anchor is not None:
+            self._anchor.remembered_more()
         return self._controller.remember(name)
 
     def _measure(self, call: str, losses: Iterable[Tensor]) -> None:
@@ -285,6 +290,11 @@ class EPI:
                 f"{call} saw no finite gradient, so there is no importance to select a mask from; give it more "
                 f"batches, or correct the loss (the loss scale is {float(engine.optimizer.loss_scale):g} now)"
             )
+
+    @property
+    def _anchor(self) -> Anchor | None:
+        anchor: Anchor | None = self._engine.optimizer._epi_context.anchor
+        return anchor
 
     def _check_window(self, call: str) -> None:
         self._engine.optimizer._epi_context.window.check_closed(

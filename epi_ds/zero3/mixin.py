@@ -7,7 +7,8 @@
                  _constant_buffered_norm2     and the first of these is ZeRO-3's own norm
     step         _get_norm_groups         the norm is over the entries that will move; whether to skip is plain ZeRO-3's
     sub-group    unscale_and_clip_grads   the commit point: importance observes the raw gradient, in the same pass
-                 _optimizer_step          isolated weights keep their bits, and no momentum builds up behind them
+                 _optimizer_step          an anchor pulls, in the clipped gradient or after the update; isolated weights
+                                          keep their bits all the same, and no momentum builds up behind them
     end          step                     counts the step and refreshes the mask where one is due
 
 A skipped step never reaches the commit point, so it leaves no trace. The class is assigned to an optimizer that exists
@@ -109,6 +110,8 @@ class IsolationMixin(Zero3Optimizer):
                 f"policy: static with {source} has no mask yet, so this step would isolate nothing; call "
                 f"engine.epi.{call} before the first step"
             )
+        if context.anchor is not None:
+            context.anchor.begin_step()
         context.window.close()
         context.backward_scale = float(self.loss_scale)
         suspects = list(self._epi_not_finite()) if context.skipped.next_is_too_many else []
@@ -123,6 +126,8 @@ class IsolationMixin(Zero3Optimizer):
             )
             return
         context.skipped.applied()
+        if context.anchor is not None:
+            context.anchor.applied()
         if context.clipping:
             rescale = context.backward_scale / float(self.loss_scale)
             factor = rescale * clipping_factor(float(self._global_grad_norm), self.clip_grad)
@@ -173,7 +178,7 @@ class IsolationMixin(Zero3Optimizer):
         """Update a sub-group, its isolated weights excepted."""
         context, controller = self._epi_context, self._epi_context.controller
         if not controller.is_active:
-            super()._optimizer_step(sub_group_id)
+            self._epi_pulled_step(sub_group_id)
             return
         bits = controller.masks.bits[sub_group_id]
         weights = self.fp32_partitioned_groups_flat[sub_group_id]
@@ -183,7 +188,7 @@ class IsolationMixin(Zero3Optimizer):
             sample = UpdateSample(weights.data, bits, spans=spans, step=controller.counters.applied_steps)
         isolated_here = controller.masks.isolated_here[sub_group_id]
         held = hold(weights.data, bits, isolated_here) if isolated_here else None
-        super()._optimizer_step(sub_group_id)
+        self._epi_pulled_step(sub_group_id)
         if energy is not None and sample is not None:
             energy.add(sample.energies(weights.data))
         if held is None:
@@ -194,6 +199,15 @@ class IsolationMixin(Zero3Optimizer):
             mask_(stepping_optimizer(self, sub_group_id).state[weights]["exp_avg"], bits)
 
     # --- what the overrides are made of ---
+
+    def _epi_pulled_step(self, sub_group_id: int) -> None:
+        """Update all weights of a sub-group, pulled where there is an anchor."""
+        context = self._epi_context
+        if context.anchor is None:
+            super()._optimizer_step(sub_group_id)
+            return
+        with context.anchor.pulling(self, sub_group_id):
+            super()._optimizer_step(sub_group_id)
 
     def _epi_not_finite(self) -> Iterator[str]:
         """Yield the parameters of which this rank's accumulated gradient is not finite."""

@@ -22,7 +22,17 @@ from pathlib import Path
 from epi_ds.launch.environment import cache_folder
 
 _FOLDER = Path(__file__).parent
-_OPERATIONS = ("code_histogram", "decode", "encode", "hold", "masked_sumsq", "observe", "select", "sketch_counts")
+_OPERATIONS = (
+    "code_histogram",
+    "decode",
+    "encode",
+    "hold",
+    "masked_sumsq",
+    "observe",
+    "pull",
+    "select",
+    "sketch_counts",
+)
 # One rounding per operation, whatever the instruction set: nothing may be contracted to a fused multiply-add.
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from epi_ds.kernels.reference.codecs import LARGEST_FINITE
+
 # 2^32 / golden ratio, odd: the most even spread that adding a constant can give.
 _GOLDEN = 0x9E3779B9
 
@@ -35,6 +37,28 @@ def _xor_shifted(values: Tensor, distance: int) -> Tensor:
     return values ^ ((values >> distance) & ((1 << (32 - distance)) - 1))
 
 
+def _mixed(numbers: Tensor, key: int) -> Tensor:
+    """Return 32 random bits for each int64 number, as int32: MurmurHash3's finaliser."""
+    # The upper half of a number matters from 2^32 on.
+    mixed = (numbers * _GOLDEN + (numbers >> 32)).to(torch.int32) + _int32(key)
+    mixed = _xor_shifted(mixed, 16) * _int32(0x85EBCA6B)
+    mixed = _xor_shifted(mixed, 13) * _int32(0xC2B2AE35)
+    return _xor_shifted(mixed, 16)
+
+
+def random_codes(key: int, first_index: int, numel: int, *, device: torch.device) -> Tensor:
+    """Return one uniform code of a positive finite fp32 number per entry. [numel] int32 in [1, 0x7F7FFFFF].
+
+    The same for an entry wherever a parameter is cut. A product of 32 and 31 bits scales the hash: no entry is drawn
+    again, as a rejection would.
+
+    key          of the parameter and the draw, 32 bits
+    first_index  of the first entry in the flattened parameter
+    """
+    bits = _mixed(torch.arange(first_index, first_index + numel, device=device), key).long() & 0xFFFFFFFF
+    return (bits * LARGEST_FINITE >> 32).to(torch.int32) + 1
+
+
 def dither(key: int, first_index: int, numel: int, *, step: int, device: torch.device) -> Tensor:
     """Return one uniform 16-bit number per entry. [numel] int32 in [0, 2^16). See [Note: dither].
 
@@ -44,10 +68,6 @@ def dither(key: int, first_index: int, numel: int, *, step: int, device: torch.d
     """
     first_pair, last_pair = first_index >> 1, first_index + numel + 1 >> 1
     pair = torch.arange(first_pair, last_pair, device=device)
-    # MurmurHash3's finaliser over the number of the pair; its upper half matters from 2^33 entries on.
-    mixed = (pair * _GOLDEN + (pair >> 32)).to(torch.int32) + _int32(key)
-    mixed = _xor_shifted(mixed, 16) * _int32(0x85EBCA6B)
-    mixed = _xor_shifted(mixed, 13) * _int32(0xC2B2AE35)
-    mixed = _xor_shifted(mixed, 16)
+    mixed = _mixed(pair, key)
     halves = torch.stack([mixed, mixed >> 16], dim=1).view(-1) + phase(step) & 0xFFFF
     return halves[first_index - 2 * first_pair :][:numel]

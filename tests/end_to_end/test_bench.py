@@ -98,9 +98,9 @@ def test_kernel_rows_hold_every_operation_and_backend() -> None:
     rows = bench("kernels", "--threads", "2", "--numel", "1000003", "--repeats", "3")
     keys = {"op", "state", "backend", "threads", "numel", "ns_per_element", "gb_per_s", "fraction_of_stream"}
     assert all(set(row) == keys for row in rows)
-    # The stream and two optimizers; three backends: observe_ of 4 states, decode and encode_ of 3, a histogram of 2, 7
+    # The stream and two optimizers; three backends: observe_ of 4 states, decode and encode_ of 3, a histogram of 2, 8
     # more; a whole search of 4 states.
-    assert len(rows) == 3 + 3 * (4 + 2 * 3 + 2 + 7) + 4
+    assert len(rows) == 3 + 3 * (4 + 2 * 3 + 2 + 8) + 4
     assert all(row["fraction_of_stream"] == 1.0 for row in rows if row["op"] == "stream")
     speed = {(row["op"], row["state"], row["backend"]): row["ns_per_element"] for row in rows}
     for op, state in (("observe_", "u16"), ("observe_", "u8"), ("sketch_counts, first round", "fp32")):
@@ -112,18 +112,19 @@ def test_kernel_rows_hold_every_operation_and_backend() -> None:
 @pytest.mark.slow
 def test_step_rows_say_what_isolation_adds() -> None:
     rows = bench("step", "--states", "u16", "--layers", "1", "--pairs", "4")
-    assert [(row["apply"], row["offload"]) for row in rows] == [
-        (apply, offload) for offload in (False, True) for apply in ("reduction", "update")
+    settings = [("reduction", ""), ("update", ""), ("reduction", "update"), ("reduction", "gradient")]
+    assert [(row["apply"], row["pull"], row["offload"]) for row in rows] == [
+        (*one, offload) for offload in (False, True) for one in settings
     ]
     for row in rows:
         assert (row["state"], row["world_size"]) == ("u16", 2)
-        assert row["state_bytes"] < 2.2 * row["params"] / 2
+        assert row["state_bytes"] < (2.2 + 4 * bool(row["pull"])) * row["params"] / 2
         assert 0 < row["own_ms"] < row["plain_ms"]
         assert row["replaced_ms"] > 0
         assert row["overhead"] == pytest.approx((row["own_ms"] - row["replaced_ms"]) / row["plain_ms"])
         assert ("_constant_buffered_norm2" in row["replaced_parts_ms"]) == row["offload"]
         assert {"unscale_and_clip_grads", "_optimizer_step", "_get_norm_groups"} <= set(row["own_parts_ms"])
-        confirmed = not row["offload"] and row["apply"] == "reduction"
+        confirmed = not row["offload"] and row["apply"] == "reduction" and not row["pull"]
         figures = [row[name] for name in ("ratio_median", "ci_low", "ci_high", "pairs")]
         assert (None not in figures) if confirmed else figures == [None] * 4
         assert not confirmed or row["ci_low"] <= row["ratio_median"] <= row["ci_high"]

@@ -12,7 +12,7 @@ from typing import Any
 import deepspeed
 import pytest
 from accelerate.state import AcceleratorState
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import epi_ds
 from epi_ds import ds_configs
@@ -81,13 +81,11 @@ def trainer_of(folder: str, isolation: Any, *, stage: int = 3, epi: Any = None, 
     AcceleratorState._reset_state()
     args = TrainingArguments(
         output_dir=folder,
-        max_steps=2,
-        save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         deepspeed=config,
         **prepare_accelerate(),
-        **arguments,
+        **{"max_steps": 2, "save_strategy": "no", **arguments},
     )
     if "model_init" not in changes:
         changes.setdefault("model", tiny_model())
@@ -150,8 +148,65 @@ def refusals(folder: str) -> dict[str, str]:
     found["auto_find_batch_size"] = message_of(
         lambda: trainer_of(folder, [epi_ds.EPICallback(SECTION)], stage=2, arguments={"auto_find_batch_size": True})
     )
+    evaluated = trainer_of(folder, [epi_ds.EPICallback(SECTION)])
+    evaluated.evaluate()
+    found["evaluate first"] = message_of(evaluated.train)
+    # The remedy that it names.
+    arguments = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 9}
+    isolation = epi_ds.EPICallback(SECTION)
+    trainer_of(folder, [isolation], arguments=arguments).train()
+    assert isolation.epi.stats().isolated > 0
     found["pattern"] = message_of(lambda: trainer_of(f"{folder}/run[1]", [epi_ds.EPICallback(SECTION)]))
     return found
+
+
+# Score of the evaluation after every step: the best is the second, and the newest is another one.
+SCORES = (1.0, 3.0, 2.0, 0.0)
+
+
+class Scores(TrainerCallback):
+    """Scores every evaluation as `SCORES` says, and notes the checkpoints that were there while it trained."""
+
+    def __init__(self) -> None:
+        self.there: list[list[str]] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        metrics["eval_score"] = SCORES[state.global_step - 1]
+        self.there.append(sorted(path.name for path in Path(args.output_dir).glob("checkpoint-*")))
+
+
+def kept(folder: str, limit: int | None, *, loads_best: bool, isolated: bool) -> tuple[list[list[str]], list[str]]:
+    """Return the checkpoints at every evaluation, and those that are left."""
+    scores = Scores()
+    arguments = {
+        "max_steps": len(SCORES),
+        **dict.fromkeys(("save_strategy", "eval_strategy"), "steps"),
+        **dict.fromkeys(("save_steps", "eval_steps"), 1),
+        "save_total_limit": limit,
+        "metric_for_best_model": "score",
+        "greater_is_better": True,
+        "load_best_model_at_end": loads_best,
+    }
+    trainer_of(folder, [*([epi_ds.EPICallback(SECTION)] if isolated else []), scores], arguments=arguments).train()
+    return scores.there, sorted(path.name for path in Path(folder).glob("checkpoint-*"))
+
+
+def check_kept(folder: str) -> None:
+    for limit, loads_best in ((1, True), (2, False)):
+        found = kept(f"{folder}/{limit}/ours", limit, loads_best=loads_best, isolated=True)
+        assert found == kept(f"{folder}/{limit}/plain", limit, loads_best=loads_best, isolated=False), limit
+        assert "checkpoint-2" in found[1]
+    # No limit to the trainer.
+    assert len(kept(f"{folder}/0", 0, loads_best=False, isolated=True)[1]) == len(SCORES)
+
+
+@pytest.mark.slow
+def test_the_best_model_stays_as_it_does_without_isolation(tmp_path: Path) -> None:
+    try:
+        run_ranks(check_kept, 1, str(tmp_path))
+    finally:
+        # Accelerate's state is of the process.
+        end_ranks(1)
 
 
 @pytest.mark.slow
@@ -169,4 +224,7 @@ def test_a_trainer_without_its_engine_says_why(tmp_path: Path) -> None:
     assert "instead of calling add_callback" in found["add_callback"]
     assert "ZeRO stage is 2" in found["stage 2"]
     assert "set per_device_train_batch_size instead" in found["auto_find_batch_size"]
+    assert (
+        "keeps the engine without an optimizer that it made for that. Set eval_on_start=True" in found["evaluate first"]
+    )
     assert "transformers looks for what it resumes from by a pattern" in found["pattern"]

@@ -24,6 +24,7 @@ KEEP: dict[str, Any] = {
         "attempts": 20,
     },
     "windows": 2,
+    "replay": 0.25,
 }
 
 
@@ -54,5 +55,10 @@ def test_what_is_kept_is_written_measured_and_scored_once(small_base: Path, tmp_
     assert "own rows 10/10" not in second
     assert "forgotten of what is kept:" in second
     assert (run / "own_rows.jsonl").read_text() == rows
+    # Two of eight rows are drawn from what is kept, as one table; a stage of 16 rows has two such steps.
+    replayed = [set(line["source_losses"]) - {"arithmetic"} for line in lines_of(run, "step")]
+    assert len(replayed) == 4
+    assert all(replayed)
+    assert set().union(*replayed) == {"logic (replayed)", "own_rows (replayed)"}
     assert [line["step"] for line in lines_of(run, "refresh")].count(0) == 1
     assert [line["step"] for line in lines_of(run, "evaluation")] == [0, 2, 4]

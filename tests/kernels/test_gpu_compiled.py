@@ -30,6 +30,7 @@ from epi_ds.kernels.gpu.encode import encode_
 from epi_ds.kernels.gpu.hold import hold, mask_, restore_
 from epi_ds.kernels.gpu.masked_sumsq import masked_sumsq
 from epi_ds.kernels.gpu.observe import observe_
+from epi_ds.kernels.gpu.pull import pull_
 from epi_ds.kernels.gpu.select import select_
 from epi_ds.kernels.gpu.sketch_counts import sketch_counts
 
@@ -40,7 +41,7 @@ def test_every_kernel_fits_its_processor() -> None:
     rows = aot.table()
     assert {row.arch for row in rows} == {80, 90}
     operations = {row.kernel.partition(".")[0] for row in rows}
-    assert operations == {"observe", "decode", "encode", "sketch_counts", "masked_sumsq", "select", "hold"}
+    assert operations == {"observe", "decode", "encode", "sketch_counts", "masked_sumsq", "select", "hold", "pull"}
     for row in rows:
         assert row.spill_bytes == 0, row
         assert row.registers <= 64, row
@@ -115,6 +116,10 @@ def launch_all(first: int, numel: int, key: int) -> None:
             held = hold(values, bits, num_isolated=1)
             restore_(values, bits, held)
             mask_(values, bits)
+    weights = torch.zeros(numel)
+    for anchor in (torch.zeros(numel), torch.zeros(numel, dtype=torch.bfloat16)):
+        pull_(weights, weights, anchor, factor=-0.1)
+        pull_(weights, weights, anchor, factor=torch.zeros(numel))
     sketch_counts(numbers, torch.arange(min(numel, 100), dtype=torch.int32))
     select_(bits, numbers, bits, threshold_code=key & 0xFFFF, first_entry=first % 8)
 

@@ -15,6 +15,7 @@ from epi_ds.kernels.reference.encode import encode_ as reference_encode
 from epi_ds.kernels.reference.hold import hold as reference_hold
 from epi_ds.kernels.reference.masked_sumsq import masked_sumsq as reference_masked_sumsq
 from epi_ds.kernels.reference.observe import observe_ as reference_observe
+from epi_ds.kernels.reference.pull import pull_ as reference_pull
 from epi_ds.kernels.reference.runs import NUM_COLUMNS, Run, table_of
 from epi_ds.kernels.reference.select import select_ as reference_select
 from epi_ds.kernels.reference.sketch_counts import sketch_counts as reference_sketch_counts
@@ -44,6 +45,7 @@ from epi_ds.kernels.gpu.encode import encode_  # noqa: E402
 from epi_ds.kernels.gpu.hold import count_bits, hold, mask_, restore_  # noqa: E402
 from epi_ds.kernels.gpu.masked_sumsq import masked_sumsq  # noqa: E402
 from epi_ds.kernels.gpu.observe import observe_  # noqa: E402
+from epi_ds.kernels.gpu.pull import pull_  # noqa: E402
 from epi_ds.kernels.gpu.select import select_  # noqa: E402
 from epi_ds.kernels.gpu.sketch_counts import sketch_counts  # noqa: E402
 
@@ -259,3 +261,25 @@ def test_mask(dtype: torch.dtype, numel: int) -> None:
     values[(~mask).to(DEVICE)] = -2.0
     mask_(values, bits_of(mask).to(DEVICE))
     assert same_bits(values.cpu(), torch.where(mask, 0.0, -2.0).to(dtype))
+
+
+# --- pull_ ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numel", SIZES)
+def test_pull(dtype: torch.dtype, numel: int) -> None:
+    # One entry behind an aligned address.
+    weights = special_gradient(numel + 1)[1:]
+    anchor, factors = torch.randn(numel + 1).to(dtype)[1:], torch.rand(numel + 1)[1:]
+    for factor in (-0.3, factors):
+        expected, found = weights.clone(), weights.to(DEVICE, copy=True)
+        on_device = factor.to(DEVICE) if isinstance(factor, Tensor) else factor
+        reference_pull(expected, expected, anchor, factor)
+        pull_(found, found, anchor.to(DEVICE), on_device)
+        assert same_but_for_nan(found.cpu(), expected)
+        gradient = torch.randn(numel)
+        moved_gradient = gradient.to(DEVICE, copy=True)
+        reference_pull(gradient, weights, anchor, factor)
+        pull_(moved_gradient, weights.to(DEVICE), anchor.to(DEVICE), on_device)
+        assert same_but_for_nan(moved_gradient.cpu(), gradient)

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,13 @@ class Job:
     @property
     def steps(self) -> list[int]:
         """The steps that the metrics have by now."""
+        return [line["step"] for line in self._lines() if line["event"] == "step"]
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """The metrics by now: they may be written to at this moment."""
         metrics = self.run / "metrics.jsonl"
         lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        whole = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [line["step"] for line in whole if line["event"] == "step"]
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def wait_for_step(self, step: int) -> None:
         """Wait until a step is done."""
@@ -77,6 +80,13 @@ class Job:
         while step not in self.steps:
             assert time.monotonic() < deadline, self.log
             time.sleep(0.05)
+
+    def wait_for_start(self, number: int) -> None:
+        """Wait until so many processes have begun."""
+        deadline = time.monotonic() + PATIENCE
+        while len(self.starts) < number:
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.2)
 
     @property
     def log(self) -> str:
@@ -86,7 +96,7 @@ class Job:
     @property
     def starts(self) -> list[int]:
         """The steps at which its processes began."""
-        return [line["step"] for line in lines_of(self.run, "run")]
+        return [line["step"] for line in self._lines() if line["event"] == "run"]
 
     def rows(self, rank: int) -> list[list[Any]]:
         """The rows of each micro-batch, by step; those of a step that was repeated, of its last time."""
@@ -158,19 +168,24 @@ def preempt(job: Job) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("disturb", [requeue, signal_tasks, preempt])
-def test_a_job_that_is_told_to_end_loses_nothing(disturb: Callable[[Job], None], job: Job, undisturbed: Job) -> None:
+def test_a_job_that_is_told_to_end_loses_nothing(job: Job, undisturbed: Job) -> None:
+    """In all ways in which Slurm tells, one after the other, each while it trains on from the last."""
     job.submit()
-    job.wait_for_step(DISTURBED_AT)
-    disturb(job)
+    stops: list[int] = []
+    for disturb, told in ((requeue, "SIGTERM"), (signal_tasks, "SIGUSR1"), (preempt, "SIGTERM")):
+        # Not where a checkpoint is due: a multiple of SAVE_STEPS would be saved anyway.
+        asked = (stops[-1] if stops else 1) + 1
+        job.wait_for_step(asked)
+        disturb(job)
+        job.wait_for_start(len(stops) + 2)
+        stops.append(job.starts[-1])
+        # Saved at the step at which the ranks agreed, and not at the checkpoint before it.
+        assert stops[-1] >= asked
+        assert f"stopped after step {stops[-1]} ({told})" in job.log
     job.cluster.finish(job.id)
     assert_undisturbed(job, undisturbed)
-    assert job.cluster.restarts(job.id) == 1
-    stop = job.starts[1]
-    # Saved at the step at which the ranks agreed, and not at the checkpoint before it.
-    assert job.starts == [0, stop]
-    assert stop >= DISTURBED_AT
-    assert f"stopped after step {stop} (SIG{'USR1' if disturb is signal_tasks else 'TERM'})" in job.log
+    assert job.cluster.restarts(job.id) == len(stops)
+    assert job.starts == [0, *stops]
 
 
 @pytest.mark.slow
@@ -195,27 +210,25 @@ def test_a_job_saves_before_its_time_is_up(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["rank", "node"])
-def test_a_job_that_loses_a_rank_or_a_node_goes_on_from_its_last_checkpoint(
-    what: str, job: Job, undisturbed: Job
-) -> None:
+def test_a_job_that_loses_a_rank_or_a_node_goes_on_from_its_last_checkpoint(job: Job, undisturbed: Job) -> None:
     job.submit()
-    job.wait_for_step(DISTURBED_AT)
+    job.wait_for_step(SAVE_STEPS + 1)
     # Rank 0 is on the node of the batch script, which goes with it.
     ranks = job.cluster.ranks_of(job.id)
     assert sorted(ranks) == ["n1", "n2"]
-    if what == "rank":
-        ranks["n2"].kill()
-    else:
-        job.cluster.lose("n2")
-        job.cluster.wait_for("lost", job.id, "PENDING", "COMPLETING")
-        job.cluster.start("n2")
+    ranks["n2"].kill()
+    job.wait_for_start(2)
+    job.wait_for_step(DISTURBED_AT)
+    job.cluster.lose("n2")
+    job.cluster.wait_for("lost", job.id, "PENDING", "COMPLETING")
+    job.cluster.start("n2")
     job.cluster.finish(job.id)
     assert_undisturbed(job, undisturbed)
     # What was trained after the last checkpoint is trained again.
     assert job.starts[0] == 0
-    assert all(start % SAVE_STEPS == 0 and start >= DISTURBED_AT - SAVE_STEPS for start in job.starts[1:])
-    assert len(job.starts) > 1
+    assert len(job.starts) > 2
+    assert all(start % SAVE_STEPS == 0 and start >= SAVE_STEPS for start in job.starts[1:])
+    assert job.starts[-1] >= DISTURBED_AT - SAVE_STEPS
 
 
 def test_a_job_that_is_cancelled_saves_and_does_not_come_back(job: Job) -> None:
@@ -232,7 +245,7 @@ def test_a_job_that_is_cancelled_saves_and_does_not_come_back(job: Job) -> None:
 
 @pytest.mark.slow
 def test_an_array_trains_a_seed_in_each_task(cluster: Cluster, job: Job, undisturbed: Job) -> None:
-    seeds = (3, 4, 5)
+    seeds = (3, 4)
     (array,) = submitted(
         str(job.recipe), "--nodes", "2", "--sweep", f"train.seed={','.join(map(str, seeds))}", "--parallel", "1"
     )
@@ -241,7 +254,7 @@ def test_an_array_trains_a_seed_in_each_task(cluster: Cluster, job: Job, undistu
     losses = [lines_of(job.run / f"seed-{seed}", "step") for seed in seeds]
     # Seed 3 is the recipe's own.
     assert losses[0] == lines_of(undisturbed.run, "step")
-    assert losses[0] != losses[1] != losses[2]
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.trainer_utils import rotate_checkpoints
 
 from epi_ds.checkpoint.catalog import (
     Checkpoint,
@@ -302,11 +304,19 @@ def test_retention(tmp_path: Path, keep_last: int | None, keep_every: int | None
     assert all(one.problem is None for one in surplus(checkpoints_in(tmp_path), Retention(1)))
 
 
-def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        make_checkpoint(tmp_path / f"s{step}", step=step)
-    prune(tmp_path, Retention(1, paths=(tmp_path / "s1",)))
-    assert [one.step for one in checkpoints_in(tmp_path)] == [1, 3]
+@pytest.mark.parametrize(("limit", "best"), [*itertools.product(range(1, 6), range(1, 5)), (3, None)])
+def test_what_stays_beside_the_best_is_what_transformers_keeps(tmp_path: Path, limit: int, best: int | None) -> None:
+    """The best counts among those that stay, also where it is one of the newest, and goes in no case."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for step in (1, 2, 3, 4):
+        make_checkpoint(ours / f"checkpoint-{step}", step=step)
+        (theirs / f"checkpoint-{step}").mkdir(parents=True)
+    best_there = None if best is None else str(theirs / f"checkpoint-{best}")
+    rotate_checkpoints(str(theirs), save_total_limit=limit, best_model_checkpoint=best_there)
+    # What was saved last, and the best.
+    paths = (ours / "checkpoint-4", *(() if best is None else (ours / f"checkpoint-{best}",)))
+    prune(ours, Retention(limit, paths=paths))
+    assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
 
 
 def test_what_a_later_process_saves_is_newer_whatever_its_step(tmp_path: Path) -> None:

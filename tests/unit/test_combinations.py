@@ -15,6 +15,7 @@ from epi_ds.recipe.loading import load_recipe
 
 ZERO3: dict[str, Any] = {"zero_optimization": {"stage": 3}}
 ADAM = {"state": "adam", "apply": "update"}
+MOMENTUM = {"policy": "momentum", "ratio": 0.9}
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,12 @@ ADAM = {"state": "adam", "apply": "update"}
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
             ADAM,
             ["offload_optimizer.ratio is 0.5", "offload_optimizer.ratio: 1.0"],
+        ),
+        (ZERO3 | {"optimizer": {"type": "Lion"}}, MOMENTUM, ["policy: momentum", "Lion", "use AdamW"]),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            MOMENTUM,
+            ["offload_optimizer.device: nvme", "policy: momentum", "device: cpu"],
         ),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "${EPI_DS_NVME}"}}},

@@ -30,6 +30,7 @@ FLOORS = {
     "epi_ds.hf": 4.1,
     "epi_ds.preemption": 4,
     "epi_ds.trackers": 4,
+    "epi_ds.planned_rates": 4,
     "epi_ds.api": 4,
     "epi_ds.data": 4,
     "epi_ds.zero3": 3.1,

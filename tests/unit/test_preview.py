@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from epi_ds.cli.main import app
 from epi_ds.data.skills.tokenization import TOKENIZER_DIR
 from epi_ds.errors import UserError
-from epi_ds.recipe.loading import parse_recipe
+from epi_ds.recipe.loading import load_recipe, parse_recipe
 from epi_ds.recipe.models import Recipe
 from epi_ds.train.preview import Stretch, preview
 from tests.support.tables import write_lines
@@ -38,7 +38,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_counts_steps_and_what_is_left_over(tmp_path: Path) -> None:
-    table, skill = preview(recipe_of(tmp_path), ranks=2, num_samples=1)
+    (table, skill), kept = preview(recipe_of(tmp_path), ranks=2, num_samples=1)
+    assert kept == ()
     assert (table.sources[0].num_rows, table.num_steps, table.left_over) == (11, 4, 1)
     assert (skill.sources[0].num_rows, skill.num_steps, skill.left_over) == (9, 1, 1)
     assert table.sources[0].samples == (
@@ -46,6 +47,21 @@ def test_it_counts_steps_and_what_is_left_over(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="stage skill has 9 rows x 1 epochs, fewer than one global batch of 16"):
         preview(recipe_of(tmp_path), ranks=4, num_samples=1)
+
+
+def test_it_shows_what_is_kept_and_how_many_rows_are_replayed(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path).model_dump(exclude_defaults=True)
+    recipe["method"] = {"keep": {"data": {"skill": "code", "rows": 5}, "replay": 0.3, "replay_stages": True}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(parse_recipe(recipe, place="the recipe").model_dump_json(exclude_defaults=True))
+    (table, skill), kept = preview(load_recipe(str(path)), ranks=2, num_samples=1)
+    # Of batches of 8 rows 2, 2, 3, 2, 3 and 2 are replayed: 33 rows fill five of them, where they filled four.
+    assert (table.num_steps, table.num_replayed, table.left_over) == (5, 12, 5)
+    assert (skill.num_steps, skill.num_replayed, skill.left_over) == (1, 2, 3)
+    assert [(source.name, source.num_rows, len(source.samples)) for source in kept] == [("code", 5, 1)]
+    shown = CliRunner().invoke(app, ["preview-data", str(path), "--rows", "0", "--ranks", "2"]).output
+    assert "5 steps with 12 replayed rows, and 5 rows left over (the last, incomplete batch)" in shown
+    assert re.search(r"what is kept .*\n.*\n?code: 5 rows;", shown)
 
 
 def test_the_command_shows_rows_lengths_and_what_was_cut(tmp_path: Path) -> None:

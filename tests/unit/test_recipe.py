@@ -106,12 +106,25 @@ def test_every_mistake_is_named_at_once_with_the_nearest_name(tmp_path: Path) ->
         ("train.learning_rate=0", "train.learning_rate: must be above 0, got 0"),
         ("train.seed=-1", "train.seed: must be at least 0 and below 4294967296, got -1"),
         ("train.max_length=0", "train.max_length: must be at least 1, got 0"),
+        ("train.weight_decay=-0.1", "train.weight_decay: must be at least 0, got -0.1"),
+        ("train.adam_beta1=1.0", "train.adam_beta1: must be at least 0 and below 1, got 1.0"),
+        ("train.save_strategy=best", "train.save_strategy: must be 'no', 'steps' or 'epoch', got 'best'"),
+        ("train.save_strategy=no", "train.save_strategy: must be 'no', 'steps' or 'epoch', got False"),
+        ("train.metric_for_best_model=loss", "train.metric_for_best_model: decided by the recipe; set nothing: the"),
+        ("train.eval_steps=10", "train.eval_steps: decided by the recipe; set evaluation.every"),
+        ("train.report_to=[wandbb]", "train.report_to: 'wandbb' is no tracker; did you mean 'wandb'?"),
+        ("train.packing_strategy=best", "train.packing_strategy: must be 'bfd', 'bfd_split' or 'wrapped', got 'best'"),
+        ("evaluation.rows=0", "evaluation.rows: Input should be greater than or equal to 1, got 0"),
+        ("evaluation.every=0", "evaluation.every: Input should be greater than or equal to 1, got 0"),
+        ("method.epi.ratio=-0.1", "method.epi.ratio: "),
         ("stages.0.steps=0", "stages.0.steps: Input should be greater than or equal to 1, got 0"),
         ("stages.0.data.share=0.5", "share is of several sources: give all of them one, or none"),
         ("stages.0.data.rows=maybe", "stages.0.data.rows: Input should be a valid integer"),
         ("train.bf16=maybe", "train.bf16: must be bool or null, got 'maybe'"),
         ("train.gradient_accumulation_steps='4'", "train.gradient_accumulation_steps: must be int, got '4'"),
         ("train.save_only_model=true", "without optimizer and importance no run can continue"),
+        ("train.loss_type=chunked_nll", "train.loss_type: 'chunked_nll' is TRL's old name of nll"),
+        ("train.loss_type=dtf", "none of the losses that were tried under ZeRO-3: nll, dft; did you mean 'dft'?"),
         ("train.optim=adafactor", "set optimizer in the DeepSpeed configuration"),
         ("train.dataset_kwargs={skip_prepare_dataset: true}", "would train the first stage only"),
         ("train.deepspeed=zero4x", "neither a JSON file nor one of the shipped configurations"),
@@ -173,3 +186,33 @@ def test_unknown_recipes_and_configurations_name_what_there_is() -> None:
         load_recipe("missing.yaml")
     with pytest.raises(ValueError, match="did you mean 'zero3'"):
         ds_configs.load("zero4x")
+
+
+LORA = "model.lora={r: 4, target_modules: [q_proj]"
+
+
+# Importing PEFT takes seconds.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"{LORA}, lora_alpah: 8}}", "model.lora.lora_alpah: not a key of LoraConfig; did you mean 'lora_alpha'?"),
+        (f"{LORA}, task_type: CAUSAL_LM}}", "model.lora.task_type: decided by the recipe"),
+        (f"{LORA}, use_dora: true}}", "model.lora.use_dora: takes whole weights"),
+        (f"{LORA}, init_lora_weights: pissa}}", "set true, false or gaussian"),
+        (f"{LORA}, merge: maybe}}", "model.lora.merge: Input should be a valid boolean"),
+        ("model.lora={layers_to_transform: [1], target_modules: '.*q'}", "model.lora: "),
+    ],
+)
+def test_an_adapter_that_cannot_be_made_is_refused_before_ranks_start(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match="1 problem in") as raised:
+        load_recipe(write(tmp_path, MINIMAL), [override])
+    assert message in str(raised.value)
+
+
+def test_an_adapter_without_peft_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else object())
+    with pytest.raises(ValueError, match=r"model\.lora needs peft, which is not installed here: pip install"):
+        load_recipe(write(tmp_path, MINIMAL), [f"{LORA}}}"])

@@ -50,9 +50,10 @@ OPTIONAL = {
     "versions": {},
     "isolation.threshold_codes": None,
     "isolation.last_row_codes": None,
-    "isolation.extra": {"clipping": [], "swapped": {}},
+    "isolation.extra": {"clipping": [], "swapped": {}, "anchor": None},
     "isolation.extra.clipping": [],
     "isolation.extra.swapped": {},
+    "isolation.extra.anchor": None,
     **{f"isolation.counters.{name}": value for name, value in Counters().to_dict().items()},
 }
 # Its default is true of importance that nothing was observed of, and this one was.

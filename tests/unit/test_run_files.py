@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from epi_ds.checkpoint.catalog import open_checkpoint
+from epi_ds.checkpoint.trainer_folder import TRAINER_STATE
 from epi_ds.config import EPIConfig
-from epi_ds.errors import UserError
+from epi_ds.errors import RemedyError, UserError
 from epi_ds.recipe.loading import parse_recipe
 from epi_ds.recipe.models import MethodSection, Recipe
 from epi_ds.report.page import write_report
-from epi_ds.report.scores import score_table
+from epi_ds.report.scores import score_history, score_table
 from epi_ds.train.metrics import MetricsWriter, read_metrics
-from epi_ds.train.resume import MARKER, check_data, find_resume, marker_of
+from epi_ds.train.progress import ProgressDisplay
+from epi_ds.train.resume import DATA, MARKER, check_data, check_steps, find_resume, marker_of
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.settings import END, changes_since, end_of
+from epi_ds.train.stages import StageSpan
 from tests.support.ranks import run_ranks
 from tests.support.tags import flip_bit, make_checkpoint
 
@@ -46,6 +51,21 @@ def test_metrics_are_cut_back_on_resume_and_torn_lines_are_dropped(tmp_path: Pat
     MetricsWriter(path, resume_step=None).close()
     assert list(read_metrics(path)) == []
     assert list(read_metrics(tmp_path / "absent.jsonl")) == []
+
+
+def test_a_log_hears_of_an_evaluation_as_of_steps() -> None:
+    said = io.StringIO()
+    with ProgressDisplay(Console(file=said, width=80), total_steps=2) as progress:
+        progress.evaluation("code", done=0, total=96, seconds=0.2)
+        # Too soon after the line before.
+        progress.evaluation("code", done=32, total=96, seconds=1.0)
+        progress.step(2, stage="a", loss=1.0, isolated_share=0.1)
+    assert said.getvalue().splitlines() == [
+        "evaluating code: 0/96 rows, 0 s",
+        "step 2/2  a  loss 1.000  isolated 10.00%",
+    ]
+    # All ranks but one have no console.
+    ProgressDisplay(None, total_steps=2).evaluation("code", done=0, total=96, seconds=0.2)
 
 
 def checkpoint(folder: RunFolder, step: int, recipe: Recipe = RECIPE) -> Path:
@@ -77,6 +97,22 @@ def test_the_newest_whole_checkpoint_is_resumed_from(tmp_path: Path) -> None:
     assert said == also
     assert "checkpoint-12/recipe.json is damaged" in str(said)
     assert "there are steps 9, 10, 11, 12" in str(run_ranks(resume_step, 2, RECIPE, str(tmp_path), "step:8")[1])
+
+
+def test_an_output_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        with pytest.raises(UserError, match=f"output {tmp_path / place} cannot be a folder, a file is in its place"):
+            RunFolder(tmp_path / place).clear()
+    RunFolder(tmp_path / "new" / "run").prepare()
+    assert list((tmp_path / "new" / "run").iterdir()) == []
+
+    def fail(**_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", fail)
+    with pytest.raises(RemedyError, match=r"cannot be written \(\[Errno 30\] Read-only file system\); make room"):
+        RunFolder(tmp_path).prepare()
 
 
 def test_clearing_a_run_leaves_what_it_did_not_write(tmp_path: Path) -> None:
@@ -191,6 +227,24 @@ def test_forgetting_is_the_best_earlier_score_minus_the_last() -> None:
     assert table.mean_forgetting == pytest.approx((0.25 - 1.0) / 2)
 
 
+def test_scores_within_stages_count_and_have_a_table_of_their_own(tmp_path: Path) -> None:
+    within = {**evaluation(3, "b", a=1.0, b=0.5, nll=0.5), "stage_ended": False}
+    lines = [*LINES[:-1], within, LINES[-1]]
+    table = score_table(lines)
+    assert table.columns == ("before", "after a", "after b")
+    # The best of all was within the stage.
+    assert {row.name: row.forgetting for row in table.rows} == {"a": 0.5, "b": -0.5, "nll": 1.0}
+    assert score_history(lines).columns == ("before", "after a", "b, step 3", "after b")
+    assert [row.values[2] for row in score_history(lines).rows] == [1.0, 0.5, 0.5]
+    # Of a run that has come no further.
+    assert score_table(lines[:-1]).columns == ("before", "after a", "b, step 3")
+    for name, written, has_history in (("one.html", LINES, False), ("two.html", lines, True)):
+        write_report(written, tmp_path / name, title="x")
+        assert (
+            "<td>b, step 3</td><td>100%</td><td>50%</td><td>0.500</td>" in (tmp_path / name).read_text()
+        ) is has_history
+
+
 def test_what_was_to_be_kept_is_reported_first(tmp_path: Path) -> None:
     lines = [
         LINES[0],
@@ -222,6 +276,20 @@ def test_the_report_is_the_same_page_every_time_and_escapes_names(tmp_path: Path
     assert "Changed settings" not in pages[0]
     with pytest.raises(ValueError, match="nothing to report"):
         write_report([], tmp_path / "no.html", title="x")
+
+
+def test_the_report_draws_the_loss_of_every_source(tmp_path: Path) -> None:
+    # Steps of an earlier release say nothing of sources; a source without tokens in a step, and a loss that was not
+    # finite, are gaps.
+    found = [{"sums": 2.0}, {"sums": None, "own rows (replayed)": 3.0}]
+    steps = [{**LINES[2], "step": step, "source_losses": losses} for step, losses in enumerate(found, 2)]
+    write_report([*LINES, *steps], tmp_path / "page.html", title="x")
+    page = (tmp_path / "page.html").read_text()
+    assert "<h2>Loss by source</h2>" in page
+    assert page.count("<svg") == 6
+    # One source is all there is in the figure of the loss.
+    write_report([*LINES, steps[0]], tmp_path / "page.html", title="x")
+    assert "Loss by source" not in (tmp_path / "page.html").read_text()
 
 
 def test_the_report_tells_the_history_of_settings(tmp_path: Path) -> None:
@@ -265,6 +333,8 @@ def test_a_resume_knows_its_data(tmp_path: Path) -> None:
         check_data(found, RECIPE, [{"digests": ["bb"], "rows": 9}])
     with pytest.raises(UserError, match=r"the data of stage a: it had 8 rows, has 8, whose content is another"):
         check_data(found, RECIPE, [{"digests": ["bb"], "rows": 8}])
+    # It is enough to look at that.
+    check_steps(found, [StageSpan("a", 0, 99)], global_batch=1)
     keeps = RECIPE.model_copy(update={"method": MethodSection.model_validate({"keep": {"self": 4}})})
     own = {"digests": ["cc"], "rows": 4}
     (path / MARKER).write_text(json.dumps(marker_of(keeps, [*saved, own])))
@@ -273,6 +343,12 @@ def test_a_resume_knows_its_data(tmp_path: Path) -> None:
         check_data(found, keeps, [*saved, {**own, "digests": ["dd"]}])
     # A release of before said nothing of it.
     values = marker_of(RECIPE)
-    del values["data"]
+    del values[DATA]
     (path / MARKER).write_text(json.dumps(values))
     check_data(found, RECIPE, saved)
+    # It was on the way to so many steps: other rows show where they fill others.
+    (path / TRAINER_STATE).write_text(json.dumps({"max_steps": 8}))
+    check_steps(found, [StageSpan("a", 0, 6), StageSpan("b", 6, 8)], global_batch=1)
+    check_steps(found, [StageSpan("a", 0, 4)], global_batch=2)
+    with pytest.raises(UserError, match=r"on the way to 8 steps, and the rows now fill 7 \(a 5, b 2\): a file has"):
+        check_steps(found, [StageSpan("a", 0, 5), StageSpan("b", 5, 7)], global_batch=1)

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epi_ds.train.stages import SourceShare, StageRows, StageSpan, plan_stages, row_order, stage_at
+from epi_ds.train.stages import StageRows, StageSpan, epoch_ends, plan_stages, row_order, stage_at
+from epi_ds.train.streams import SourceShare
 
 STAGES = [StageRows("a", 10, 1), StageRows("b", 7, 3), StageRows("c", 4, 1)]
 
@@ -41,6 +42,35 @@ def test_order_is_one_permutation_per_stage_and_epoch(sizes: list[tuple[int, int
             assert set(part) <= set(range(offset, offset + stage.num_rows))
         offset += stage.num_rows
         position += len(own)
+
+
+def test_an_epoch_ends_with_the_step_that_trains_its_last_row() -> None:
+    # Two and a half steps each, then a stage whose rows are fewer than a step's, and one that is cut short.
+    stages = [StageRows("a", 20, 2), StageRows("b", 3, 6), StageRows("c", 16, 1, steps=1)]
+    spans = plan_stages(stages, global_batch=8)
+    assert [span.stop_step for span in spans] == [5, 7, 8]
+    assert sorted(epoch_ends(stages, spans, global_batch=8)) == [3, 5, 6, 7, 8]
+
+
+@given(
+    st.lists(st.tuples(st.integers(8, 30), st.integers(1, 3)), min_size=1, max_size=4),
+    st.integers(1, 8),
+)
+def test_epochs_end_where_their_last_rows_are(sizes: list[tuple[int, int]], batch: int) -> None:
+    stages = [StageRows(str(i), rows, epochs) for i, (rows, epochs) in enumerate(sizes)]
+    spans = plan_stages(stages, global_batch=batch)
+    order = row_order(stages, spans, global_batch=batch, seed=0)
+    found, offset = set(), 0
+    for stage, span in zip(stages, spans, strict=True):
+        seen = [0] * stage.num_rows
+        for step in range(span.first_step, span.stop_step):
+            before = min(seen)
+            for row in order[step * batch : (step + 1) * batch]:
+                seen[row - offset] += 1
+            if min(seen) > before or step + 1 == span.stop_step:
+                found.add(step + 1)
+        offset += stage.num_rows
+    assert epoch_ends(stages, spans, global_batch=batch) == found
 
 
 def test_order_depends_on_the_seed_the_stage_and_the_epoch() -> None:
@@ -105,3 +135,11 @@ def test_sources_without_shares_are_one_table() -> None:
     assert sorted(order) == sorted([*range(12)] * 2)
     longer = [StageRows("a", 12, 1, steps=9)]
     assert row_order(longer, plan_stages(longer, global_batch=4), global_batch=4, seed=1)[:24] == order
+
+
+def test_the_order_is_that_of_earlier_releases() -> None:
+    """A run that an earlier release began goes on with the rows that it would have trained."""
+    mixed = StageRows("b", 6, 1, (SourceShare(4, 3.0), SourceShare(2, 1.0)), steps=3)
+    stages = [StageRows("a", 5, 2), mixed]
+    order = row_order(stages, plan_stages(stages, global_batch=2), global_batch=2, seed=3)
+    assert order == [1, 0, 4, 2, 3, 3, 1, 2, 0, 4, 8, 5, 7, 10, 6, 6]

@@ -6,11 +6,47 @@ import os
 from pathlib import Path
 
 import pytest
+from transformers.integrations import integration_utils
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from epi_ds import trackers
 from epi_ds.checkpoint.run import read_run, run_id_of, take_over
+from epi_ds.errors import UserError
 
+# Of the functions of transformers that ask for them.
+NAMES_THERE = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
+# Only asked by a job of its own.
+WITHOUT_MODULE = ("kubeflow",)
 NAMES = ("WANDB_RUN_ID", "WANDB_RESUME", "SWANLAB_RUN_ID", "SWANLAB_RESUME", "TENSORBOARD_LOGGING_DIR")
+
+
+def start(report_to: object) -> None:
+    """What a command does before it starts ranks."""
+    trackers.check_installed(trackers.trackers_in(report_to))
+
+
+def test_what_is_not_installed_is_said_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"tensorboardX"}
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: name if name in there else None)
+    for report_to in (None, "none", "all", "tensorboard", ["none"], ["kubeflow"]):
+        start(report_to)
+    with pytest.raises(UserError) as raised:
+        start(["wandb", "tensorboard", "comet_ml"])
+    assert str(raised.value) == (
+        "train.report_to: wandb, comet_ml are not installed here: pip install wandb comet-ml, or remove it"
+    )
+    with pytest.raises(UserError, match=r"azure_ml is not installed here: pip install azureml-core, or remove it"):
+        start("azure_ml")
+
+
+@pytest.mark.parametrize("name", sorted(INTEGRATION_TO_CALLBACK))
+def test_it_is_installed_where_transformers_says_so(name: str) -> None:
+    check = getattr(integration_utils, f"is_{NAMES_THERE.get(name, name)}_available")
+    if name in WITHOUT_MODULE or check():
+        start(name)
+    else:
+        with pytest.raises(UserError, match=f"{name} is not installed here: pip install"):
+            start(name)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,9 @@ from epi_ds.checkpoint.catalog import checkpoints_in, leftovers_in
 from epi_ds.checkpoint.durable import write_json
 from epi_ds.checkpoint.manifest import PATH, sealed
 from epi_ds.checkpoint.run import take_over
+from epi_ds.checkpoint.tag import Consent, open_tag
 from epi_ds.errors import CheckpointError, UserError
+from epi_ds.inspect.convert import convert
 from tests.support.engines import (
     assert_same,
     collected_logs,
@@ -135,6 +137,50 @@ def test_what_is_damaged_is_passed_over_and_named(run: Path, damage: str) -> Non
     assert step == -1
     assert named in error
     assert "Load another tag" in error
+
+
+def convert_newest(folder: str) -> None:
+    """Write the newest tag in the universal format, as ``epi-ds checkpoints convert`` does."""
+    if dist.get_rank() == 0:
+        newest = checkpoints_in(Path(folder))[-1]
+        tag = open_tag(newest, consent=Consent(False, ""))
+        convert(tag, Path(folder) / "universal" / newest.path.name)
+    dist.barrier()
+
+
+def load_universal(folder: str, section: dict[str, Any], is_asked_for: bool, tag: str | None) -> tuple[int, str]:
+    """Return the step that a load arrives at, and what it says where it fails."""
+    config = ds_config(epi=section, **({"checkpoint": {"load_universal": True}} if is_asked_for else {}))
+    with engine_of(OddNet, config) as engine:
+        try:
+            engine.load_checkpoint(folder, tag)
+        except (CheckpointError, UserError) as error:
+            return -1, str(error)
+        assert engine.epi.stats().isolated == 0
+        return engine.global_steps, ""
+
+
+@pytest.mark.slow
+def test_the_universal_format_is_named_with_what_loads_it(run: Path) -> None:
+    run_ranks(convert_newest, 2, str(run))
+    universal, name = str(run / "universal"), "global_step6"
+    fresh = {**SECTION, "missing_state": "fresh", "checkpoint": {"trust": True}}
+
+    def said(folder: str, section: dict[str, Any], is_asked_for: bool, tag: str | None) -> tuple[int, str]:
+        own, other = run_ranks(load_universal, 2, folder, section, is_asked_for, tag)
+        assert own == other
+        return own
+
+    for section, tag in ((SECTION, None), (SECTION, name), (fresh, None), (fresh, name)):
+        step, error = said(universal, section, False, tag)
+        assert step == -1
+        assert "is in DeepSpeed's universal format, which holds no importance and no masks" in error
+    # Both remedies that it names.
+    assert said(universal, fresh, True, name) == (6, "")
+    assert loaded(run)[0] == 6
+    # The other way round DeepSpeed ends in an assertion.
+    step, error = said(str(run), SECTION, True, None)
+    assert "is not in DeepSpeed's universal format" in error
 
 
 def test_where_all_are_damaged_a_run_does_not_begin_again(run: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -15,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from epi_ds import ds_configs
 from epi_ds.data.conversation import conversation_of
 from epi_ds.data.skills import Split, get_skill, rows
-from epi_ds.evaluation.evaluator import Evaluator, Score
+from epi_ds.evaluation.evaluator import Evaluator, Score, Scored
 from epi_ds.evaluation.tasks import Task
 from epi_ds.train.accelerate_setup import prepare_accelerate
 from tests.support.ranks import run_ranks
@@ -53,6 +54,7 @@ class Evaluate(TrainerCallback):
     def __init__(self) -> None:
         self.trainer: Any = None
         self.scores: dict[tuple[str, str, int], dict[str, Score]] = {}
+        self.shown: dict[tuple[str, str], list[Scored]] = {}
 
     def _evaluate(self, step: int) -> None:
         for name, sizes in CASES.items():
@@ -60,7 +62,7 @@ class Evaluate(TrainerCallback):
                 evaluator = Evaluator(
                     self.trainer, tasks_of(*sizes), batch_size=BATCH_SIZE, max_new_tokens=4, weights=weights
                 )
-                self.scores[name, weights, step] = evaluator.evaluate()
+                self.scores[name, weights, step] = evaluator.evaluate(self.shown.setdefault((name, weights), []).append)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._evaluate(0)
@@ -100,7 +102,20 @@ def score(base: str, folder: str) -> tuple[dict[tuple[str, str, int], dict[str, 
         # The next call in these ranks makes engines of its own.
         unset_hf_deepspeed_config()
         AcceleratorState._reset_state(reset_partial_state=True)
+    if dist.get_rank() == 0:
+        check_shown(evaluate.shown)
     return evaluate.scores, [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def check_shown(shown: dict[tuple[str, str], list[Scored]]) -> None:
+    """What is seen of an evaluation while it runs: the rows of the turns before, of all ranks."""
+    assert shown.keys() == {(name, weights) for name in CASES for weights in WEIGHTS}
+    for (name, _), found in shown.items():
+        totals = dict(zip(("answers", "losses"), CASES[name], strict=True))
+        own = [one.done for one in found if one.task == found[-1].task]
+        turns = range(0, totals[found[-1].task], BATCH_SIZE * dist.get_world_size())
+        assert own == [*turns] * 2, name
+        assert all(one.total == totals[one.task] and one.seconds >= 0 for one in found)
 
 
 @pytest.fixture(scope="module")

@@ -43,8 +43,13 @@ def _run(model: Callable[[], nn.Module], config: dict[str, Any]) -> dict[str, An
         }
 
 
-def compare(apply: str, changes: dict[str, Any], model: Callable[[], nn.Module] = OddNet) -> None:
-    section = {"ratio": 0.0, "refresh_interval": 2, "apply": apply}
+def compare(
+    apply: str,
+    changes: dict[str, Any],
+    model: Callable[[], nn.Module] = OddNet,
+    section: dict[str, Any] | None = None,
+) -> None:
+    section = section or {"ratio": 0.0, "refresh_interval": 2, "apply": apply}
     plain = _run(model, ds_config(accumulation=2, **changes))
     isolated = _run(model, ds_config(accumulation=2, epi=section, **changes))
     assert torch.equal(plain["losses"], isolated["losses"])

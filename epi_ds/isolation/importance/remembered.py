@@ -9,13 +9,14 @@ began before this release hold an undivided maximum, under a name of its own, an
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 
 from epi_ds.choices import Memory
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 from epi_ds.isolation.importance.mean import Divided, exact_mean
 from epi_ds.isolation.importance.stored import StoredImportance
-from epi_ds.isolation.importance.views import Importance
+from epi_ds.isolation.importance.views import Importance, Larger
 from epi_ds.isolation.placement import Placement
 from epi_ds.isolation.search.exchange import Exchange
 
@@ -57,6 +58,19 @@ class Remembered:
         if self._config.memory is not Memory.STAGE_MAX or UNDIVIDED in self._states:
             return importance
         return Divided(importance, exact_mean(importance, self._placement.layout, exchange))
+
+    def largest(self, exchange: Exchange) -> Importance | None:
+        """Return the largest, entry by entry, of what is kept, each over its own mean; None where no stage has ended.
+
+        Collective.
+        """
+        if self.is_empty:
+            return None
+        if self._config.memory is Memory.STAGE_MAX:
+            return self.maximum
+        layout = self._placement.layout
+        relative: list[Importance] = [Divided(one, exact_mean(one, layout, exchange)) for one in self.tasks.values()]
+        return reduce(Larger, relative)
 
     def keep(self, stage: str | None, importance: Importance, *, step: int, exchange: Exchange) -> None:
         """Take in the importance of a stage that ends; of one that ended before, the larger of both. Collective.

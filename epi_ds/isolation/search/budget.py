@@ -27,13 +27,23 @@ class Budget(NamedTuple):
 
 
 def find_budget(
-    search: ThresholdSearch, preview: Preview | None, *, config: EPIConfig, step: int, staying: int
+    search: ThresholdSearch,
+    preview: Preview | None,
+    *,
+    config: EPIConfig,
+    step: int,
+    staying: int,
+    asked: int | None = None,
 ) -> Budget:
     """Return the budget after ``step`` applied steps; ``staying`` is that of `take_preview`.
+
+    asked  entries to isolate, where ``ratio`` does not say how many; with ``ratio: 0`` none are all the same
 
     Raises RuntimeError for ``ratio: adaptive`` without a preview.
     """
     ratio, entries = _requested(search, preview, config=config, step=step)
+    if asked is not None and ratio > 0:
+        entries = torch.tensor([asked], dtype=torch.int64)
     if preview is None or not staying:
         return Budget(ratio, entries, None, mask_stays=False)
     drift = drift_of(preview, budgets=entries, isolated=staying)

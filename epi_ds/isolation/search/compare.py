@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from epi_ds.choices import Memory, Protects, Selection
+from epi_ds.choices import Memory, PolicyName, Protects, Selection
 from epi_ds.config import EPIConfig
 from epi_ds.isolation.importance.remembered import Remembered
 from epi_ds.isolation.importance.tasks import TaskImportance, TaskScores
@@ -16,6 +16,9 @@ from epi_ds.isolation.importance.views import Favoured, Importance, Larger, Noth
 from epi_ds.isolation.layout import Layout
 from epi_ds.isolation.mask import Masks
 from epi_ds.isolation.placement import Placement
+from epi_ds.isolation.policies.half import ChosenHalf
+from epi_ds.isolation.policies.inverted import least_important
+from epi_ds.isolation.policies.momentum import SmallestMomenta
 from epi_ds.isolation.schedule import ratio_at
 from epi_ds.isolation.search.exchange import Exchange
 from epi_ds.isolation.search.sketch import Extremes
@@ -34,6 +37,8 @@ class Comparison(NamedTuple):
     """What ``importance`` is where several tasks share the budget."""
     search: ThresholdSearch
     layout: Layout
+    asked: int | None = None
+    """Entries to isolate, where what is compared says so and ``ratio`` does not."""
 
     def overlaps(self, threshold_codes: Tensor) -> Tensor:
         """Return `TaskScores.overlaps`, or ``[0, 0]`` int64 where no tasks share the budget."""
@@ -72,6 +77,10 @@ def compare(
         importance = Larger(remembered.comparable(measured, exchange), remembered.maximum)
     else:
         importance = measured
+    if config.policy is PolicyName.INVERTED:
+        importance = least_important(importance, layout, config=config, exchange=exchange)
+    elif config.policy is PolicyName.MOMENTUM:
+        importance = SmallestMomenta(importance)
     compared = importance
     if config.hysteresis != 1.0:
         # A copy of the list: its entries are replaced while the new masks are selected.
@@ -84,12 +93,14 @@ def compare(
         normalizer=config.normalizer,
         code_shift=compared.code_shift,
     )
-    if tasks is not None and config.selection is Selection.NORMALIZED_GLOBAL:
+    has_scores = tasks is not None or config.policy is PolicyName.INVERTED
+    if has_scores and config.selection is Selection.NORMALIZED_GLOBAL:
         # Scores are normalised already.
         plan = plan._replace(selection=Selection.RAW_GLOBAL)
     normalized_by = sketch if compared is importance else sketch_of(importance, layout)
     search = ThresholdSearch(sketch, exchange, plan, normalized_by=normalized_by, extremes=extremes)
-    return Comparison(importance, compared, tasks, search, layout)
+    asked = measured.entries if isinstance(measured, ChosenHalf) else None
+    return Comparison(importance, compared, tasks, search, layout, asked)
 
 
 def _tasks(measured: Importance, remembered: Remembered, config: EPIConfig) -> list[TaskImportance]:

@@ -15,6 +15,7 @@ from epi_ds.checkpoint.manifest import FORMAT_VERSION, Batch, EngineState, Kind,
 from epi_ds.checkpoint.run import RunRecord
 from epi_ds.checkpoint.saving import now
 from epi_ds.checkpoint.store import isolation_of
+from epi_ds.zero3.persistence.anchor import saved_anchor
 from epi_ds.zero3.persistence.nvme import swapped_weights
 from epi_ds.zero3.persistence.optimizers import optimizer_of
 
@@ -58,6 +59,7 @@ def manifest_of(engine: Any, files: Mapping[str, FileRecord], record: RunRecord,
     extra = EngineState(
         clipping=tuple(average.to_dict() for average in zero3._epi_context.clipping),
         swapped=swapped_weights(zero3),
+        anchor=saved_anchor(zero3._epi_context.anchor),
     )
     return Manifest(
         format_version=FORMAT_VERSION,

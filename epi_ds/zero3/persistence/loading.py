@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.distributed as dist
 
 from epi_ds.checkpoint.catalog import Checkpoint, open_checkpoint
-from epi_ds.checkpoint.deepspeed_files import SavedPartitions, model_states_file, without_frozen_slices
+from epi_ds.checkpoint.deepspeed_files import SavedPartitions, is_universal, model_states_file, without_frozen_slices
 from epi_ds.checkpoint.loading import AllRanks, choose
 from epi_ds.checkpoint.manifest import Manifest
+from epi_ds.checkpoint.meeting import meet
 from epi_ds.checkpoint.optimizers import overwritten
 from epi_ds.checkpoint.store import check_fits, load_state
 from epi_ds.checkpoint.tag import Consent, Tag, newest_in, open_tag
@@ -29,6 +30,7 @@ from epi_ds.checkpoint.verdict import agree, on_first_rank
 from epi_ds.choices import MissingState
 from epi_ds.errors import CheckpointError, RemedyError, UserError
 from epi_ds.zero3.handle import EPI
+from epi_ds.zero3.persistence.anchor import load_anchor
 from epi_ds.zero3.persistence.contents import batch_of, sub_groups_of
 from epi_ds.zero3.persistence.cpu_adam import replay_steps
 from epi_ds.zero3.persistence.nvme import check_swapped_copies, finish_load
@@ -84,6 +86,7 @@ class LoadingMixin(DeepSpeedEngine):
             because="its gradients are of the weights before the load, and would be applied to those after it",
             remedy="load",
         )
+        meet("load_checkpoint")
         resumes = load_optimizer_states and not load_module_only
         if self.zero_nvme_offload_optimizer() and not resumes:
             raise RemedyError(
@@ -97,6 +100,7 @@ class LoadingMixin(DeepSpeedEngine):
             if dist.get_rank() == 0:
                 logger.warning("%s holds no checkpoint: nothing is loaded", load_dir)
             return None, None
+        self._epi_check_format(found.checkpoint)
         arguments = load_module_strict, True, load_lr_scheduler_states, load_module_only, custom_load_fn
         if found.checkpoint.is_plain:
             folder = self._epi_check_plain(found.checkpoint, consent, resumes=resumes)
@@ -133,6 +137,18 @@ class LoadingMixin(DeepSpeedEngine):
             raise CheckpointError(f"{whole.problem}. Resume from another checkpoint")
         return _Found(whole, self.epi.run.verified)
 
+    def _epi_check_format(self, found: Checkpoint) -> None:
+        """Raise UserError where DeepSpeed would read a checkpoint in another format than it has. Collective."""
+        universal = on_first_rank(lambda: is_universal(found.path))
+        if universal and not self.load_universal_checkpoint():
+            raise UserError(str(found.problem))
+        if self.load_universal_checkpoint() and not universal:
+            raise UserError(
+                f"{found.path} is not in DeepSpeed's universal format, and the DeepSpeed configuration has checkpoint."
+                "load_universal, which reads nothing else. Remove it: any number of ranks loads what was saved with "
+                "isolation"
+            )
+
     def _epi_check_plain(self, found: Checkpoint, consent: Consent, *, resumes: bool) -> Path:
         """Return the folder of a tag that was saved without isolation, where it may be loaded. Collective."""
         if not resumes:
@@ -153,6 +169,7 @@ class LoadingMixin(DeepSpeedEngine):
         # The counters of before, and what is not yet in them, are replaced together.
         self.optimizer._epi_settle_step_energy()
         load_state(tag, self.epi.controller, same_layout=same_layout)
+        load_anchor(self.optimizer._epi_context.anchor, tag, self.epi.controller.layout)
         averages, clipping = self.optimizer._epi_context.clipping, tag.manifest.isolation.extra.clipping
         for average in averages:
             average.reset()

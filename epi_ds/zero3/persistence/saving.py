@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from epi_ds.checkpoint.deepspeed_files import tag_name
+from epi_ds.checkpoint.meeting import meet
 from epi_ds.checkpoint.run import RunRecord
 from epi_ds.checkpoint.saving import SaveTimes, TagWriter, check_space
 from epi_ds.checkpoint.store import write_state
 from epi_ds.errors import UserError
 from epi_ds.zero3.handle import EPI
+from epi_ds.zero3.persistence.anchor import anchor_states
 from epi_ds.zero3.persistence.contents import bytes_to_save, manifest_of
 from epi_ds.zero3.persistence.guarded_files import guarded
 from epi_ds.zero3.persistence.nvme import copy_swapped_files
@@ -46,14 +48,15 @@ class SavingMixin(DeepSpeedEngine):
 
         Collective. Returns whether it was saved: what cannot be (a full disk, say) is an error in the log and training
         goes on, or, with ``checkpoint.on_failure: stop``, a CheckpointError on all ranks. Raises UserError in the
-        middle of an accumulation window, whose gradients are in no checkpoint, and for a tag that is no name, and
-        CheckpointError where another process has taken the folder over.
+        middle of an accumulation window, whose gradients are in no checkpoint, and for a tag that is no name,
+        CheckpointError where another process has taken the folder over, and LostRankError where a rank does not come.
         """
         tag = str(tag) if tag is not None else tag_name(self.global_steps)
         folder = Path(save_dir)
         if not save_dir or tag == ".." or Path(tag).name != tag:
             raise UserError(f"save_dir {save_dir!r}, tag {tag!r}: give a folder, and a tag that is one name in it")
         self._epi_check_window(tag)
+        meet("save_checkpoint")
         self._epi_warn_of_what_is_lost(tag)
         self.optimizer._epi_settle_step_energy()
         path = folder / tag
@@ -116,7 +119,7 @@ class SavingMixin(DeepSpeedEngine):
             self._epi_hides_nvme = False
         if self.zero_nvme_offload_optimizer():
             copy_swapped_files(self, writer)
-        write_state(writer, self.epi.controller)
+        write_state(writer, self.epi.controller, anchor_states(self.optimizer._epi_context.anchor))
 
     def _copy_recovery_script(self, save_path: str) -> None:
         """Keep a convenience from ending a save: where it cannot be copied, rank 0 alone would raise."""

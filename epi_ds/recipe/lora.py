@@ -1,0 +1,94 @@
+"""``model.lora``: what a recipe may say of a low-rank adapter, in the words of PEFT's ``LoraConfig``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from epi_ds.errors import nearest
+
+# What a run of stages decides itself.
+_OWNED = (
+    "task_type",
+    "peft_type",
+    "inference_mode",
+    "base_model_name_or_path",
+    "auto_mapping",
+    "peft_version",
+    "revision",
+    "runtime_config",
+)
+# What reads or copies the model's own weights when the adapter is made, of which a rank of ZeRO-3 has a slice.
+_OF_WHOLE_WEIGHTS = (
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "use_dora",
+    "use_qalora",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+)
+_INITIALISATIONS = (True, False, "gaussian")
+
+
+class LoraSection(BaseModel):
+    """A low-rank adapter that is trained in place of the weights; beside ``merge``, keys of PEFT's ``LoraConfig``.
+
+    Such as ``r``, ``lora_alpha``, ``target_modules``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    merge: bool = True
+    """Whether the export is a whole model with the adapter added to its weights, or the adapter alone."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What ``LoraConfig`` is made of."""
+        return dict(self.model_extra or {})
+
+
+def lora_problems(section: LoraSection) -> list[str]:
+    """Return one sentence per key that PEFT does not know, or that cannot work here. Imports PEFT."""
+    if importlib.util.find_spec("peft") is None:
+        return ["model.lora needs peft, which is not installed here: pip install 'epi-ds[lora]'"]
+    from peft import LoraConfig
+
+    known = [field.name for field in dataclasses.fields(LoraConfig) if field.name not in _OWNED]
+    problems = []
+    for name, value in section.settings.items():
+        if name in _OWNED:
+            problems.append(f"model.lora.{name}: decided by the recipe; remove it")
+        elif name not in known:
+            problems.append(f"model.lora.{name}: not a key of LoraConfig{nearest(name, known)}")
+        elif name in _OF_WHOLE_WEIGHTS and value:
+            problems.append(
+                f"model.lora.{name}: takes whole weights when the adapter is made, of which ZeRO-3 leaves every rank a "
+                "slice; remove it"
+            )
+    initialisation = section.settings.get("init_lora_weights", True)
+    if initialisation not in _INITIALISATIONS:
+        problems.append(
+            f"model.lora.init_lora_weights: {initialisation!r} takes whole weights when the adapter is made, of which "
+            "ZeRO-3 leaves every rank a slice; set true, false or gaussian"
+        )
+    if not problems:
+        try:
+            lora_config(section.settings)
+        except (TypeError, ValueError) as error:
+            problems.append(f"model.lora: {str(error).splitlines()[0]}")
+    return problems
+
+
+def lora_config(settings: Mapping[str, Any]) -> Any:
+    """Return PEFT's configuration for a model of language."""
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(task_type=TaskType.CAUSAL_LM, **settings)

@@ -1,0 +1,26 @@
+"""A pull towards an anchor: ``target <- target + factor * (w - a)``.
+
+[Note: pull] The same operation twice. With the weights themselves for a target, and minus a share for a factor, they go
+that share of the way back to the anchor; with their gradient for a target it becomes that of a quadratic penalty.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from epi_ds.kernels.reference.chunks import chunks
+
+
+def pull_(target: Tensor, weights: Tensor, anchor: Tensor, factor: float | Tensor) -> None:
+    """Add a multiple of what the weights have moved by to a tensor, in place. See [Note: pull].
+
+    target   [numel]  fp32, mutated; may be ``weights``
+    weights  [numel]  fp32
+    anchor   [numel]  fp32 or bfloat16, same device
+    factor   of all entries; or [numel] fp32, one of each
+
+    Three roundings an entry: of the difference, of the product, and of the sum.
+    """
+    for start, stop in chunks(0, target.numel()):
+        moved = weights[start:stop] - anchor[start:stop].float()
+        target[start:stop].add_(moved.mul_(factor if isinstance(factor, float) else factor[start:stop]))
