@@ -74,7 +74,8 @@ def write_table(path: Path, rows: list[dict[str, Any]], container: str, codec: s
         rows = [
             {name: json.dumps(cell) if isinstance(cell, list) else cell for name, cell in row.items()} for row in rows
         ]
-        # A table of one column has nothing that separates columns: only its name says what would, and none says semicolons.
+        # A table of one column has nothing that separates columns: only its name says what would, and no name says
+        # semicolons.
         path = path.with_suffix(".tsv" if container == "TSV" else ".csv")
         if len(rows[0]) == 1 and container == "CSV with semicolons":
             container = "CSV"
