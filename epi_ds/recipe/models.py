@@ -14,6 +14,7 @@ from epi_ds.data.skills import SKILLS
 from epi_ds.errors import UserError, nearest
 from epi_ds.recipe.keep import BASE, Keep, ReplayLoss
 from epi_ds.recipe.lora import LoraSection
+from epi_ds.recipe.presets import Preset, with_preset
 from epi_ds.recipe.sources import DataSource, EvaluationData, OneOrSeveral, TrainingData, check_shares, sources_of
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
@@ -123,6 +124,9 @@ class MethodSection(BaseModel):
 
     model_config = _FROZEN
 
+    preset: Preset | None = None
+    """Settings of ``keep`` and ``epi`` to begin from, of which every key can be given otherwise
+    ([what they are](recipes.md#presets)): ``paper``, ``balanced``, ``strong`` or ``data_free``."""
     epi: EPIConfig = EPIConfig()
     keep: Keep | None = None
     """What must not be forgotten, and how it is kept."""
@@ -133,9 +137,10 @@ class MethodSection(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _remember_what_is_kept(cls, values: Any) -> Any:
-        """Where importance is kept, the defaults of memory and of what is protected are others."""
+        """A preset lies below what is given. Where importance is kept, memory and what it protects begin otherwise."""
         if not isinstance(values, Mapping):
             return values
+        values = with_preset(values)
         keep, epi = values.get("keep"), values.get("epi", {})
         # What is no mapping is told by the validation.
         wants = isinstance(keep, Mapping) and keep.get("importance", True) is True

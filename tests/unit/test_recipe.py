@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from epi_ds import ds_configs
-from epi_ds.recipe.loading import find_recipe, load_recipe, shipped_names
+from epi_ds.errors import UserError
+from epi_ds.recipe.loading import find_recipe, load_recipe, parse_recipe, shipped_names
+from epi_ds.recipe.presets import Preset
 
 MINIMAL: dict[str, Any] = {
     "model": {"path": "somewhere"},
@@ -216,3 +218,27 @@ def test_an_adapter_without_peft_names_the_extra(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else object())
     with pytest.raises(ValueError, match=r"model\.lora needs peft, which is not installed here: pip install"):
         load_recipe(write(tmp_path, MINIMAL), [f"{LORA}}}"])
+
+
+@pytest.mark.parametrize("name", list(Preset))
+def test_a_preset_is_a_recipe_and_every_key_of_it_can_be_given_otherwise(name: Preset) -> None:
+    method = parse_recipe({**MINIMAL, "method": {"preset": name.value}}, place="the recipe").method
+    assert method.preset is name
+    assert (method.keep is not None) == (name in (Preset.BALANCED, Preset.STRONG))
+    given: dict[str, Any] = {"preset": name.value, "epi": {"seed": 7}}
+    if method.epi.anchor is not None:
+        given["epi"]["anchor"] = {"strength": 1}
+    changed = parse_recipe({**MINIMAL, "method": given}, place="the recipe").method
+    expected = method.epi.model_dump(mode="json") | {"seed": 7}
+    if method.epi.anchor is not None:
+        # What is given beside it stays.
+        expected["anchor"] |= {"strength": 1.0}
+    assert changed.epi.model_dump(mode="json") == expected
+    assert changed.keep == method.keep
+
+
+def test_a_section_of_a_preset_can_be_left_out_and_an_unknown_one_is_named() -> None:
+    method = {"preset": "balanced", "keep": None}
+    assert parse_recipe({**MINIMAL, "method": method}, place="the recipe").method.keep is None
+    with pytest.raises(UserError, match="'paper', 'balanced', 'strong' or 'data_free'"):
+        parse_recipe({**MINIMAL, "method": {"preset": "strongest"}}, place="the recipe")

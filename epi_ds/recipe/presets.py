@@ -1,0 +1,60 @@
+"""Named settings of ``method``, for who wants to choose one thing and not twenty: ``method.preset``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+
+class Preset(StrEnum):
+    """A named set of settings. What each costs and buys stands in docs/recipes.md."""
+
+    PAPER = "paper"
+    BALANCED = "balanced"
+    STRONG = "strong"
+    DATA_FREE = "data_free"
+
+
+_SETTINGS: Mapping[Preset, Mapping[str, Any]] = {
+    # arXiv 2604.14010, section 5.1.
+    Preset.PAPER: {"epi": {"policy": "evolving", "ratio": 0.01, "refresh_interval": 500, "ema_decay": 0.99}},
+    # A few own rows in every batch, and a pull that leaves about half of the way.
+    Preset.BALANCED: {
+        "keep": {"self": 512, "importance": False, "replay": 0.05},
+        "epi": {"policy": "none", "anchor": {"strength": 2}},
+    },
+    # More of both, the pull by importance on own rows, and its most important entries held.
+    Preset.STRONG: {
+        "keep": {"self": 512, "replay": 0.1},
+        "epi": {
+            "policy": "evolving",
+            "ratio": 0.05,
+            "memory": "stage_max",
+            "protects": "past",
+            "anchor": {"strength": 4, "weight": "importance"},
+        },
+    },
+    # The weights alone: no rows are written, read or measured.
+    Preset.DATA_FREE: {"epi": {"policy": "none", "anchor": {"strength": 2}}},
+}
+
+
+def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of ``method`` with those of its preset below them: a key that is given is as it is given.
+
+    A section that is given as null is left out. An unknown preset is left to the validation, which names those there
+    are.
+    """
+    name = values.get("preset")
+    if name not in list(Preset):
+        return dict(values)
+    return _over(_SETTINGS[Preset(name)], values)
+
+
+def _over(below: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in given.items():
+        under = merged.get(key)
+        merged[key] = _over(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping) else value
+    return merged
