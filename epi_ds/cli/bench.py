@@ -56,6 +56,22 @@ def memory(
 
 
 @app.command()
+def displacement(
+    strength: Annotated[float, typer.Option(min=0, help="Of the anchor.")] = 2.0,
+    steps: Annotated[int, typer.Option(min=10, help="Of the middle length.")] = 120,
+    json: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Measure how far an anchor lets weights move at several rates and lengths, on the CPU."""
+    _on_the_cpu()
+    from epi_ds.bench.displacement import measure_displacement
+
+    with tempfile.TemporaryDirectory(prefix="epi_ds_bench_") as folder:
+        rows = measure_displacement(strength, steps, Path(folder))
+    _show([row._asdict() for row in rows], json=json, markdown=markdown)
+
+
+@app.command()
 def data(
     rows: Annotated[int, typer.Option(min=1000, help="Rows of the file that is prepared.")] = 300_000,
     processes: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = 2,
