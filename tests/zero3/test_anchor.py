@@ -139,7 +139,12 @@ def test_a_step_is_that_of_the_oracle(world_size: int, pull: str, placement: str
 
 @pytest.mark.parametrize(
     ("world_size", "pull", "memory"),
-    [(1, "update", "stage_max"), (2, "gradient", "stage_max"), (3, "update", "per_task"), (4, "gradient", "per_task")],
+    [
+        (1, "update", "stage_max"),
+        (2, "gradient", "stage_max"),
+        pytest.param(3, "update", "per_task", marks=pytest.mark.slow),
+        pytest.param(4, "gradient", "per_task", marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_remembered_is_pulled_more(world_size: int, pull: str, memory: str) -> None:
     run_ranks(check_oracle, world_size, pull, {"offload": world_size > 2}, 2, OddNet, memory)
@@ -161,7 +166,7 @@ def check_bits(one: dict[str, Any], other: dict[str, Any], changes: dict[str, An
     assert_same(*results)
 
 
-@pytest.mark.parametrize("pull", ["update", "gradient"])
+@pytest.mark.parametrize("pull", ["update", pytest.param("gradient", marks=pytest.mark.slow)])
 def test_a_strength_of_zero_is_no_anchor(pull: str) -> None:
     for section in ({"policy": "none"}, {"ratio": 0.2, "refresh_interval": 4}):
         run_ranks(check_bits, 2, section, section | {"anchor": {"strength": 0, "pull": pull}}, {"offload": True})
@@ -404,7 +409,9 @@ def check_folder(folder: str, checkpoints: str, pull: str, offload: bool) -> Non
         assert_same(other, results[0])
 
 
-@pytest.mark.parametrize(("pull", "offload"), [("update", False), ("gradient", True)])
+@pytest.mark.parametrize(
+    ("pull", "offload"), [("update", False), pytest.param("gradient", True, marks=pytest.mark.slow)]
+)
 def test_an_anchor_in_a_folder_is_the_one_in_memory(pull: str, offload: bool, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "base")
     run_ranks(check_folder, 3, str(folder), str(tmp_path / "run"), pull, offload)
