@@ -172,8 +172,10 @@ class EPI:
 
     def check_planned_steps(self, planned_steps: int) -> None:
         """Warn or raise ValueError when a run of this many applied steps would never use a mask, or hardly."""
-        config = self.config
-        if not self._controller.is_active and config.policy in BEGINNING_LATE and largest_ratio(config) > 0:
+        config, controller = self.config, self._controller
+        # What was remembered before the first step has selected a mask already.
+        begins_with_mask = controller.is_active and not controller.counters.applied_steps
+        if config.policy in BEGINNING_LATE and largest_ratio(config) > 0 and not begins_with_mask:
             check_planned_steps(
                 planned_steps,
                 config.selection_interval,
