@@ -96,18 +96,19 @@ class Anchor:
         ``zero3`` is the ZeRO-3 optimizer, whose gradients of this sub-group are unscaled and clipped. Collective in the
         first step of what is pulled towards.
         """
-        weights = zero3.fp32_partitioned_groups_flat[sub_group]
-        if not self._has(sub_group):
-            self._take(sub_group, weights.data)
         if not self.config.pulls:
             yield
-        elif self.config.pull is Pull.UPDATE:
+            return
+        weights = zero3.fp32_partitioned_groups_flat[sub_group]
+        group = zero3.sub_group_to_group_id[sub_group]
+        if not self._has(sub_group):
+            self._take(sub_group, weights.data)
+        if self.config.pull is Pull.UPDATE:
             yield
-            rate = stepping_optimizer(zero3, sub_group).param_groups[zero3.sub_group_to_group_id[sub_group]]["lr"]
-            exponent = self.strength.per_rate(zero3.sub_group_to_group_id[sub_group]) * rate
-            self._pull(sub_group, weights.data, weights.data, exponent)
+            rate = stepping_optimizer(zero3, sub_group).param_groups[group]["lr"]
+            self._pull(sub_group, weights.data, weights.data, self.strength.per_rate(group) * rate)
         else:
-            size = self.strength.per_rate(zero3.sub_group_to_group_id[sub_group]) * self._scale(zero3).rms
+            size = self.strength.per_rate(group) * self._scale(zero3).rms
             gradient = weights.grad
             if gradient is not None and size:
                 weights.grad = gradient.clone() if _outlives_step(zero3, gradient) else gradient
