@@ -45,7 +45,7 @@ def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
             },
             {
                 "name": "carry",
-                "data": {"path": str(table), **columns},
+                "data": {"path": str(table), "source": "table", **columns},
                 "evaluation": {"path": str(table), **columns, "metric": "loss", "rows": 20},
                 "moments": "carry",
                 "learning_rate": 1e-3,
@@ -53,7 +53,7 @@ def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
             },
             {
                 "name": "chat",
-                "data": {"path": str(chat), "messages": "talk"},
+                "data": {"path": str(chat), "source": "chat", "messages": "talk"},
                 "moments": "reset",
                 "lr_scheduler_type": "cosine",
             },
