@@ -26,7 +26,7 @@ def sync_folder(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write or replace a file by rename."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

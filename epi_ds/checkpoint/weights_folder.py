@@ -14,18 +14,40 @@ import torch
 from torch import Tensor
 
 from epi_ds.checkpoint.digest import FileRecord, records_of
+from epi_ds.checkpoint.tensor_file import TensorForm, form_named
 from epi_ds.errors import UserError
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SINGLE = "model.safetensors"
+"""The file of a model that has one."""
+INDEX = "model.safetensors.index.json"
+"""Where it stands which file holds which tensor, of a model that has several."""
 
 
 class _Place(NamedTuple):
     file: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    form: TensorForm
     start: int
     """Of the first byte in the file."""
+
+
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """Return the file of every tensor of a model, by name, as its index says; None where all are in `SINGLE`.
+
+    Raises UserError where there is neither, and for an index that is none or names what is no file of the folder.
+    """
+    if not (folder / INDEX).is_file():
+        if (folder / SINGLE).is_file():
+            return None
+        raise UserError(
+            f"{folder} has neither {SINGLE} nor {INDEX}; give the folder of a model that save_pretrained wrote"
+        )
+    try:
+        found = {str(name): str(file) for name, file in json.loads((folder / INDEX).read_text())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / INDEX} is no index of safetensors ({error!r}); save the model anew") from None
+    if outside := [file for file in found.values() if Path(file).name != file]:
+        raise UserError(f"{folder / INDEX} names {outside[0]!r}, which is no file of the folder; correct it")
+    return found
 
 
 class WeightsFolder:
@@ -36,22 +58,9 @@ class WeightsFolder:
         self.folder = folder
         self._mapped: dict[str, Tensor] = {}
         self._places: dict[str, _Place] = {}
-        for name in self._files():
+        places = weight_map(folder)
+        for name in [SINGLE] if places is None else sorted(set(places.values())):
             self._places |= _places_in(folder / name)
-
-    def _files(self) -> list[str]:
-        try:
-            if (self.folder / _INDEX).exists():
-                return sorted(set(json.loads((self.folder / _INDEX).read_text())["weight_map"].values()))
-            if (self.folder / _SINGLE).exists():
-                return [_SINGLE]
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"{self.folder / _INDEX} is no index of safetensors: {error}; save the model anew"
-            ) from None
-        raise UserError(
-            f"{self.folder} holds neither {_SINGLE} nor {_INDEX}; give the folder of a model in safetensors"
-        )
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise UserError, with all names, where parameters are not there, or have another shape."""
@@ -60,8 +69,8 @@ class WeightsFolder:
             place = self._places.get(name)
             if place is None:
                 problems.append(f"{name} is not there")
-            elif place.shape != shape:
-                problems.append(f"{name} has shape {place.shape} there, and {shape} here")
+            elif place.form.shape != shape:
+                problems.append(f"{name} has shape {place.form.shape} there, and {shape} here")
         if problems:
             shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
             raise UserError(
@@ -79,10 +88,11 @@ class WeightsFolder:
             self._mapped[place.file] = torch.from_file(
                 str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8
             )
-        first = place.start + start * place.dtype.itemsize
-        found = self._mapped[place.file][first : first + (stop - start) * place.dtype.itemsize]
+        dtype = place.form.dtype
+        first = place.start + start * dtype.itemsize
+        found = self._mapped[place.file][first : first + (stop - start) * dtype.itemsize]
         # Nothing says that a tensor begins where its dtype wants to.
-        return (found if first % place.dtype.itemsize == 0 else found.clone()).view(place.dtype)
+        return (found if first % dtype.itemsize == 0 else found.clone()).view(dtype)
 
     def records(self) -> dict[str, FileRecord]:
         """Read the files whole and return their records, by name."""
@@ -100,16 +110,15 @@ def _places_in(path: Path) -> dict[str, _Place]:
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            first, last = entry["data_offsets"]
-            dtype, shape = _DTYPES.get(entry["dtype"]), tuple(entry["shape"])
-            if dtype is None:
-                # Of another kind: whoever asks for it hears that it is not there.
+            form = form_named(entry["dtype"], entry["shape"])
+            if form is None or not form.dtype.is_floating_point:
+                # Quantized, or no weight: whoever asks for it hears that it is not there.
                 continue
+            first, last = entry["data_offsets"]
             start = 8 + header_bytes + first
-            num_bytes = dtype.itemsize * torch.Size(shape).numel()
-            if last - first != num_bytes or start + num_bytes > path.stat().st_size:
+            if last - first != form.num_bytes or start + form.num_bytes > path.stat().st_size:
                 raise ValueError(f"{name} does not have the bytes of its shape")
-            places[name] = _Place(path.name, dtype, shape, start)
+            places[name] = _Place(path.name, form, start)
         return places
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no readable safetensors file: {error}; save the model anew") from None

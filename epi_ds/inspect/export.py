@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from epi_ds.checkpoint.deepspeed_files import SavedPartitions
 from epi_ds.checkpoint.durable import write_json
 from epi_ds.checkpoint.tag import Tag
+from epi_ds.checkpoint.weights_folder import INDEX, SINGLE
 from epi_ds.errors import CheckpointError, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_INDEX = "model.safetensors.index.json"
 
 
 class ExportReport(NamedTuple):
@@ -158,7 +158,7 @@ def _bytes_of(tensors: dict[str, Tensor]) -> int:
 def _name_files(output: Path, pieces: list[tuple[Path, list[str]]], num_bytes: int) -> list[Path]:
     """Give files the names that Hugging Face libraries look for."""
     if len(pieces) == 1:
-        target = output / "model.safetensors"
+        target = output / SINGLE
         os.replace(pieces[0][0], target)
         return [target]
     files, places = [], {}
@@ -167,7 +167,7 @@ def _name_files(output: Path, pieces: list[tuple[Path, list[str]]], num_bytes: i
         os.replace(path, target)
         files.append(target)
         places.update(dict.fromkeys(names, target.name))
-    write_json(output / _INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": places})
+    write_json(output / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": places})
     return files
 
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from epi_ds.checkpoint.catalog import INCOMPLETE
 from epi_ds.checkpoint.durable import sync_file, sync_folder, write_json
 from epi_ds.checkpoint.tensor_file import stream_tensor_file
+from epi_ds.checkpoint.weights_folder import INDEX
 from epi_ds.errors import RemedyError, UserError
 from epi_ds.inspect.merge_weights import FisherWeights
-from epi_ds.inspect.model_folder import INDEX, ModelFolder
+from epi_ds.inspect.model_folder import ModelFolder
 from epi_ds.kernels import chunks
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from epi_ds.checkpoint.tensor_file import TensorForm, form_named
+from epi_ds.checkpoint.weights_folder import INDEX, SINGLE, weight_map
 from epi_ds.errors import CheckpointError, UserError
 
-INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 # What a model needs beside its weights, by the names under which transformers looks for it.
 _COMPANIONS = (
     "config.json",
@@ -41,18 +40,12 @@ class ModelFolder:
             raise UserError(f"{path} has no config.json; give the folder of a Hugging Face model")
         self.path = path
         self.config = self._json("config.json")
-        if (path / INDEX).is_file():
-            self.places = {name: str(file) for name, file in self._json(INDEX).get("weight_map", {}).items()}
-            """Files of the tensors, by name."""
-            if outside := [file for file in self.places.values() if Path(file).name != file]:
-                raise UserError(f"{path / INDEX} names {outside[0]!r}, which is no file of the folder; correct it")
-        elif (path / _SINGLE).is_file():
-            with self._opened(_SINGLE) as file:
-                self.places = dict.fromkeys(file.keys(), _SINGLE)
-        else:
-            raise UserError(
-                f"{path} has neither {_SINGLE} nor {INDEX}; save the model with save_pretrained, which writes them"
-            )
+        found = weight_map(path)
+        if found is None:
+            with self._opened(SINGLE) as file:
+                found = dict.fromkeys(file.keys(), SINGLE)
+        self.places = found
+        """Files of the tensors, by name."""
 
     def _json(self, name: str) -> dict[str, Any]:
         try:

@@ -9,29 +9,17 @@ from dataclasses import dataclass
 
 from epi_ds.choices import PolicyName
 from epi_ds.config import EPIConfig
-from epi_ds.isolation.policies.base import Policy
+from epi_ds.isolation.policies.base import Policy, Refreshing
 from epi_ds.isolation.policies.first import First
 from epi_ds.isolation.policies.half import Half
 from epi_ds.isolation.policies.inverted import Inverted
 from epi_ds.isolation.policies.momentum import Momentum
 from epi_ds.isolation.policies.random import Random
-from epi_ds.isolation.schedule import first_active_step, refresh_due
+from epi_ds.isolation.schedule import first_active_step
 
 
-@dataclass(frozen=True)
-class Evolving(Policy):
-    """Measure always, select every ``refresh_interval`` steps (EPI, arXiv 2604.14010)."""
-
-    refresh_interval: int
-    warmup_steps: int = 0
-
-    def observes(self, step: int) -> bool:
-        """Always: isolated entries keep being measured, otherwise a mask would undo itself."""
-        return True
-
-    def refreshes(self, step: int) -> bool:
-        """Every ``refresh_interval`` steps, from ``warmup_steps`` on."""
-        return refresh_due(step, self.refresh_interval, warmup_steps=self.warmup_steps)
+class Evolving(Refreshing):
+    """What is important is isolated until the next refresh (EPI, arXiv 2604.14010)."""
 
 
 @dataclass(frozen=True)

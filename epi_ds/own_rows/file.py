@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from epi_ds.checkpoint.durable import write_json
+from epi_ds.checkpoint.durable import write_json, write_text
+from epi_ds.data.store import digest_of
 from epi_ds.errors import UserError
 
 
@@ -40,7 +40,7 @@ def standing_in(file: Path, settings: Mapping[str, Any]) -> Standing | None:
         num_rows = sum(bool(line.strip()) for line in lines)
     record = record_of(file)
     written = json.loads(record.read_text()) if record.exists() else {}
-    if written.get("sha256") != _digest_of(file):
+    if written.get("sha256") != digest_of(file):
         return Standing(num_rows, is_edited=True)
     before = written["settings"]
     changed = [
@@ -64,16 +64,8 @@ def write_rows(
     found  what else the record says: counts and times
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    begun = file.with_name(f"{file.name}.{os.getpid()}")
-    with begun.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        lines.flush()
-        os.fsync(lines.fileno())
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    digest = hashlib.sha256(text.encode()).hexdigest()
     # First what vouches: rows without it would be taken for a person's.
-    write_json(record_of(file), {"sha256": _digest_of(begun), "settings": dict(settings), **found})
-    begun.replace(file)
-
-
-def _digest_of(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    write_json(record_of(file), {"sha256": digest, "settings": dict(settings), **found})
+    write_text(file, text)

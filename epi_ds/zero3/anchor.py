@@ -21,11 +21,12 @@ from epi_ds.anchor_config import STAGE, AnchorConfig
 from epi_ds.checkpoint.weights_folder import WeightsFolder
 from epi_ds.choices import AnchorDevice, AnchorWeight, Pull
 from epi_ds.errors import UserError
-from epi_ds.isolation.anchor.omega import Omega
+from epi_ds.isolation.anchor.omega import omega_of
 from epi_ds.isolation.anchor.scale import GradientScale
 from epi_ds.isolation.anchor.strength import PullStrength, share_of
 from epi_ds.isolation.anchor.values import AnchorValues, is_bf16
 from epi_ds.isolation.controller import IsolationController
+from epi_ds.isolation.importance.mean import Divided
 from epi_ds.isolation.layout import Segment, parts_within
 from epi_ds.kernels import chunks, pull_
 from epi_ds.zero3.anchor_folder import FolderAnchor
@@ -57,7 +58,7 @@ class Anchor:
         self._controller = controller
         self._placement = controller.placement
         self._values = AnchorValues(self._placement, config.device)
-        self._omega: Omega | None = None
+        self._omega: Divided | None = None
         self._omega_is_due = config.weight is AnchorWeight.IMPORTANCE
         self._num_entries = num_entries
         self._scale_of_step: GradientScale | None = None
@@ -87,7 +88,7 @@ class Anchor:
             self._omega = None
             if remembered is not None:
                 exchange = self._controller.exchange
-                self._omega = Omega(remembered, self.config.pull, layout=layout, exchange=exchange)
+                self._omega = omega_of(remembered, self.config.pull, layout=layout, exchange=exchange)
 
     @contextmanager
     def pulling(self, zero3: Any, sub_group: int) -> Iterator[None]:

@@ -146,31 +146,37 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
     leave_word()
     controller.begin()
     if dist.get_rank() == 0:
-        _warn_if_mostly_frozen(engine)
-        if has_resumed(engine):
-            logger.warning(
-                "isolation begins at step %d of a checkpoint that was loaded before it: importance starts from zero "
-                "(missing_state: fresh)",
-                engine.global_steps,
-            )
-        logger.info(
-            "isolation attached: policy %s, %d parameters with %d entries in %d layers, %s ranks",
-            config.policy.value,
-            len(layout.segments),
-            layout.covered_numel,
-            len(layout.layer_names),
-            controller.exchange.world_size,
-        )
-        if config.protects is Protects.PAST:
-            logger.info(
-                "protects: past isolates nothing until a stage has ended, by engine.epi.finish_stage() or remember()"
-            )
-        if isinstance(moments, SecondMoments):
-            logger.info(
-                "importance is Adam's exp_avg_sq, so its effective ema_decay is beta2: %s",
-                ", ".join(str(decay) for decay in sorted(set(moments.decays))),
-            )
+        _tell_of(engine, controller, moments)
     return engine.epi
+
+
+def _tell_of(engine: Any, controller: IsolationController, moments: Importance | None) -> None:
+    """Log what isolation was attached to, and what is easily taken for something else."""
+    config, layout = controller.config, controller.layout
+    _warn_if_mostly_frozen(engine)
+    if has_resumed(engine):
+        logger.warning(
+            "isolation begins at step %d of a checkpoint that was loaded before it: importance starts from zero "
+            "(missing_state: fresh)",
+            engine.global_steps,
+        )
+    logger.info(
+        "isolation attached: policy %s, %d parameters with %d entries in %d layers, %s ranks",
+        config.policy.value,
+        len(layout.segments),
+        layout.covered_numel,
+        len(layout.layer_names),
+        controller.exchange.world_size,
+    )
+    if config.protects is Protects.PAST:
+        logger.info(
+            "protects: past isolates nothing until a stage has ended, by engine.epi.finish_stage() or remember()"
+        )
+    if isinstance(moments, SecondMoments):
+        logger.info(
+            "importance is Adam's exp_avg_sq, so its effective ema_decay is beta2: %s",
+            ", ".join(str(decay) for decay in sorted(set(moments.decays))),
+        )
 
 
 def detach(engine: Any) -> None:

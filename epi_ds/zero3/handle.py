@@ -27,6 +27,7 @@ from epi_ds.isolation.refresh_report import RefreshReport, values_of
 from epi_ds.isolation.schedule import check_planned_steps, largest_ratio
 from epi_ds.policy_rules import BEGINNING_LATE, UNMEASURED
 from epi_ds.zero3.anchor import Anchor
+from epi_ds.zero3.probing import drop_window, observe_window
 from epi_ds.zero3.stats import IsolationStats, MemoryReport, ResolvedLayer
 
 logger = logging.getLogger(__name__)
@@ -267,9 +268,9 @@ class EPI:
                 engine.set_gradient_accumulation_boundary(taken % accumulation == 0)
                 engine.backward(loss / accumulation, scale_wrt_gas=False)
                 if taken % accumulation == 0:
-                    observed += engine.optimizer._epi_observe_probe(ema_decay=observed / (observed + 1))
+                    observed += observe_window(engine.optimizer, ema_decay=observed / (observed + 1))
             if taken % accumulation:
-                engine.optimizer._epi_drop_window()
+                drop_window(engine.optimizer)
         finally:
             engine.set_gradient_accumulation_boundary(None)
             if not observed and not controller.observes:

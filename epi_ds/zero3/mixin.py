@@ -34,7 +34,6 @@ from epi_ds.zero3.context import IsolationContext, Rescale
 from epi_ds.zero3.moments import clipping_factor, reset_moments, set_moments, state_age
 from epi_ds.zero3.optimizer_state import optimizer_state, stepping_optimizer
 from epi_ds.zero3.step_energy import UpdateSample
-from epi_ds.zero3.window import AccumulationWindow
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero3Optimizer
@@ -343,54 +342,3 @@ class IsolationMixin(Zero3Optimizer):
                 reset_moments(state)
         for average in self._epi_context.clipping:
             average.reset()
-
-    def _epi_observe_probe(self, *, ema_decay: float) -> bool:
-        """Observe the gradients of the window that ends without stepping, then drop them. Collective.
-
-        Returns whether they were finite; if not, nothing was observed, and a dynamic loss scale is told of it.
-        """
-        self._epi_context.window.close()
-        self._epi_context.backward_scale = float(self.loss_scale)
-        self._pre_step()
-        self._partition_all_parameters()
-        finite = not is_invalid_grad_norm(combine_grad_norm_groups(super()._get_norm_groups()))
-        if not finite:
-            # As a skipped step does: otherwise every further probe would overflow at the same scale.
-            self._update_scale(True)
-        for sub_group_id in range(len(self.fp16_groups)):
-            self._prepare_sub_group(sub_group_id, set())
-            if finite:
-                self._epi_observe(sub_group_id, ema_decay=ema_decay)
-            self._epi_drop_gradient(sub_group_id)
-        self._epi_forget_window()
-        if finite:
-            self._epi_context.controller.count_observation(ema_decay)
-        return finite
-
-    def _epi_drop_window(self) -> None:
-        """Drop the gradients of a window that will have no end, as if its backwards had not been."""
-        self._epi_context.window.close()
-        self._partition_all_parameters()
-        for sub_group_id in range(len(self.fp16_groups)):
-            self._prepare_sub_group(sub_group_id, set())
-            self._epi_drop_gradient(sub_group_id)
-        self._epi_forget_window()
-
-    def _epi_forget_window(self) -> None:
-        # As before any backward: a parameter that the next window does not use must not step with a probe's gradient.
-        self.grad_partitions_flat_buffer.zero_()
-        self.zero_grad(set_to_none=True)
-        self._epi_context.window = AccumulationWindow()
-        self._post_step(set())
-
-    def _epi_drop_gradient(self, sub_group_id: int) -> None:
-        """Release a sub-group that was prepared, without the gradient that it was prepared with."""
-        gradient = self.fp32_partitioned_groups_flat[sub_group_id].grad
-        # On NVMe a sub-group none of whose parameters was ever reduced has no gradient.
-        if self.offload_optimizer and gradient is not None:
-            gradient.zero_()
-        if self._swappable_optimizer_subgroup(sub_group_id):
-            # The zeros go to the disk, the state there is as it was.
-            self._writeback_swap_state(sub_group_id, write_opt_state=False, write_gradients=True)
-        else:
-            self._release_sub_group(sub_group_id, set())

@@ -8,11 +8,10 @@ over its own mean. The means are over all covered entries, from integer sums, so
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from epi_ds.choices import Pull
-from epi_ds.isolation.importance.mean import exact_mean
+from epi_ds.isolation.importance.mean import Divided, exact_mean
 from epi_ds.isolation.importance.views import Importance
 from epi_ds.isolation.layout import Layout, Segment
 from epi_ds.isolation.search.exchange import Exchange
@@ -32,17 +31,10 @@ class Rooted:
         return self._importance.read(segment, start, stop).sqrt()
 
 
-class Omega:
-    """How much every covered entry is pulled, relative to their mean. See [Note: omega]."""
+def omega_of(remembered: Importance, pull: Pull, *, layout: Layout, exchange: Exchange) -> Divided:
+    """Return how much every covered entry is pulled, relative to their mean. Collective. See [Note: omega].
 
-    def __init__(self, remembered: Importance, pull: Pull, *, layout: Layout, exchange: Exchange) -> None:
-        """Collective. ``remembered`` is read whenever omega is, and takes no further room."""
-        self._importance = Rooted(remembered) if pull is Pull.UPDATE else remembered
-        mean = exact_mean(self._importance, layout, exchange)
-        # Where nothing mattered, nothing is pulled.
-        self._factor = 1.0 / mean if mean else 0.0
-
-    def read(self, segment: Segment, start: int, stop: int) -> Tensor:
-        """Return omega of entries ``[start, stop)`` of a segment: fp32, on the home device; new."""
-        values = self._importance.read(segment, start, stop).double() * self._factor
-        return values.clamp_(max=torch.finfo(torch.float32).max).float()
+    ``remembered`` is read whenever the result is, and takes no further room. Where nothing mattered, it is zero.
+    """
+    pulled: Importance = Rooted(remembered) if pull is Pull.UPDATE else remembered
+    return Divided(pulled, exact_mean(pulled, layout, exchange))

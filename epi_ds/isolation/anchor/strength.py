@@ -29,7 +29,7 @@ class PullStrength:
     def __init__(self, config: AnchorConfig) -> None:
         self._config = config
         self._totals: tuple[float, ...] | None = None
-        self._is_restored = False
+        # Whether `plan` was called for the stage: sums that were not told are a checkpoint's.
         self._was_told = False
 
     @property
@@ -56,8 +56,8 @@ class PullStrength:
                     f"the planned learning rates of a parameter group add up to {total}, but an anchor's strength is "
                     "divided by that sum; plan with rates of at least 0, or set anchor.decay instead of anchor.strength"
                 )
-        planned, continues = tuple(map(float, totals)), self._is_restored and self._totals is not None
-        self._is_restored, self._was_told = False, True
+        planned, continues = tuple(map(float, totals)), self._totals is not None and not self._was_told
+        self._was_told = True
         if not continues:
             self._totals = planned
         elif planned != self._totals:
@@ -69,7 +69,7 @@ class PullStrength:
 
     def end_stage(self) -> None:
         """Forget the sums: the next stage has its own."""
-        self._totals, self._is_restored, self._was_told = None, False, False
+        self._totals, self._was_told = None, False
 
     def per_rate(self, group: int) -> float:
         """Return the pull per unit of learning rate for a parameter group: s / L, or ``decay``."""
@@ -89,8 +89,7 @@ class PullStrength:
 
     def restore(self, totals: Sequence[float] | None) -> None:
         """Continue with saved sums; None between two stages."""
-        self._totals = None if totals is None else tuple(totals)
-        self._is_restored, self._was_told = totals is not None, False
+        self._totals, self._was_told = None if totals is None else tuple(totals), False
 
 
 def share_of(exponent: float) -> float:

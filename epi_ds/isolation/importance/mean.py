@@ -64,7 +64,7 @@ class Divided:
         self._factor = 1.0 / mean if mean else 0.0
 
     def read(self, segment: Segment, start: int, stop: int) -> Tensor:
-        """See `Importance.read`."""
+        """See `Importance.read`; the caller's own to overwrite."""
         # In fp64, and rounded once: the mean of entries that fp32 cannot invert is no exception.
         values = self._importance.read(segment, start, stop).double() * self._factor
         return values.clamp_(max=torch.finfo(torch.float32).max).float()

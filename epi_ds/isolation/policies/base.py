@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from epi_ds.isolation.importance.views import Importance
 from epi_ds.isolation.placement import Placement
+from epi_ds.isolation.schedule import refresh_due
 
 
 class Policy(Protocol):
@@ -36,3 +38,19 @@ class Policy(Protocol):
         draw  number of the selection, from 0: the refreshes so far
         """
         return None
+
+
+@dataclass(frozen=True)
+class Refreshing(Policy):
+    """Measure always, select every ``refresh_interval`` steps, from ``warmup_steps`` on."""
+
+    refresh_interval: int
+    warmup_steps: int = 0
+
+    def observes(self, step: int) -> bool:
+        """Always: isolated entries keep being measured, otherwise a mask would undo itself."""
+        return True
+
+    def refreshes(self, step: int) -> bool:
+        """Every ``refresh_interval`` steps, from ``warmup_steps`` on."""
+        return refresh_due(step, self.refresh_interval, warmup_steps=self.warmup_steps)

@@ -13,8 +13,6 @@ zero, under min-max one that equals its layer's minimum, is never isolated.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -23,8 +21,7 @@ from epi_ds.config import EPIConfig
 from epi_ds.isolation.importance.codes import TOP_CODE, codes_of
 from epi_ds.isolation.importance.views import Importance
 from epi_ds.isolation.layout import Layout, Segment
-from epi_ds.isolation.policies.base import Policy
-from epi_ds.isolation.schedule import refresh_due
+from epi_ds.isolation.policies.base import Refreshing
 from epi_ds.isolation.search.exchange import Exchange
 from epi_ds.isolation.search.sketch import read_extremes
 from epi_ds.isolation.search.sketches import sketch_of
@@ -34,20 +31,8 @@ _SCORE_UNIT = 2.0**80
 _SMALLEST_NORMAL = 2.0**-126
 
 
-@dataclass(frozen=True)
-class Inverted(Policy):
+class Inverted(Refreshing):
     """Measure and select as ``evolving`` does; what is selected is the mirror's business. See [Note: mirror]."""
-
-    refresh_interval: int
-    warmup_steps: int = 0
-
-    def observes(self, step: int) -> bool:
-        """Always."""
-        return True
-
-    def refreshes(self, step: int) -> bool:
-        """Every ``refresh_interval`` steps, from ``warmup_steps`` on."""
-        return refresh_due(step, self.refresh_interval, warmup_steps=self.warmup_steps)
 
 
 def mirrored(values: Tensor) -> Tensor:

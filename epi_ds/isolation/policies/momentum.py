@@ -12,32 +12,21 @@ are equal, so where they alone are more than ``ratio`` none of the tensor is iso
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from epi_ds.isolation.importance.codes import TOP_CODE, codes_of
 from epi_ds.isolation.importance.views import Importance
 from epi_ds.isolation.layout import Segment
-from epi_ds.isolation.policies.base import Policy
-from epi_ds.isolation.schedule import refresh_due
+from epi_ds.isolation.policies.base import Refreshing
 
 
-@dataclass(frozen=True)
-class Momentum(Policy):
+class Momentum(Refreshing):
     """Select after every ``refresh_interval`` steps, by default each, from the optimizer's momenta. Keeps no state."""
-
-    refresh_interval: int
-    warmup_steps: int = 0
 
     def observes(self, step: int) -> bool:
         """Never: the optimizer measures."""
         return False
-
-    def refreshes(self, step: int) -> bool:
-        """Every ``refresh_interval`` steps, from ``warmup_steps`` on."""
-        return refresh_due(step, self.refresh_interval, warmup_steps=self.warmup_steps)
 
 
 class SmallestMomenta:
