@@ -14,6 +14,7 @@ from torch import Tensor
 from epi_ds.errors import UserError
 from epi_ds.inspect.merge import merge_models
 from epi_ds.inspect.merge_weights import FisherWeights
+from epi_ds.isolation.importance.remembered import RELATIVE
 from tests.support.engines import ds_config, engine_of, full_importance, full_state, train_step
 from tests.support.models import OddNet, odd_batch
 from tests.support.ranks import run_ranks
@@ -32,7 +33,7 @@ def saved(folder: str, section: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
         engine.save_checkpoint(folder, "t")
         measured = section.get("policy") != "random"
         found = {"importance": full_importance(engine)} if measured else {}
-        return found | ({"remembered": full_state(engine, "remembered")} if "memory" in section else {})
+        return found | ({"remembered": full_state(engine, RELATIVE)} if "memory" in section else {})
 
 
 def _model_folder(folder: Path, seed: int, **others: Tensor) -> dict[str, Tensor]:
