@@ -21,8 +21,9 @@ import yaml
 from torch import Tensor
 
 from tests.support.engines import ds_config, engine_of, full_importance, full_masks, full_state, train_step
+from tests.support.forks import run_module
 from tests.support.models import OddNet, odd_batch
-from tests.support.processes import checked, launch, run_command
+from tests.support.processes import checked, run_command
 from tests.support.ranks import end_ranks, run_ranks
 from tests.support.tags import vouch
 
@@ -176,7 +177,7 @@ def write_engine(folder: str) -> Engine:
 
 
 def _write_trainer(folder: Path, base: Path) -> None:
-    checked(launch("tests.end_to_end.plain_sft", str(base), str(folder), num_ranks=RANKS))
+    checked(run_module("tests.end_to_end.plain_sft", str(base), str(folder), num_ranks=RANKS))
     (folder / "result.json").rename(folder / "expected.json")
     shutil.rmtree(folder / f"checkpoint-{2 * TRAINER_STEP}")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.compatibility.saved import RANKS, RECIPE_STEP, TRAINER_STEP, Engine, lines_after, run_engine
-from tests.support.processes import checked, launch, run_command
+from tests.support.forks import epi_ds, run_module
+from tests.support.processes import checked
 from tests.support.ranks import run_ranks
 
 HERE = Path(__file__).parent
@@ -53,7 +53,7 @@ def test_trainer_resumes_a_saved_folder(copied: Path) -> None:
     folder = copied / "trainer"
     expected = json.loads((folder / "expected.json").read_text())
     base = copied / "recipe" / "base"
-    checked(launch("tests.end_to_end.plain_sft", str(base), str(folder), "--newest", num_ranks=RANKS))
+    checked(run_module("tests.end_to_end.plain_sft", str(base), str(folder), "--newest", num_ranks=RANKS))
     result = json.loads((folder / "result.json").read_text())
     assert result["applied_steps"] == expected["applied_steps"]
     assert result["isolated"] == expected["isolated"]
@@ -66,10 +66,10 @@ def test_trainer_resumes_a_saved_folder(copied: Path) -> None:
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("copied", SETS, indirect=True)
-def test_recipe_resumes_a_saved_run(copied: Path) -> None:
+def test_recipe_resumes_a_saved_run(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copied / "recipe"
-    command = [str(Path(sys.prefix) / "bin" / "epi-ds"), "train", "recipe.yaml"]
-    output = checked(run_command(command, cwd=folder))
+    monkeypatch.chdir(folder)
+    output = checked(epi_ds("train", "recipe.yaml", num_ranks=RANKS))
     assert f"checkpoint-{RECIPE_STEP}" in output
     expected = json.loads((folder / "expected.json").read_text())
     found = lines_after(folder / "run", RECIPE_STEP)

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.end_to_end.recipes import write_recipe
-from tests.support.processes import checked, launch, run_epi_ds
+from tests.end_to_end.recipes import RANKS, write_recipe
+from tests.support.forks import epi_ds, run_module
+from tests.support.processes import checked, run_epi_ds
 
 
 class Demo(NamedTuple):
@@ -56,9 +57,9 @@ def recipe_of(small_base: Path) -> Callable[[Path], Path]:
 
 @pytest.fixture(scope="session")
 def undisturbed(recipe_of: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the short recipe that nobody stops, by ``epi-ds train``. To be read only."""
+    """A run of the short recipe that nobody stops. To be read only."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    checked(run_epi_ds("train", str(recipe_of(folder))))
+    checked(epi_ds("train", str(recipe_of(folder)), num_ranks=RANKS))
     return folder / "run"
 
 
@@ -66,5 +67,5 @@ def undisturbed(recipe_of: Callable[[Path], Path], tmp_path_factory: pytest.Temp
 def plain_script(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of plain_sft.py, which nobody stops. To be read only."""
     folder = tmp_path_factory.mktemp("plain_script")
-    checked(launch("tests.end_to_end.plain_sft", str(small_base), str(folder), num_ranks=2))
+    checked(run_module("tests.end_to_end.plain_sft", str(small_base), str(folder), num_ranks=2))
     return folder

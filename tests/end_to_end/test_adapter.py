@@ -12,8 +12,9 @@ from epi_ds.checkpoint.catalog import open_checkpoint
 from epi_ds.checkpoint.tag import Consent, open_tag
 from epi_ds.errors import UserError
 from epi_ds.inspect.export import export_tag
-from tests.end_to_end.recipes import lines_of, write_recipe
-from tests.support.processes import checked, run_epi_ds
+from tests.end_to_end.recipes import RANKS, lines_of, write_recipe
+from tests.support.forks import epi_ds
+from tests.support.processes import checked
 
 
 @pytest.mark.slow
@@ -26,7 +27,7 @@ def test_an_adapter_is_trained_and_merged_at_the_end(small_base: Path, tmp_path:
         method={"epi": {"policy": "first", "ratio": 0.1, "refresh_interval": 1, "memory": "none"}},
         evaluation={"skills": [], "rows": 4, "max_new_tokens": 4},
     )
-    assert "isolation protects only the" in checked(run_epi_ds("train", str(recipe)))
+    assert "isolation protects only the" in checked(epi_ds("train", str(recipe), num_ranks=RANKS))
     run = tmp_path / "run"
     steps = lines_of(run, "step")
     assert [line["step"] for line in steps] == [1, 2, 3]

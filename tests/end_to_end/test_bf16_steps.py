@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.processes import checked, launch, run_epi_ds
+from tests.support.forks import run_module
+from tests.support.processes import checked, run_epi_ds
 
 
 @pytest.mark.slow
@@ -27,7 +28,7 @@ def test_isolated_weights_stay_in_bf16_and_ratio_zero_is_plain(
         )
     if accelerator == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU that torch can use")
-    checked(launch("tests.end_to_end.bf16_steps", str(tmp_path), num_ranks=num_ranks))
+    checked(run_module("tests.end_to_end.bf16_steps", str(tmp_path), num_ranks=num_ranks))
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["ratio 0"]["losses"] == result["plain"]["losses"]
     assert result["isolated"]["isolated"] > 0

@@ -19,7 +19,8 @@ from epi_ds import ds_configs
 from epi_ds.checkpoint.catalog import open_checkpoint
 from epi_ds.train.accelerate_setup import prepare_accelerate
 from tests.support.engines import ds_config
-from tests.support.processes import checked, launch
+from tests.support.forks import run_module
+from tests.support.processes import checked
 from tests.support.ranks import end_ranks, run_ranks
 
 pytestmark = pytest.mark.end_to_end
@@ -31,7 +32,7 @@ SCRIPT = "tests.end_to_end.plain_sft"
 def test_a_plain_script_isolates_and_resumes_to_the_bit(small_base: Path, plain_script: Path, tmp_path: Path) -> None:
     model, whole, resumed = str(small_base), plain_script, tmp_path / "resumed"
     resumed.mkdir()
-    checked(launch(SCRIPT, model, str(resumed), str(whole / "checkpoint-4"), num_ranks=2))
+    checked(run_module(SCRIPT, model, str(resumed), str(whole / "checkpoint-4"), num_ranks=2))
     first, second = (json.loads((folder / "result.json").read_text()) for folder in (whole, resumed))
     assert first["world_size"] == 2
     assert first["isolated"] > 0
@@ -44,7 +45,7 @@ def test_a_plain_script_isolates_and_resumes_to_the_bit(small_base: Path, plain_
     shutil.copytree(whole, resumed)
     shutil.rmtree(resumed / "checkpoint-8" / "epi")
     (resumed / "checkpoint-8" / "trainer_state.json").unlink()
-    output = checked(launch(SCRIPT, model, str(resumed), "--continue", num_ranks=2))
+    output = checked(run_module(SCRIPT, model, str(resumed), "--continue", num_ranks=2))
     assert "checkpoint-8.incomplete was not saved to its end" in output
     assert json.loads((resumed / "result.json").read_text()) == first
     # The older one went when the newer one was whole, and the half one with it.
@@ -55,7 +56,7 @@ def test_a_plain_script_isolates_and_resumes_to_the_bit(small_base: Path, plain_
 @pytest.mark.slow
 def test_ranks_that_would_train_on_the_same_rows_are_refused(small_base: Path, tmp_path: Path) -> None:
     """What a plain script does on the CPU when accelerate is not told of the ranks."""
-    finished = launch(SCRIPT, str(small_base), str(tmp_path / "run"), "--unprepared", num_ranks=2)
+    finished = run_module(SCRIPT, str(small_base), str(tmp_path / "run"), "--unprepared", num_ranks=2)
     assert finished.exit_code != 0
     assert "every rank would train on the same rows" in finished.output
     assert "prepare_accelerate()" in finished.output

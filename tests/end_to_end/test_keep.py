@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.recipes import lines_of, write_recipe
-from tests.support.processes import checked, run_epi_ds
+from tests.end_to_end.recipes import RANKS, lines_of, write_recipe
+from tests.support.forks import epi_ds
+from tests.support.processes import checked
 
 pytestmark = pytest.mark.end_to_end
 
@@ -38,7 +39,7 @@ def test_what_is_kept_is_written_measured_and_scored_once(small_base: Path, tmp_
         stages=[{"name": name, "data": {"skill": "arithmetic", "rows": 16}} for name in ("one", "two")],
     )
     run = tmp_path / "run"
-    first = checked(run_epi_ds("train", str(recipe), "--until", "one"))
+    first = checked(epi_ds("train", str(recipe), "--until", "one", num_ranks=RANKS))
     assert "own rows 10/10" in first
     assert "importance was measured on 2 global batches" in first
     rows = (run / "own_rows.jsonl").read_text()
@@ -50,7 +51,7 @@ def test_what_is_kept_is_written_measured_and_scored_once(small_base: Path, tmp_
     assert all(line["layer_isolated"] == measured["layer_isolated"] for line in later if line["step"] < 2)
     for line in lines_of(run, "evaluation"):
         assert list(line["scores"]) == ["base/logic", "base/own_rows", "one", "two"]
-    second = checked(run_epi_ds("train", str(recipe)))
+    second = checked(epi_ds("train", str(recipe), num_ranks=RANKS))
     assert "importance was measured" not in second
     assert "own rows 10/10" not in second
     assert "forgotten of what is kept:" in second

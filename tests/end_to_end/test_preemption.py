@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from tests.end_to_end.recipes import RANKS, TOTAL_STEPS, assert_same_files, lines_of
-from tests.support.processes import checked, launch, run_epi_ds
+from tests.support.forks import epi_ds, run_module
+from tests.support.processes import checked, run_epi_ds
 from tests.support.tags import manifest_of
 
 pytestmark = pytest.mark.end_to_end
@@ -153,7 +154,7 @@ def test_a_recipe_goes_on_where_it_was_told_to_stop(
         output = run.ended()
     assert "(SIGTERM): " in output
     assert "Traceback" not in output
-    checked(run_epi_ds("train", str(recipe)))
+    checked(epi_ds("train", str(recipe), num_ranks=RANKS))
     assert_same_run(run_folder, undisturbed)
     starts = [line["step"] for line in lines_of(run_folder, "run")]
     assert starts[0] == 0
@@ -167,19 +168,19 @@ def test_stages_are_trained_by_one_process_each(
     recipe_of: Callable[[Path], Path], undisturbed: Path, tmp_path: Path
 ) -> None:
     recipe, run_folder = str(recipe_of(tmp_path)), tmp_path / "run"
-    checked(run_epi_ds("train", recipe, "--until", "reset"))
+    checked(epi_ds("train", recipe, "--until", "reset", num_ranks=RANKS))
     assert [line["step"] for line in lines_of(run_folder, "evaluation")] == [0, 5]
     assert not (run_folder / "export").exists()
-    assert "stage reset has ended already" in checked(run_epi_ds("train", recipe, "--until", "reset"))
+    assert "stage reset has ended already" in checked(epi_ds("train", recipe, "--until", "reset", num_ranks=RANKS))
     for _ in range(2):
         # A second time too, as after a stop while the model was exported.
         shutil.rmtree(run_folder / "export", ignore_errors=True)
-        checked(run_epi_ds("train", recipe, "--until", "chat"))
+        checked(epi_ds("train", recipe, "--until", "chat", num_ranks=RANKS))
         assert (run_folder / "export" / "config.json").exists()
     assert_same_run(run_folder, undisturbed)
     # Of the two that came to the end.
     assert len(lines_of(run_folder, "summary")) == 2
-    assert "no such stage; did you mean 'chat'" in checked(run_epi_ds("train", recipe, "--until", "chats"), 2)
+    assert "no such stage; did you mean 'chat'" in checked(epi_ds("train", recipe, "--until", "chats"), 2)
 
 
 @pytest.mark.slow
@@ -188,10 +189,10 @@ def test_a_stop_at_the_end_of_a_stage_leaves_its_evaluation_to_the_next_process(
 ) -> None:
     """Scoring may take longer than the job has left; the scores are the same afterwards."""
     recipe = recipe_of(tmp_path)
-    stopped = launch("tests.end_to_end.stop_at", str(recipe), "5", num_ranks=RANKS)
+    stopped = run_module("tests.end_to_end.stop_at", str(recipe), "5", num_ranks=RANKS)
     assert stopped.exit_code == REQUEUE, stopped.output
     assert [line["step"] for line in lines_of(tmp_path / "run", "evaluation")] == [0]
-    checked(run_epi_ds("train", str(recipe)))
+    checked(epi_ds("train", str(recipe), num_ranks=RANKS))
     assert_same_run(tmp_path / "run", undisturbed)
 
 

@@ -15,8 +15,9 @@ from epi_ds import ds_configs
 from epi_ds.data.skills import load_tokenizer
 from epi_ds.demo.base_model import small_llama
 from tests.end_to_end.recipes import lines_of
+from tests.support.forks import epi_ds
 from tests.support.nvme import needs_libaio
-from tests.support.processes import checked, run_epi_ds
+from tests.support.processes import checked
 
 pytestmark = pytest.mark.end_to_end
 
@@ -76,7 +77,7 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
             }
             path = folder / f"{name}.yaml"
             path.write_text(yaml.safe_dump(recipe))
-            checked(run_epi_ds("train", str(path)))
+            checked(epi_ds("train", str(path), num_ranks=RANKS))
         return run
 
     return train

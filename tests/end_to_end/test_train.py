@@ -33,7 +33,8 @@ from tests.end_to_end.recipes import (
     lines_of,
     write_recipe,
 )
-from tests.support.processes import checked, launch, run_command, run_epi_ds
+from tests.support.forks import epi_ds, run_module
+from tests.support.processes import checked, run_command, run_epi_ds
 from tests.support.tags import manifest_of
 
 pytestmark = pytest.mark.end_to_end
@@ -78,7 +79,7 @@ def uninterrupted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recorded run of all steps, evaluated with partitioned weights."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     recipe = write_recipe(folder, base, evaluation={"weights": "partitioned"})
-    checked(launch(RECORDER, str(recipe), str(folder), num_ranks=RANKS))
+    checked(run_module(RECORDER, str(recipe), str(folder), num_ranks=RANKS))
     return folder
 
 
@@ -87,10 +88,10 @@ def resumed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, evaluated with gathered weights, killed in its second stage and continued by ``epi-ds train``."""
     folder = tmp_path_factory.mktemp("resumed")
     recipe = write_recipe(folder, base)
-    killed = launch(RECORDER, str(recipe), str(folder), str(DIES_AT), num_ranks=RANKS)
+    killed = run_module(RECORDER, str(recipe), str(folder), str(DIES_AT), num_ranks=RANKS)
     assert killed.exit_code != 0
     assert RunFolder(folder / "run").complete_checkpoints()[-1].step == NEWEST_CHECKPOINT, killed.output[-4000:]
-    output = checked(run_epi_ds("train", str(recipe)))
+    output = checked(epi_ds("train", str(recipe), num_ranks=RANKS))
     assert f"resuming {folder / 'run' / 'checkpoints'}/checkpoint-{NEWEST_CHECKPOINT}" in output
     return folder
 
@@ -205,7 +206,7 @@ def test_one_rank_scores_and_probes_for_a_static_mask(uninterrupted: Path, base:
     assert {line["isolated"] for line in lines_of(tmp_path / "run", "step")} == {refresh["isolated"]}
     # Other rows to probe, another mask.
     given = [f"output={tmp_path / 'given'}", "method.probe={skill: code, rows: 4}", "ranks=1"]
-    checked(run_epi_ds("train", str(recipe), *shorter, *given))
+    checked(epi_ds("train", str(recipe), *shorter, *given, num_ranks=1))
     assert lines_of(tmp_path / "given", "refresh")[0]["layer_isolated"] != refresh["layer_isolated"]
     assert 0.099 < lines_of(tmp_path / "run", "step")[0]["isolated_share"] <= 0.1
 
@@ -227,7 +228,7 @@ def test_offload_packing_and_loss_on_every_turn(base: Path, tmp_path: Path) -> N
             "save_total_limit": 2,
         },
     )
-    checked(run_epi_ds("train", str(recipe)))
+    checked(epi_ds("train", str(recipe), num_ranks=RANKS))
     steps = lines_of(tmp_path / "run", "step")
     assert steps[-1]["isolated"] > 0
     assert steps[-1]["loss"] < steps[0]["loss"]
@@ -237,13 +238,13 @@ def test_offload_packing_and_loss_on_every_turn(base: Path, tmp_path: Path) -> N
     assert committed == [len(steps) - 1, len(steps)]
     # A finished run says so, and none of its files changes; least of all to say what it was not trained with.
     untouched = digests(tmp_path / "run")
-    assert "has ended" in checked(run_epi_ds("train", str(recipe)))
-    assert "method.epi.ratio was 0.1, is 0.3" in checked(run_epi_ds("train", str(recipe), "method.epi.ratio=0.3"), 2)
+    assert "has ended" in checked(epi_ds("train", str(recipe)))
+    assert "method.epi.ratio was 0.1, is 0.3" in checked(epi_ds("train", str(recipe), "method.epi.ratio=0.3"), 2)
     assert digests(tmp_path / "run") == untouched
     # Continued from the checkpoint before, it takes the last step again, on the same packed rows.
     last, before = tmp_path / "run" / "checkpoints" / f"checkpoint-{len(steps)}", tmp_path / "before"
     shutil.move(last, before)
-    checked(run_epi_ds("train", str(recipe)))
+    checked(epi_ds("train", str(recipe), num_ranks=RANKS))
     assert lines_of(tmp_path / "run", "step") == steps
     shards = sorted(str(path.relative_to(before)) for path in before.glob("*/*.pt"))
     assert len(shards) == 2 * RANKS
@@ -291,10 +292,10 @@ def test_another_number_of_ranks_continues_the_run(uninterrupted: Path, tmp_path
     for later in range(NEWEST_CHECKPOINT + 1, TOTAL_STEPS + 1):
         shutil.rmtree(run / "checkpoints" / f"checkpoint-{later}", ignore_errors=True)
     command = ["train", str(uninterrupted / "recipe.yaml"), f"output={run}", "ranks=1"]
-    refused = run_epi_ds(*command)
+    refused = epi_ds(*command, num_ranks=1)
     checked(refused, 2)
     assert "set micro-batch 2 and gradient_accumulation_steps 4" in refused.output
-    checked(run_epi_ds(*command, f"train.gradient_accumulation_steps={ACCUMULATION * RANKS}"))
+    checked(epi_ds(*command, f"train.gradient_accumulation_steps={ACCUMULATION * RANKS}", num_ranks=1))
     before, after = lines_of(uninterrupted / "run", "step"), lines_of(run, "step")
     assert [line["step"] for line in after] == [line["step"] for line in before]
     # Gradients are summed in another order, and Adam divides by what may be small. One row more or less shows by 0.1.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import multiprocessing as mp
 import os
 import signal
 import tempfile
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from epi_ds.launch.local import remove_buffers
+from tests.support.forks import fork_context
 
 # How long a collective waits for a rank that is stopped, and how long ranks may take to end after another one has.
 GROUP_SECONDS = 15.0
 END_SECONDS = 30.0
-_context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["tests.faults.scenario"])
 _started = 0
 
 
@@ -74,13 +72,14 @@ class Ranks:
         _started += 1
         self._folder = tempfile.TemporaryDirectory(prefix="faults_")
         self._port = f"{os.getpid()}{_started}"
+        context = fork_context()
         self._connections: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(world_size):
-            ours, theirs = _context.Pipe(duplex=False)
+            ours, theirs = context.Pipe(duplex=False)
             name = f"{function.__module__}.{function.__qualname__}"
             given = (rank, world_size, self._folder.name, self._port, name, args, theirs)
-            process = _context.Process(target=_serve, args=given, daemon=True)
+            process = context.Process(target=_serve, args=given, daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)

@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import psutil
 
-from epi_ds.launch.local import free_port, launch_command, remove_buffers
-
 
 class Finished(NamedTuple):
     """The end of a command."""
@@ -39,15 +37,6 @@ def run_command(command: Sequence[str], *, timeout: float = 300.0, cwd: Path | N
 def run_epi_ds(*arguments: str, timeout: float = 300.0) -> Finished:
     """Run the installed ``epi-ds`` command."""
     return run_command([str(Path(sys.prefix) / "bin" / "epi-ds"), *arguments], timeout=timeout)
-
-
-def launch(module: str, *arguments: str, num_ranks: int, timeout: float = 300.0) -> Finished:
-    """Run a module in ranks under DeepSpeed's node launcher."""
-    port = free_port()
-    try:
-        return run_command(launch_command(module, arguments, devices=range(num_ranks), port=port), timeout=timeout)
-    finally:
-        remove_buffers(port)
 
 
 def checked(finished: Finished, exit_code: int = 0) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import importlib
-import multiprocessing as mp
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from epi_ds.launch.local import remove_buffers
+from tests.support.forks import fork_context
 
 # A rank that waits for a peer which failed gets this long before the group is ended.
 GRACE_SECONDS = 5.0
@@ -37,7 +37,7 @@ def _port(session: int, world_size: int) -> str:
     return f"{session}{world_size}"
 
 
-def _serve(rank: int, world_size: int, folder: str, connection: Connection) -> None:
+def _serve(rank: int, world_size: int, folder: str, port: str, connection: Connection) -> None:
     log = open(f"{folder}/rank_{rank}.log", "w", buffering=1)  # noqa: SIM115 - stdout and stderr for good
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -45,7 +45,7 @@ def _serve(rank: int, world_size: int, folder: str, connection: Connection) -> N
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
     # Never listened on: the rendezvous below is a file. But DeepSpeed names shared memory by it, and two pools, or two
     # sessions on one machine, would write into each other's.
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=_port(os.getppid(), world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     import torch
     import torch.distributed as dist
 
@@ -76,14 +76,14 @@ class RankPool:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self._folder = tempfile.TemporaryDirectory(prefix=f"ranks_{world_size}_")
-        context = mp.get_context("spawn")
+        context = fork_context()
         self._processes = []
         self._connections = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, world_size, self._folder.name, theirs),
+                args=(rank, world_size, self._folder.name, _port(os.getpid(), world_size), theirs),
                 daemon=True,
                 name=f"rank{rank}",
             )
