@@ -92,6 +92,9 @@ def _first_failure(processes: Sequence[BaseProcess], timeout: float) -> int | No
 
 
 def _run(module: str, arguments: Sequence[str], environment: Mapping[str, str], folder: str, log: str) -> None:
+    # Here too, because a fork server keeps to itself what goes wrong with its imports.
+    import tests.support.imported  # noqa: F401
+
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -49,6 +49,9 @@ def _serve(rank: int, world_size: int, folder: str, port: str, connection: Conne
     import torch
     import torch.distributed as dist
 
+    # Imported already where ranks are forks; a fork server keeps to itself what goes wrong with its imports.
+    import tests.support.imported  # noqa: F401
+
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
