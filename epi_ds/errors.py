@@ -23,6 +23,13 @@ class RemedyError(RuntimeError):
     """
 
 
+class DiskError(RemedyError):
+    """A file cannot be written: a full disk, say, or one that is read-only. See [Note: disk] in checkpoint/disk.py.
+
+    Unlike others of its kind it may be raised by one rank alone, which then speaks for itself.
+    """
+
+
 class LostRankError(RuntimeError):
     """Another rank died or stands still; the message says who noticed, and the traceback would only say where."""
 

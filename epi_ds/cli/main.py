@@ -29,7 +29,7 @@ from epi_ds.cli import (
     report,
     train,
 )
-from epi_ds.errors import CheckpointError, LostRankError, RemedyError, UserError
+from epi_ds.errors import CheckpointError, DiskError, LostRankError, RemedyError, UserError
 
 # Packages that only training by a recipe and its report need: the extra `train`.
 _OF_THE_EXTRA = ("accelerate", "datasets", "matplotlib", "trl")
@@ -93,13 +93,15 @@ class _Speaks(Enum):
     EVERYONE = "everyone"
     """Whichever ranks are left."""
     NO_RANK = "no rank"
-    """Outside of ranks a full disk, say, or a folder that is a file; within them it is a traceback."""
+    """Outside of ranks a folder that is a file, say; within them it is a traceback. Of a disk `DiskError` tells."""
 
 
 # Errors whose message is all there is to say, with the exit code they end in.
 _TOLD: dict[type[Exception], tuple[int, _Speaks]] = {
     UserError: (2, _Speaks.RANK_0),
     CheckpointError: (1, _Speaks.RANK_0),
+    # Before its base, which all ranks raise.
+    DiskError: (1, _Speaks.EVERYONE),
     RemedyError: (1, _Speaks.RANK_0),
     LostRankError: (1, _Speaks.EVERYONE),
     OSError: (1, _Speaks.NO_RANK),

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from epi_ds.checkpoint.disk import writing
 from epi_ds.errors import LostRankError, RemedyError, UserError
 
 _BEAT_SECONDS, _SILENCE_SECONDS, _LOOK_SECONDS = 1.0, 30.0, 0.1
@@ -29,20 +30,24 @@ def once_per_node(attempt: Path, work: Callable[[], Any], *, is_worker: bool) ->
     is_worker  whether this process does the work
 
     Raises what the work raised, if that was a UserError or a RemedyError, on all of them, and LostRankError where the
-    worker is silent for half a minute: it died, or its machine stands still.
+    worker is silent for half a minute: it died, or its machine stands still, or its disk is full.
     """
     place = attempt / socket.gethostname()
     if not is_worker:
         return _wait(place)
     _forget_old(attempt.parent)
-    place.mkdir(parents=True, exist_ok=True)
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
     try:
         with _beating(place / "alive"):
             result = work()
+        with writing(place):
+            _write(place / "done", result)
     except Exception as error:
-        _write(place / "failed", as_json(error))
+        # Where the disk is full the others hear of it by this one's silence.
+        with suppress(OSError):
+            _write(place / "failed", as_json(error))
         raise
-    _write(place / "done", result)
     return result
 
 
@@ -64,7 +69,9 @@ def _beating(path: Path) -> Iterator[None]:
     def beat() -> None:
         count = 0
         while True:
-            _write(path, count)
+            with suppress(OSError):
+                # A full disk is told of by the work, which needs more of it.
+                _write(path, count)
             count += 1
             if ended.wait(_BEAT_SECONDS):
                 return

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from epi_ds.checkpoint.deepspeed_files import SavedPartitions
+from epi_ds.checkpoint.disk import writing
 from epi_ds.checkpoint.durable import write_json
 from epi_ds.checkpoint.tag import Tag
 from epi_ds.checkpoint.weights_folder import INDEX, SINGLE
@@ -46,7 +47,7 @@ def export_tag(
     shard_bytes  at most so many in a file, but for a parameter that is larger
 
     No more than one file's weights are in memory. Raises UserError where ``output`` exists or ``model`` is none, and
-    CheckpointError rather than write an empty tensor.
+    CheckpointError rather than write an empty tensor, and DiskError where the weights cannot be written.
     """
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} is not empty; give a folder that is")
@@ -60,7 +61,8 @@ def export_tag(
 
     def flush() -> None:
         path = output / f".piece-{len(pieces)}.safetensors"
-        save_file(pending, path, metadata={"format": "pt"})
+        with writing(output):
+            save_file(pending, path, metadata={"format": "pt"})
         pieces.append((path, list(pending)))
         pending.clear()
 
@@ -75,7 +77,8 @@ def export_tag(
     flush()
     files = _name_files(output, pieces, num_bytes)
     config.dtype = chosen
-    config.save_pretrained(output)
+    with writing(output):
+        config.save_pretrained(output)
     for kind in (GenerationConfig, AutoTokenizer):
         _copy_pretrained(kind, model, output)
     return ExportReport(tuple(files), num_tensors, num_bytes, str(chosen).removeprefix("torch."))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from epi_ds.checkpoint.disk import writing
 from epi_ds.checkpoint.durable import write_json, write_text
 from epi_ds.data.store import digest_of
 from epi_ds.errors import UserError
@@ -62,10 +63,13 @@ def write_rows(
     """Write rows as JSON lines, and beside them what they were written with. Whole or absent also after a crash.
 
     found  what else the record says: counts and times
+
+    Raises DiskError where they cannot be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    # First what vouches: rows without it would be taken for a person's.
-    write_json(record_of(file), {"sha256": digest, "settings": dict(settings), **found})
-    write_text(file, text)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # First what vouches: rows without it would be taken for a person's.
+        write_json(record_of(file), {"sha256": digest, "settings": dict(settings), **found})
+        write_text(file, text)

@@ -7,6 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from epi_ds.checkpoint.disk import writing
+from epi_ds.checkpoint.durable import write_text
 from epi_ds.errors import UserError
 from epi_ds.report import figures
 from epi_ds.report.scores import ScoreTable, score_history, score_table
@@ -23,7 +25,10 @@ th:first-child, td:first-child { text-align: left; } svg { width: 100%; height: 
 
 
 def write_report(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Write the page of a run from the lines of its metrics file. Raises ValueError where no run ever started."""
+    """Write the page of a run from the lines of its metrics file; whole or as it was before.
+
+    Raises UserError where no run ever started, and DiskError where it cannot be written.
+    """
     runs = [line for line in metrics if line["event"] == "run"]
     if not runs:
         raise UserError(f"there is nothing to report: {path.parent} holds no metrics of a run")
@@ -33,12 +38,14 @@ def write_report(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) -
         *_sections(metrics, runs[-1]["stages"]),
         *_changes(runs),
     ]
-    path.write_text(
+    page = (
         "<!doctype html>\n"
         f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
         "<body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
+    with writing(path):
+        write_text(path, page)
 
 
 def _summary(metrics: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> str:

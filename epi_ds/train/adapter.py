@@ -12,6 +12,7 @@ from transformers import set_seed
 
 from epi_ds.errors import UserError
 from epi_ds.recipe.lora import LoraSection, lora_config
+from epi_ds.train.export import write_export
 
 # What PEFT puts before the names of a model's parameters, and after that of a module with an adapter.
 _PREFIX = "base_model.model."
@@ -45,25 +46,20 @@ def with_adapter(model: Any, section: LoraSection, *, seed: int) -> Any:
 def export_adapter(engine: Any, tokenizer: Any, folder: Path, *, merge: bool) -> None:
     """Write the model with the adapter added to its weights, or the adapter alone, in Hugging Face format. Collective.
 
-    Rank 0 holds one copy of what is written, on the CPU; the other ranks hold one module at a time.
+    Rank 0 holds one copy of what is written, on the CPU; the other ranks hold one module at a time. Raises what
+    `write_export` raises.
     """
     model, is_writer = engine.module, dist.get_rank() == 0
     if merge:
-        weights = _merged_weights(model, keep=is_writer)
-        if is_writer:
-            model.get_base_model().save_pretrained(folder, state_dict=weights)
+        weights, written = _merged_weights(model, keep=is_writer), model.get_base_model()
     else:
-        weights = {}
+        weights, written = {}, model
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 with deepspeed.zero.GatheredParameters([parameter]):
                     if is_writer:
                         weights[name] = parameter.detach().to("cpu", copy=True)
-        if is_writer:
-            model.save_pretrained(folder, state_dict=weights)
-    if is_writer:
-        tokenizer.save_pretrained(folder)
-    dist.barrier()
+    write_export(written, tokenizer, folder, weights=weights)
 
 
 def _merged_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from epi_ds.checkpoint.disk import writing
+from epi_ds.checkpoint.verdict import on_first_rank
+
 
 def export_model(engine: Any, tokenizer: Any, folder: Path) -> None:
     """Gather the weights parameter by parameter and write safetensors, configuration and tokenizer. Collective.
 
     Rank 0 holds one copy of the weights in the precision ZeRO-3 trains in, on the CPU; the other ranks hold one
-    parameter at a time. Raises RuntimeError rather than write an empty tensor.
+    parameter at a time. Raises RuntimeError rather than write an empty tensor, and what `write_export` raises.
     """
     model = engine.module
     weights: dict[str, torch.Tensor] = {}
@@ -30,9 +34,23 @@ def export_model(engine: Any, tokenizer: Any, folder: Path) -> None:
             raise RuntimeError(
                 f"refusing to export empty tensors: {', '.join(empty[:5])}; the weights were not gathered"
             )
-        model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
-        tokenizer.save_pretrained(folder)
-    dist.barrier()
+    write_export(model, tokenizer, folder, weights=weights)
+
+
+def write_export(model: Any, tokenizer: Any, folder: Path, *, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write a model in Hugging Face format on rank 0, its tokenizer last, see `RunFolder.has_export`. Collective.
+
+    weights  of the whole model, on rank 0
+
+    Raises on all ranks where the files cannot be written: DiskError on rank 0, RemedyError on the others.
+    """
+
+    def write() -> None:
+        with writing(folder):
+            model.save_pretrained(folder, state_dict=weights)
+            tokenizer.save_pretrained(folder)
+
+    on_first_rank(write)
 
 
 def _persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from epi_ds.checkpoint.disk import writing
+from epi_ds.checkpoint.durable import write_text
 
 FILE = "metrics.jsonl"
 
@@ -45,18 +47,19 @@ def _finite(value: Any) -> Any:
 
 
 class MetricsWriter:
-    """Appends to a metrics file; lines are complete on disk when `write` returns."""
+    """Appends to a metrics file; lines are complete when `write` returns. Raises DiskError where they cannot be."""
 
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
         """``resume_step`` keeps the lines up to that step, which a resumed run does not repeat; None keeps none."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_step is None else [m for m in read_metrics(path) if m["step"] <= resume_step]
         # Not the lines, of which a long run has many, and large ones.
         self._kept = {(line["event"], line["step"]) for line in kept}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
-        self._file = path.open("a", buffering=1)
+        self._path = path
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            # Without a buffer: what could not be written would be tried again when the file is closed.
+            self._file = path.open("ab", buffering=0)
 
     def write(self, event: str, *, step: int, stage: str, **values: Any) -> None:
         """Append one line. Numbers that are not finite, which JSON has not, are null, and told under ``not_finite``."""
@@ -69,7 +72,11 @@ class MetricsWriter:
         }
         if lost:
             line["not_finite"] = lost
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        rest = (json.dumps(line, allow_nan=False) + "\n").encode()
+        with writing(self._path):
+            while rest:
+                # A disk that is nearly full takes a part, and says so at the next try.
+                rest = rest[self._file.write(rest) :]
 
     def holds(self, event: str, *, step: int) -> bool:
         """Whether an earlier process wrote a line of this event and step, which is kept."""

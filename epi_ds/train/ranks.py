@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from epi_ds.errors import LostRankError
+from epi_ds.errors import DiskError, LostRankError
 from epi_ds.recipe.models import Recipe
 from epi_ds.trackers import check_installed, trackers_in
 from epi_ds.train.run_folder import RunFolder
@@ -42,38 +46,63 @@ def train_as_rank(recipe: Recipe, start: Start, *, show: Callable[[Path], None])
 
     show  called on rank 0 with the folder of a run that was trained
 
-    Raises UserError for a tracker that is not installed, and LostRankError where another rank dies or stands still.
+    Raises UserError for a tracker that is not installed, LostRankError where another rank dies or stands still, and
+    DiskError where this one cannot write what is not a checkpoint's.
     """
     check_installed(trackers_in(recipe.train.get("report_to")))
     if recipe.ranks not in (None, int(os.environ["WORLD_SIZE"])) and os.environ["RANK"] == "0":
         logger.warning("ranks: %d is ignored, because %s were started", recipe.ranks, os.environ["WORLD_SIZE"])
     import torch.distributed as dist
 
+    from epi_ds.checkpoint.disk import disk_problem
+    from epi_ds.checkpoint.verdict import on_first_rank
     from epi_ds.launch.local import remove_buffers
     from epi_ds.launch.lost_ranks import die_with_launcher, lost_rank
     from epi_ds.launch.teardown import skip_teardown
     from epi_ds.train.run import run_recipe
 
     die_with_launcher()
+    place = Path(recipe.output)
+    threading.excepthook = partial(_tell_of_thread, threading.excepthook, place)
     try:
         folder = run_recipe(recipe, start)
-        if folder is not None and dist.get_rank() == 0:
-            show(folder.root)
-        dist.barrier()
+        if folder is not None:
+            root = folder.root
+            on_first_rank(lambda: show(root))
         dist.destroy_process_group()
         skip_teardown(0)
-    except RuntimeError as error:
-        if (reason := lost_rank(error)) is None:
-            raise
-        raise LostRankError(f"rank {os.environ['RANK']}: {reason}. {_remedy(recipe)}") from error
+    except Exception as error:
+        if problem := disk_problem(error, place=place):
+            # What trackers cannot write while this process ends either follows from it, and has nothing to add.
+            sys.unraisablehook = threading.excepthook = lambda _: None
+            # The others are in a collective, whose threads may outlive Python.
+            skip_teardown(1)
+            raise DiskError(f"rank {os.environ['RANK']}: {problem}. {_remedy(recipe)}") from error
+        if isinstance(error, RuntimeError) and (reason := lost_rank(error)):
+            raise LostRankError(f"rank {os.environ['RANK']}: {reason}. {_remedy(recipe)}") from error
+        raise
     finally:
         if os.environ["LOCAL_RANK"] == "0":
             # srun and mpirun do not know of them.
             remove_buffers(int(os.environ["MASTER_PORT"]))
 
 
+def _tell_of_thread(otherwise: Callable[[Any], object], place: Path, raised: Any) -> None:
+    """Say in a line that a thread, of a tracker mostly, met a full disk: who waits for it meets it too, and ends."""
+    from epi_ds.checkpoint.disk import disk_problem
+
+    problem = None if raised.exc_value is None else disk_problem(raised.exc_value, place=place)
+    if problem is None:
+        otherwise(raised)
+    else:
+        logger.error("a thread has ended: %s", problem)
+
+
 def _remedy(recipe: Recipe) -> str:
     """Say how a run goes on that lost a rank."""
-    newest = RunFolder(Path(recipe.output)).complete_checkpoints()[-1:]
+    try:
+        newest = RunFolder(Path(recipe.output)).complete_checkpoints()[-1:]
+    except OSError as error:
+        return f"Run the command again to go on from the newest checkpoint, which cannot be looked for now ({error})"
     last = f"the newest checkpoint is {newest[0].path}" if newest else "there is no checkpoint yet"
     return f"Run the command again to go on: {last}"

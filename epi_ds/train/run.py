@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 from trl import SFTConfig
 
 from epi_ds.checkpoint.catalog import Checkpoint
+from epi_ds.checkpoint.disk import writing
 from epi_ds.checkpoint.durable import write_json
 from epi_ds.checkpoint.loading import AUTO
 from epi_ds.checkpoint.run import run_id_of
@@ -90,13 +91,18 @@ def run_recipe(recipe: Recipe, start: Start | None = None) -> RunFolder | None:
         if console is not None:
             console.print(end, highlight=False, soft_wrap=True)
         return None
-    changed: list[Change] = []
-    metrics = None
     on_first_rank(folder.prepare)
-    if console is not None:
+    changed: list[Change] = []
+    metrics: MetricsWriter | None = None
+
+    def begin() -> None:
+        nonlocal changed, metrics
         changed = changes_since(folder, recipe) if resume else []
-        write_json(folder.recipe, recipe.model_dump(mode="json"))
+        with writing(folder.recipe):
+            write_json(folder.recipe, recipe.model_dump(mode="json"))
         metrics = MetricsWriter(folder.metrics, resume_step=resume.step if resume else None)
+
+    on_first_rank(begin)
     try:
         _continue(_Run(recipe, folder, start, resume, changed, metrics, console), extra_arguments)
     finally:

@@ -15,8 +15,10 @@ from typing import NamedTuple
 import psutil
 import pytest
 
+from epi_ds.train.metrics import read_metrics
 from tests.end_to_end.conftest import Demo
 from tests.end_to_end.recipes import RANKS, write_recipe
+from tests.support.processes import checked, run_epi_ds
 
 pytestmark = pytest.mark.end_to_end
 
@@ -35,8 +37,9 @@ class Run(NamedTuple):
 
 
 @contextmanager
-def training(base: Path, folder: Path) -> Iterator[Run]:
-    recipe = write_recipe(folder, base, train={"ddp_timeout": TIMEOUT, "save_steps": 1}, evaluation={"rows": 2})
+def training(base: Path, folder: Path, **arguments: str) -> Iterator[Run]:
+    train = {"ddp_timeout": TIMEOUT, "save_steps": 1, **arguments}
+    recipe = write_recipe(folder, base, train=train, evaluation={"rows": 2})
     command = subprocess.Popen(
         [str(Path(sys.prefix) / "bin" / "epi-ds"), "train", str(recipe)],
         stdout=subprocess.PIPE,
@@ -85,6 +88,32 @@ def test_a_lost_rank_ends_the_run(
         assert "Traceback" not in output
         _, alive = psutil.wait_procs(run.ranks, timeout=5)
         assert not alive
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["metrics.jsonl", "tensorboard/events.*"])
+def test_a_full_disk_ends_the_run_with_one_message(file: str, small_base: Path, tmp_path: Path) -> None:
+    """Files of rank 0 may not grow beyond the size that one of them has, which is therefore what fails first."""
+    tracker = "none" if file == "metrics.jsonl" else "tensorboard"
+    with training(small_base, tmp_path, report_to=tracker) as run:
+        (path,) = run.folder.glob(file)
+        run.ranks[0].rlimit(psutil.RLIMIT_FSIZE, (path.stat().st_size,) * 2)
+        output, _ = run.command.communicate(timeout=60)
+        assert run.command.returncode == 1
+        assert "Traceback" not in output, output
+        # The other one says whom it lost.
+        (message,) = [line for line in output.splitlines() if line.startswith("error: rank 0: ")]
+        # What a library writes has no name in its error.
+        named = path if tracker == "none" else f"a file in {run.folder}"
+        assert re.search(
+            rf"{named} could not be written: File too large; its file system has [\d.]+ GB free\. Make room", message
+        )
+        assert f"go on: the newest checkpoint is {run.folder}/checkpoints/checkpoint-" in message
+        _, alive = psutil.wait_procs(run.ranks, timeout=5)
+        assert not alive
+    if tracker == "none":
+        assert "resuming " in checked(run_epi_ds("train", str(tmp_path / "recipe.yaml")))
+        assert [line["event"] for line in read_metrics(path)][-1] == "end"
 
 
 @pytest.mark.slow
