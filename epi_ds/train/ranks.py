@@ -74,7 +74,7 @@ def train_as_rank(recipe: Recipe, start: Start, *, show: Callable[[Path], None])
     except Exception as error:
         if problem := disk_problem(error, place=place):
             # What trackers cannot write while this process ends either follows from it, and has nothing to add.
-            sys.unraisablehook = threading.excepthook = lambda _: None
+            sys.unraisablehook = threading.excepthook = _say_nothing
             # The others are in a collective, whose threads may outlive Python.
             skip_teardown(1)
             raise DiskError(f"rank {os.environ['RANK']}: {problem}. {_remedy(recipe)}") from error
@@ -96,6 +96,10 @@ def _tell_of_thread(otherwise: Callable[[Any], object], place: Path, raised: Any
         otherwise(raised)
     else:
         logger.error("a thread has ended: %s", problem)
+
+
+def _say_nothing(_: object) -> None:
+    """Take what a thread or a handler of the end could not do."""
 
 
 def _remedy(recipe: Recipe) -> str:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from epi_ds.checkpoint.commit import Run
+from epi_ds.checkpoint.meeting import meet
 from epi_ds.choices import ADAPTIVE, Memory, PolicyName, StateFormat
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError, nearest
@@ -34,13 +35,22 @@ logger = logging.getLogger(__name__)
 
 
 class EPI:
-    """The isolation of one engine. Methods marked collective must be called by every rank."""
+    """The isolation of one engine. Methods marked collective must be called by every rank.
+
+    Where one does not come, LostRankError names it: once the process group's time-out is over, or at once where it has
+    ended. What changes the isolation meets every time. `mask`, `importance` and `anchor`, which are called for every
+    parameter, meet once between two steps for each of their names, so that a loop over all parameters costs one meeting
+    and not one for each, see [Note: meeting] in checkpoint/meeting.py: a rank that stays away from a later call of
+    these between the same two steps is not named.
+    """
 
     def __init__(self, engine: Any, controller: IsolationController, *, run: Run) -> None:
         self._engine = engine
         self._controller = controller
         self.run = run
         """The checkpoints of the run, for the parts of the library that save and load them."""
+        # Steps before which ranks met last for what is gathered, by name.
+        self._met: dict[str, int] = {}
 
     @property
     def config(self) -> EPIConfig:
@@ -60,12 +70,12 @@ class EPI:
     def mask(self, name: str) -> Tensor:
         """Gather the mask of one parameter. Collective. -> its full shape, bool, CPU; True = isolated."""
         segment = self._segment(name)
-        return self._gather(segment, self._controller.masks.segment(segment).to(torch.uint8)).bool()
+        return self._gather("mask()", segment, self._controller.masks.segment(segment).to(torch.uint8)).bool()
 
     def importance(self, name: str) -> Tensor:
         """Gather the importance of one parameter. Collective. -> its full shape, fp32, CPU."""
         segment = self._segment(name)
-        return self._gather(segment, self._controller.segment_importance(segment))
+        return self._gather("importance()", segment, self._controller.segment_importance(segment))
 
     def thresholds(self) -> dict[str, float]:
         """Return the importance at which each layer's entries are isolated, by layer; inf isolates none of them.
@@ -108,7 +118,7 @@ class EPI:
         if self._anchor is None or not (self._anchor.is_taken or self._anchor.folder):
             reason = "there is none; set anchor" if self._anchor is None else "it is taken in the first step"
             raise UserError(f"the anchor of {name} was asked for, and {reason}")
-        return self._gather(segment, self._anchor.of(segment).float())
+        return self._gather("anchor()", segment, self._anchor.of(segment).float())
 
     def memory_report(self) -> MemoryReport:
         """Return what isolation keeps on this rank."""
@@ -129,6 +139,7 @@ class EPI:
             raise UserError("policy: none isolates nothing, but a refresh selects a mask; set policy: evolving")
         if self.config.policy is PolicyName.FIRST:
             raise UserError("policy: first selects one mask by itself and keeps it; set policy: evolving")
+        _meet("refresh_now()")
         return self._controller.refresh()
 
     def finish_stage(self, name: str | None = None) -> RefreshReport | None:
@@ -141,6 +152,7 @@ class EPI:
         UserError also in the middle of an accumulation window.
         """
         self._check_window("finish_stage()")
+        _meet("finish_stage()")
         if self._anchor is not None:
             self._anchor.end_stage()
         return self._controller.finish_stage(name)
@@ -259,6 +271,7 @@ class EPI:
         """Replace the importance by the mean squared gradient of the global batches of ``losses``. Collective."""
         engine, controller = self._engine, self._controller
         self._check_window(call)
+        _meet(call)
         accumulation = engine.gradient_accumulation_steps()
         controller.start_measuring()
         taken = observed = 0
@@ -310,8 +323,16 @@ class EPI:
             raise UserError(f"{name!r} is not a covered parameter{nearest(name, segments)}")
         return segments[name]
 
-    def _gather(self, segment: Segment, values: Tensor) -> Tensor:
+    def _gather(self, call: str, segment: Segment, values: Tensor) -> Tensor:
+        if self._met.get(call) != self._engine.global_steps:
+            _meet(call)
+            self._met[call] = self._engine.global_steps
         padded = values.new_zeros(segment.partition_numel)
         padded[: segment.real_numel] = values
         gathered = self._controller.exchange.concatenate(padded).cpu()
         return gathered[: math.prod(segment.shape)].view(segment.shape)
+
+
+def _meet(call: str) -> None:
+    """Wait for all ranks; see `EPI` and `meet`."""
+    meet(f"engine.epi.{call}")
