@@ -22,6 +22,24 @@ class Standing(NamedTuple):
     """Whether somebody else wrote them, or changed them since."""
 
 
+class Written(NamedTuple):
+    """What is known of the rows in a file. None where a person gave or edited them: nobody counted."""
+
+    written: int
+    """Rows that stand in the file."""
+    asked: int | None
+    """Rows that the model was to write."""
+    left_out: dict[str, int] | None
+    """Rows that it wrote and that were not kept, by reason."""
+    num_tokens: int | None
+    """That were sampled, for rows that were left out too."""
+    seconds: float | None
+    tokens_per_second: float | None
+    is_edited: bool
+    file: str
+    sha256: str
+
+
 def record_of(file: Path) -> Path:
     """Return where it stands what a file of own rows was written with: ``own_rows.written.json``."""
     return file.with_suffix(".written.json")
@@ -37,8 +55,7 @@ def standing_in(file: Path, settings: Mapping[str, Any]) -> Standing | None:
     """
     if not file.exists():
         return None
-    with file.open(encoding="utf-8") as lines:
-        num_rows = sum(bool(line.strip()) for line in lines)
+    num_rows = _count(file)
     record = record_of(file)
     written = json.loads(record.read_text()) if record.exists() else {}
     if written.get("sha256") != digest_of(file):
@@ -55,6 +72,32 @@ def standing_in(file: Path, settings: Mapping[str, Any]) -> Standing | None:
             "written anew, restore the settings, or give another file"
         )
     return Standing(num_rows, is_edited=False)
+
+
+def written_in(file: Path) -> Written:
+    """Return what is known of the rows in a file, by what `write_rows` wrote beside them."""
+    digest, record = digest_of(file), record_of(file)
+    found = json.loads(record.read_text()) if record.exists() else {}
+    rows = _count(file)
+    if found.get("sha256") != digest:
+        return Written(rows, None, None, None, None, None, is_edited=True, file=str(file), sha256=digest)
+    seconds, num_tokens = found["seconds"], found["num_tokens"]
+    return Written(
+        rows,
+        asked=found["settings"]["rows"],
+        left_out=found["left_out"],
+        num_tokens=num_tokens,
+        seconds=seconds,
+        tokens_per_second=num_tokens / seconds if seconds else None,
+        is_edited=False,
+        file=str(file),
+        sha256=digest,
+    )
+
+
+def _count(file: Path) -> int:
+    with file.open(encoding="utf-8") as lines:
+        return sum(bool(line.strip()) for line in lines)
 
 
 def write_rows(

@@ -36,6 +36,7 @@ def write_report(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) -
         f"<h1>{escape(title)}</h1>",
         _summary(metrics, runs),
         *_sections(metrics, runs[-1]["stages"]),
+        *_own_rows(metrics),
         *_changes(runs),
     ]
     page = (
@@ -138,6 +139,25 @@ def _sections(metrics: Sequence[dict[str, Any]], stages: figures.Stages) -> list
             )
         )
     return sections
+
+
+def _own_rows(metrics: Sequence[dict[str, Any]]) -> list[str]:
+    """What is known of the rows that the model wrote itself, or of those that a person put in their place."""
+    line = next((line for line in metrics if line["event"] == "own_rows"), None)
+    if line is None:
+        return []
+    facts = {"rows": f"{line['written']:,}"}
+    if not line["is_edited"]:
+        facts["rows"] += f" of {line['asked']:,}"
+        left_out = ", ".join(f"{count} {reason}" for reason, count in line["left_out"].items() if count)
+        facts["left out"] = left_out or "none"
+        facts["sampled tokens"] = f"{line['num_tokens']:,}"
+        rate = line["tokens_per_second"]
+        facts["time"] = f"{line['seconds']:,.1f} s" + ("" if rate is None else f", {rate:,.0f} tokens/s")
+    facts |= {"file": line["file"], "sha256": line["sha256"]}
+    rows = "".join(f"<tr><td>{name}</td><td>{escape(fact)}</td></tr>" for name, fact in facts.items())
+    whose = "Given or edited by a person" if line["is_edited"] else "Written by the model itself before the first step"
+    return [_section("Own rows", f"{whose}, to be kept.", f"<table><tbody>{rows}</tbody></table>")]
 
 
 def _changes(runs: Sequence[dict[str, Any]]) -> list[str]:

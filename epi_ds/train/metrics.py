@@ -1,6 +1,7 @@
 """``metrics.jsonl``: one JSON object per line, appended as things happen, cut back on resume.
 
-Every line has ``event``, ``step`` (optimizer steps finished) and ``stage``. Events: ``run`` (a start or a resume, with
+Every line has ``event``, ``step`` (optimizer steps finished) and ``stage``. Events: ``own_rows`` (what the model wrote
+before training, once: `own_rows.file.Written`), ``run`` (a start or a resume, with
 the settings that it changed), ``step`` (with the mean loss of each source's tokens since the line before, over all
 ranks, under ``source_losses``), ``drift`` (a look at the mask under ``refresh_interval: adaptive``),
 ``refresh``, ``evaluation``, ``summary``, ``end`` (everything is on the disk, the exported model included).
@@ -18,6 +19,8 @@ from epi_ds.checkpoint.disk import writing
 from epi_ds.checkpoint.durable import write_text
 
 FILE = "metrics.jsonl"
+BEFORE = "start"
+"""Stage name of what happens before the first step."""
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -14,15 +14,13 @@ from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.evaluation.evaluator import Score, Scored
 from epi_ds.hf import EPICallback
 from epi_ds.isolation.refresh_report import Decision, RefreshReport
-from epi_ds.train.metrics import MetricsWriter
+from epi_ds.train.metrics import BEFORE, MetricsWriter
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.settings import Change
 from epi_ds.train.stages import StageSpan, stage_at
 from epi_ds.train.trainer import StageTrainer
 from epi_ds.zero3.handle import EPI
 
-BEFORE = "start"
-"""Stage name of what happens before the first step."""
 # TRL counts these from the start of the process, so after a resume they would fall back. The trainer's own count of
 # tokens goes on: train.include_num_input_tokens_seen.
 _PER_PROCESS = ("num_tokens",)

@@ -28,6 +28,7 @@ from epi_ds.evaluation.kept import KeptSource, kept_sources, kept_tasks
 from epi_ds.evaluation.tasks import Task, build_tasks
 from epi_ds.hf import EPICallback
 from epi_ds.launch.environment import accelerator_name
+from epi_ds.own_rows.file import written_in
 from epi_ds.recipe.arguments import deepspeed_config
 from epi_ds.recipe.models import Recipe
 from epi_ds.trackers import continue_runs, trackers_in
@@ -36,7 +37,7 @@ from epi_ds.train.adapter import export_adapter, with_adapter
 from epi_ds.train.epoch_callback import EpochCallback
 from epi_ds.train.export import export_model
 from epi_ds.train.kept_rows import KeptRows
-from epi_ds.train.metrics import MetricsWriter
+from epi_ds.train.metrics import BEFORE, MetricsWriter
 from epi_ds.train.metrics_callback import MetricsCallback
 from epi_ds.train.model import check_vocabulary, load_model
 from epi_ds.train.own_rows import write_before_training
@@ -128,6 +129,8 @@ def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
     own_rows = write_before_training(
         run.recipe, folder, tokenizer, arguments, resumes=run.resume is not None, console=run.console
     )
+    if own_rows is not None and run.metrics is not None and run.resume is None:
+        run.metrics.write("own_rows", step=0, stage=BEFORE, **written_in(own_rows)._asdict())
     kept = kept_sources(run.recipe, own_rows)
     tasks = [*kept_tasks(kept, run.recipe), *tasks]
     trainer = _make_trainer(run, isolation, args, tokenizer=tokenizer, arguments=arguments, kept=kept)

@@ -13,7 +13,8 @@ from epi_ds.hf import EPICallback
 from epi_ds.planned_rates import planned_rates
 from epi_ds.recipe.models import Moments
 from epi_ds.train.measuring import losses_of
-from epi_ds.train.metrics_callback import BEFORE, MetricsCallback
+from epi_ds.train.metrics import BEFORE
+from epi_ds.train.metrics_callback import MetricsCallback
 from epi_ds.train.stages import StageSpan, stage_at
 from epi_ds.train.trainer import StageTrainer
 from epi_ds.zero3.handle import EPI

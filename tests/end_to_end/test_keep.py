@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from epi_ds.data.store import digest_of
 from tests.end_to_end.recipes import RANKS, lines_of, write_recipe
 from tests.support.forks import epi_ds
 from tests.support.processes import checked
@@ -44,6 +45,12 @@ def test_what_is_kept_is_written_measured_and_scored_once(small_base: Path, tmp_
     assert "importance was measured on 2 global batches" in first
     rows = (run / "own_rows.jsonl").read_text()
     assert len(rows.splitlines()) == 10
+    (told,) = lines_of(run, "own_rows")
+    assert (told["step"], told["stage"], told["written"], told["asked"]) == (0, "start", 10, 10)
+    assert told["sha256"] == digest_of(run / "own_rows.jsonl")
+    assert (told["file"], told["is_edited"]) == (str(run / "own_rows.jsonl"), False)
+    assert told["left_out"].keys() == {"empty", "cut", "repeated"}
+    assert told["num_tokens"] > 0
     (measured, *later) = lines_of(run, "refresh")
     assert (measured["step"], measured["stage"], measured["isolated"] > 0) == (0, "start", True)
     # The mask is that of what is kept until a stage has ended.
@@ -56,6 +63,8 @@ def test_what_is_kept_is_written_measured_and_scored_once(small_base: Path, tmp_
     assert "own rows 10/10" not in second
     assert "forgotten of what is kept:" in second
     assert (run / "own_rows.jsonl").read_text() == rows
+    assert lines_of(run, "own_rows") == [told]
+    assert "10 of 10" in (run / "report.html").read_text()
     # Two of eight rows are drawn from what is kept, as one table; a stage of 16 rows has two such steps.
     replayed = [set(line["source_losses"]) - {"arithmetic"} for line in lines_of(run, "step")]
     assert len(replayed) == 4

@@ -14,6 +14,7 @@ from epi_ds.checkpoint.catalog import open_checkpoint
 from epi_ds.checkpoint.trainer_folder import TRAINER_STATE
 from epi_ds.config import EPIConfig
 from epi_ds.errors import RemedyError, UserError
+from epi_ds.own_rows.file import write_rows, written_in
 from epi_ds.recipe.loading import parse_recipe
 from epi_ds.recipe.models import MethodSection, Recipe
 from epi_ds.report.page import write_report
@@ -305,6 +306,27 @@ def test_the_report_tells_the_history_of_settings(tmp_path: Path) -> None:
     assert "10.00%, 20.00% from step 3" in page
     assert "<dd>2 steps</dd>" in page
     assert "<td>3</td><td>method.epi.ratio</td><td>0.1</td><td>0.2</td>" in page
+
+
+def test_the_report_says_what_became_of_own_rows(tmp_path: Path) -> None:
+    file, page = tmp_path / "own_rows.jsonl", tmp_path / "page.html"
+
+    def told() -> str:
+        line = {"event": "own_rows", "step": 0, "stage": "start", **written_in(file)._asdict()}
+        write_report([line, *LINES], page, title="x")
+        return page.read_text()
+
+    found = {"left_out": {"empty": 0, "cut": 3, "repeated": 1}, "num_tokens": 900, "seconds": 4.5}
+    write_rows(file, [{"text": "a"}, {"text": "b"}], settings={"rows": 5}, found={"rows": 2, **found})
+    assert written_in(file).tokens_per_second == 200
+    for said in ("2 of 5", "3 cut, 1 repeated", "900", "4.5 s, 200 tokens/s", str(file), written_in(file).sha256):
+        assert f"<td>{said}</td>" in told()
+    # What a person puts there was counted by nobody.
+    file.write_text('{"text": "a <b>"}\n\n')
+    assert written_in(file)[:-1] == (1, None, None, None, None, None, True, str(file))
+    assert "Given or edited by a person" in told()
+    assert "<td>1</td>" in told()
+    assert "tokens/s" not in told()
 
 
 def test_metrics_are_strict_json_whatever_a_loss_is(tmp_path: Path) -> None:
