@@ -119,6 +119,20 @@ class Anchor:
             finally:
                 weights.grad = gradient
 
+    def in_gradient(self, zero3: Any, sub_group: int) -> Tensor | None:
+        """Return what a step adds to the gradients of a flat partition, as of now; None where nothing is added.
+
+        [numel] fp32, on the partition's device; isolated entries too.
+        """
+        group = zero3.sub_group_to_group_id[sub_group]
+        size = self.strength.per_rate(group) * self.scale.rms
+        if self.config.pull is not Pull.GRADIENT or not size or not self._has(sub_group):
+            return None
+        weights = zero3.fp32_partitioned_groups_flat[sub_group].data
+        added = torch.zeros_like(weights)
+        self._pull(sub_group, added, weights, size)
+        return added
+
     def applied(self) -> None:
         """Note that the step was applied, on all sub-groups."""
         if self._scale_of_step is not None:

@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 
 from epi_ds.checkpoint.commit import Run
 from epi_ds.checkpoint.meeting import leave_word
-from epi_ds.choices import Apply, PolicyName, Protects, Selection, StateFormat, Transport
+from epi_ds.choices import Apply, PolicyName, Protects, Pull, Selection, StateFormat, Transport
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 from epi_ds.isolation.controller import IsolationController
@@ -109,6 +109,11 @@ def _warn_if_mostly_frozen(engine: Any) -> None:
         )
 
 
+def _sets_moments(config: EPIConfig) -> bool:
+    """Whether a new mask changes moments: under ``apply: update`` they track every gradient, and a pull in it too."""
+    return config.apply is Apply.REDUCTION or (config.anchor is not None and config.anchor.pull is Pull.GRADIENT)
+
+
 def attach(engine: Any, config: EPIConfig) -> EPI:
     """Make ``engine`` isolate parameters as ``config`` says; return its handle, which is also ``engine.epi``.
 
@@ -133,8 +138,7 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
             device=torch.device(get_accelerator().current_device_name()),
             transport=_transport_of(layout, config, world_size=dist.get_world_size(optimizer.dp_process_group)),
         ),
-        # Sets moments; under `apply: update` they keep tracking every gradient and stay.
-        listener=partial(IsolationMixin._epi_mask_changes, optimizer) if config.apply is Apply.REDUCTION else None,
+        listener=partial(IsolationMixin._epi_mask_changes, optimizer) if _sets_moments(config) else None,
         moments=moments,
     )
     run = Run(config.checkpoint)

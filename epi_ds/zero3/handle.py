@@ -153,9 +153,11 @@ class EPI:
         """
         self._check_window("finish_stage()")
         _meet("finish_stage()")
+        # Before the stage's pull is forgotten: what is released now is set by it.
+        refresh = self._controller.finish_stage(name)
         if self._anchor is not None:
             self._anchor.end_stage()
-        return self._controller.finish_stage(name)
+        return refresh
 
     @property
     def awaits_plan(self) -> bool:

@@ -293,22 +293,25 @@ class IsolationMixin(Zero3Optimizer):
 
     def _epi_mask_changes(self, sub_group: int, *, before: Tensor, now: Tensor, importance: ReadPartition) -> None:
         """Set the moments of what is isolated or released. See [Note: release] in moments.py."""
+        context = self._epi_context
         if torch.equal(before, now):
             return
-        context = self._epi_context
         param_group = self.sub_group_to_group_id[sub_group]
         beta2 = self.optimizer.param_groups[param_group]["betas"][1]
-        weight = context.controller.counters.importance_weight
+        released, weight = before & ~now, context.controller.counters.importance_weight
         with optimizer_state(self, sub_group) as state:
-            optimizer_weight = 1.0 - beta2 ** state_age(state)
-            scale = context.clipping[param_group].corrected * optimizer_weight / weight if weight else 0.0
-            set_moments(
-                state,
-                before=before,
-                now=now,
-                importance=importance if weight else None,
-                importance_scale=scale,
-            )
+            pull = None
+            if context.anchor is not None and released.any():
+                pull = context.anchor.in_gradient(self, sub_group)
+            if context.masks_gradients:
+                optimizer_weight = 1.0 - beta2 ** state_age(state)
+                scale = context.clipping[param_group].corrected * optimizer_weight / weight if weight else 0.0
+                pull = None if pull is None else pull.mul_(optimizer_weight**0.5)
+                read = importance if weight else None
+                set_moments(state, before=before, now=now, importance=read, importance_scale=scale, pull=pull)
+            elif pull is not None:
+                none = torch.zeros_like(released)
+                set_moments(state, before=released, now=none, importance=None, importance_scale=0.0)
 
     def _epi_settle_step_energy(self) -> None:
         """Note what the last update was, before the counters are saved. Collective."""

@@ -1,4 +1,4 @@
-"""Adam's moments at isolation and at release, for ``apply: reduction``.
+"""Adam's moments at isolation and at release, for ``apply: reduction``, and where an anchor pulls in the gradient.
 
 [Note: release] While an entry is isolated its gradient counts as zero. Released with moments starved by that, it would
 jump. Importance kept measuring it, so at release the second moment is rebuilt from it. Both are exponential
@@ -11,6 +11,10 @@ the importance (1 - ema_decay^t' after t' steps, 1 after a probe),
 where c2 is the average squared clipping factor (the optimizer sees clipped gradients, the importance raw ones). c2
 decays by beta2, as the second moments of the other entries do: they remember the clipping of the last 1/(1 - beta2)
 steps, and an entry released with a shorter memory moves several times as far as they do when clipping changes.
+An anchor in the gradient adds p to what the optimizer sees, but not to what importance does. A held entry stands still,
+and its p with it, so that the second moment of both is rebuilt as (S * c2 / w + p^2) * (1 - beta2^t). Under ``apply:
+update`` the moments have tracked all of it, and the first one is nearly p, the same in every step, while that of a free
+entry is mostly noise: it is set to 0 at release there too, and the entry sets off no faster than under ``reduction``.
 At isolation ``exp_avg := 0``, and again after every step: what zero gradients would have left there. The optimizer is
 shown the gradient as it is. To zero it first would need a copy beside that of the weights wherever ZeRO-3 keeps the
 buffer, since a later step may apply it as a stale gradient; ``exp_avg_sq`` then tracks something that release replaces.
@@ -79,6 +83,7 @@ def set_moments(
     now: Tensor,
     importance: ReadPartition | None,
     importance_scale: float,
+    pull: Tensor | None = None,
 ) -> None:
     """Set the moments of entries whose isolation changes, in place. See [Note: release].
 
@@ -86,6 +91,7 @@ def set_moments(
     before, now       [ceil(numel / 8)] uint8
     importance        reads the same partition; None where nothing was measured: the second moment is then left as it is
     importance_scale  c2 * (1 - beta2^t) / w
+    pull              [numel] fp32: p * sqrt(1 - beta2^t), on the partition's device; None where nothing is pulled
     """
     if "exp_avg" not in state:
         return
@@ -99,7 +105,10 @@ def set_moments(
             released = unpack_bits(before, start, stop) & ~unpack_bits(now, start, stop)
             if not released.any():
                 continue
-            rebuilt = (importance(start, stop) * importance_scale).clamp_(max=torch.finfo(second.dtype).max)
+            rebuilt = importance(start, stop) * importance_scale
+            if pull is not None:
+                rebuilt += pull[start:stop].square()
+            rebuilt.clamp_(max=torch.finfo(second.dtype).max)
             second[start:stop] = torch.where(released, rebuilt.to(second.dtype), second[start:stop])
 
 

@@ -34,6 +34,14 @@ def test_moments_of_entries_that_change_are_set_and_of_others_are_not() -> None:
     set_moments({}, before=bits_of(before), now=bits_of(now), importance=importance, importance_scale=0.5)
 
 
+def test_a_pull_in_the_gradient_is_in_the_second_moment_of_what_is_released() -> None:
+    before, now = bits_of([False, True, False, True]), bits_of([False, True, True, False])
+    state = {"exp_avg": torch.ones(4), "exp_avg_sq": torch.full((4,), 5.0)}
+    pull = torch.tensor([1.0, 2, 3, -4])
+    set_moments(state, before=before, now=now, importance=reader([2.0] * 4), importance_scale=0.5, pull=pull)
+    assert state["exp_avg_sq"].tolist() == [5, 5, 5, 1 + 16]
+
+
 def test_without_importance_the_second_moment_stays() -> None:
     state = {"exp_avg": torch.ones(1), "exp_avg_sq": torch.full((1,), 3.0)}
     set_moments(state, before=bits_of([True]), now=bits_of([False]), importance=None, importance_scale=0.0)
