@@ -30,6 +30,8 @@ FILE = "manifest.json"
 # Where it lies, from the folder that it vouches for.
 PATH = f"{FOLDER}/{FILE}"
 FORMAT_VERSION = 4
+# Under which the shards hold what an anchor pulls towards.
+ANCHOR_STATE = "anchor"
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
@@ -117,6 +119,8 @@ class SavedAnchor(BaseModel):
     """Of `GradientScale`."""
     weight: float = 0.0
     """Of `GradientScale`."""
+    stage: int | None = None
+    """How many stages had ended; None where an earlier release saved."""
 
 
 class EngineState(BaseModel):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from epi_ds.inspect.audit_anchor import AnchorAudit
 
 
 def audit(
@@ -17,7 +20,8 @@ def audit(
 ) -> None:
     """Prove, bit by bit over the master weights, that isolated entries did not move.
 
-    Compares neighbouring checkpoints of every refresh window. Exits 1 if an isolated entry moved.
+    Compares neighbouring checkpoints of every refresh window, and what an anchor pulls towards in all checkpoints that
+    were pulled towards the same. Exits 1 if an isolated entry or an anchor moved.
     """
     from epi_ds.inspect.audit import audit as compare
     from epi_ds.launch.environment import prepare_environment
@@ -43,4 +47,26 @@ def audit(
         f"plastic {result.plastic}, moved {result.plastic_moved}",
         highlight=False,
     )
-    raise typer.Exit(1 if result.isolated_moved else 0)
+    _show_anchor(console, result.anchor)
+    raise typer.Exit(1 if result.isolated_moved or result.anchor.has_findings else 0)
+
+
+def _show_anchor(console: Console, found: AnchorAudit) -> None:
+    """Say what was compared of what is pulled towards; nothing where nothing is."""
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    for first, second in found.pairs:
+        say(f"compared the anchor in {first} and {second}")
+    for item in found.moved:
+        say(f"MOVED {item.num_entries} entries of the anchor of {item.parameter} from {item.first} to {item.second}")
+    if found.pairs:
+        say(f"anchor {found.entries}, moved {found.num_moved}")
+    for folder in found.folders:
+        if not folder.is_there:
+            say(f"not checked: weights are pulled towards {folder.path}, which is not there")
+        elif folder.problems:
+            say(f"CHANGED {folder.path}, which weights are pulled towards: {'; '.join(folder.problems)}")
+        else:
+            say(f"anchor in {folder.path}: its files are those that were pulled towards")

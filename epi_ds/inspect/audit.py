@@ -2,7 +2,7 @@
 
 Two checkpoints saved in the same refresh window were written under the same mask, so every entry that it isolates
 must have the same fp32 master weight in both, whatever numbers of ranks saved them. A pair without an isolated entry,
-or in which no other entry moved, proves nothing.
+or in which no other entry moved, proves nothing. What an anchor pulls towards is audited beside them.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor
 
 from epi_ds.checkpoint.catalog import Checkpoint
 from epi_ds.checkpoint.deepspeed_files import WEIGHTS, SavedPartitions
+from epi_ds.checkpoint.manifest import SavedAnchor
 from epi_ds.checkpoint.shards import TagShards
 from epi_ds.checkpoint.tag import Consent, Tag, open_tag, tags_below
 from epi_ds.errors import UserError
-
-
-class Moved(NamedTuple):
-    """Isolated entries of one parameter that differ between two checkpoints."""
-
-    parameter: str
-    num_entries: int
-    first: Path
-    second: Path
+from epi_ds.inspect.audit_anchor import (
+    AnchorAudit,
+    AnchorFolder,
+    Moved,
+    check_folders,
+    compare_anchors,
+    have_one_anchor,
+)
 
 
 class AuditReport(NamedTuple):
@@ -44,6 +44,7 @@ class AuditReport(NamedTuple):
     """Plastic entries that differ."""
     moved: tuple[Moved, ...]
     """Isolated entries that differ, in pairs of both kinds."""
+    anchor: AnchorAudit
 
     @property
     def isolated_moved(self) -> int:
@@ -52,12 +53,12 @@ class AuditReport(NamedTuple):
 
 
 def audit(paths: Sequence[Path], *, trust: bool = False) -> AuditReport:
-    """Compare neighbouring checkpoints of every refresh window below ``paths``.
+    """Compare neighbouring checkpoints of every refresh window below ``paths``, and of what holds an anchor all.
 
     trust  read checkpoints that are not of the run whose folder they lie in: see [Note: trust] in run.py
 
-    Raises UserError when no window holds two checkpoints that prove something or one of them is not trusted, and
-    CheckpointError for damaged files. Checkpoints without a neighbour in their window are not read.
+    Raises UserError when no two checkpoints prove something or one of them is not trusted, and
+    CheckpointError for damaged files. Checkpoints without a neighbour in their window or of their anchor are not read.
     """
     candidates = _candidates(paths)
     pairs = [
@@ -66,23 +67,32 @@ def audit(paths: Sequence[Path], *, trust: bool = False) -> AuditReport:
         if (first.engine, first.window) == (second.engine, second.window) and first.step < second.step
     ]
     found = ", ".join(f"{one.checkpoint.path.name} (step {one.step}, window {one.window})" for one in candidates)
-    if not pairs:
+    anchored = [
+        (first, second)
+        for first, second in pairwise(candidates)
+        if first.engine == second.engine and first.step < second.step and have_one_anchor(first.anchor, second.anchor)
+    ]
+    folders = check_folders({one.checkpoint.path: one.anchor for one in candidates})
+    looked_at_anchor = bool(anchored) or any(folder.is_there for folder in folders)
+    if not pairs and not looked_at_anchor:
         raise UserError(
             f"no two checkpoints were saved within one refresh window; found: {found}. Save more often than "
             "refresh_interval"
         )
     # Each is read once, though it may have a neighbour on either side.
     consent = Consent(trust, "pass --trust")
-    needed = {one.checkpoint.path: one.checkpoint for pair in pairs for one in pair}
+    needed = {one.checkpoint.path: one.checkpoint for pair in [*pairs, *anchored] for one in pair}
     tags = {path: open_tag(one, consent=consent) for path, one in needed.items()}
     compared = [_audit_pair(*(tags[one.checkpoint.path] for one in pair)) for pair in pairs]
     proving = [pair for pair in compared if pair.isolated and pair.plastic_moved]
     moved = tuple(item for pair in compared for item in pair.moved)
-    if not proving and not moved:
+    if not proving and not moved and not looked_at_anchor:
         raise UserError(
             "no two checkpoints of one refresh window have isolated entries and training between them; found: "
-            f"{found}. Save after the first mask is in force, and more often than refresh_interval"
+            f"{found}.{_told_of_gone(folders)} Save after the first mask is in force, and more often than "
+            "refresh_interval"
         )
+    found_anchors = [compare_anchors(*(tags[one.checkpoint.path] for one in pair)) for pair in anchored]
     return AuditReport(
         pairs=tuple(pair.paths for pair in proving),
         idle_pairs=tuple(pair.paths for pair in compared if pair not in proving),
@@ -90,7 +100,19 @@ def audit(paths: Sequence[Path], *, trust: bool = False) -> AuditReport:
         plastic=sum(pair.plastic for pair in proving),
         plastic_moved=sum(pair.plastic_moved for pair in proving),
         moved=moved,
+        anchor=AnchorAudit(
+            pairs=tuple((first.checkpoint.path, second.checkpoint.path) for first, second in anchored),
+            entries=sum(entries for entries, _ in found_anchors),
+            moved=tuple(item for _, items in found_anchors for item in items),
+            folders=folders,
+        ),
     )
+
+
+def _told_of_gone(folders: Sequence[AnchorFolder]) -> str:
+    """Say which folders that weights are pulled towards could not be looked at either."""
+    gone = [str(folder.path) for folder in folders if not folder.is_there]
+    return f" Not checked: weights are pulled towards {', '.join(gone)}, which is not there." if gone else ""
 
 
 class _Candidate(NamedTuple):
@@ -103,6 +125,7 @@ class _Candidate(NamedTuple):
     """Which of the engines that save in its folder saved it. See [Note: engines] in seats.py."""
     window: int
     """Number of the refresh whose mask was in force; 0 before the first, where a mask may have been loaded."""
+    anchor: SavedAnchor | None
 
 
 def _candidates(paths: Sequence[Path]) -> list[_Candidate]:
@@ -111,7 +134,10 @@ def _candidates(paths: Sequence[Path]) -> list[_Candidate]:
     for one in (one for path in paths for one in tags_below(path)):
         if one.manifest is not None:
             counters = one.manifest.counters
-            found[one.path] = _Candidate(one, counters.applied_steps, one.manifest.engine, counters.refreshes)
+            anchor = one.manifest.isolation.extra.anchor
+            found[one.path] = _Candidate(
+                one, counters.applied_steps, one.manifest.engine, window=counters.refreshes, anchor=anchor
+            )
     return sorted(found.values(), key=lambda one: (one.engine, one.step, one.checkpoint.path))
 
 

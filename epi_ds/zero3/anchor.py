@@ -55,6 +55,8 @@ class Anchor:
         self.config = config
         self.strength = PullStrength(config)
         self.scale = GradientScale()
+        self.ended_stages = 0
+        """By which an audit tells whether two checkpoints were pulled towards the same weights of a stage."""
         self._controller = controller
         self._placement = controller.placement
         self._values = AnchorValues(self._placement, config.device)
@@ -174,6 +176,7 @@ class Anchor:
     def end_stage(self) -> None:
         """Forget what belongs to a stage: its plan, and its weights where these are what is pulled towards."""
         self.strength.end_stage()
+        self.ended_stages += 1
         self.remembered_more()
         if self.config.to == STAGE:
             self._values.forget()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from epi_ds.checkpoint.digest import FileRecord, problems_of_files
-from epi_ds.checkpoint.manifest import SavedAnchor
+from epi_ds.checkpoint.manifest import ANCHOR_STATE, SavedAnchor
 from epi_ds.checkpoint.shards import TagShards
 from epi_ds.checkpoint.tag import Tag
 from epi_ds.checkpoint.verdict import agree, on_first_rank
@@ -23,9 +23,6 @@ from epi_ds.kernels import Stored
 from epi_ds.zero3.anchor import Anchor
 
 logger = logging.getLogger(__name__)
-
-# Under which the shards hold it.
-STATE = "anchor"
 
 
 def saved_anchor(anchor: Anchor | None) -> SavedAnchor | None:
@@ -40,6 +37,7 @@ def saved_anchor(anchor: Anchor | None) -> SavedAnchor | None:
         totals=anchor.strength.totals,
         square_sum=scale.square_sum,
         weight=scale.weight,
+        stage=anchor.ended_stages,
     )
 
 
@@ -47,7 +45,7 @@ def anchor_states(anchor: Anchor | None) -> Mapping[str, Callable[[Segment], Sto
     """Return what the shards hold of an anchor; see `ShardContent.states`."""
     if anchor is None or not anchor.is_taken:
         return {}
-    return {STATE: lambda segment: Stored(anchor.of(segment), torch.zeros(0), segment.global_start)}
+    return {ANCHOR_STATE: lambda segment: Stored(anchor.of(segment), torch.zeros(0), segment.global_start)}
 
 
 def load_anchor(anchor: Anchor | None, tag: Tag, layout: Layout) -> None:
@@ -75,6 +73,7 @@ def load_anchor(anchor: Anchor | None, tag: Tag, layout: Layout) -> None:
         return
     anchor.strength.restore(saved.totals)
     anchor.scale = GradientScale(saved.square_sum, saved.weight)
+    anchor.ended_stages = saved.stage or 0
     if not saved.is_taken:
         return
     shards = TagShards(*tag)
@@ -94,4 +93,4 @@ def _check_folder(folder: Path, files: Mapping[str, FileRecord], tag: Tag) -> No
 def _packed(shards: TagShards, segments: tuple[Segment, ...]) -> Tensor:
     """Return a sub-group's entries, packed. fp32, CPU."""
     # Without any segment there is nothing to join.
-    return torch.cat([torch.zeros(0), *(shards.stored(STATE, one).codes.float() for one in segments)])
+    return torch.cat([torch.zeros(0), *(shards.stored(ANCHOR_STATE, one).codes.float() for one in segments)])
