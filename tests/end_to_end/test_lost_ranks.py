@@ -18,7 +18,8 @@ import pytest
 from epi_ds.train.metrics import read_metrics
 from tests.end_to_end.conftest import Demo
 from tests.end_to_end.recipes import RANKS, write_recipe
-from tests.support.processes import checked, run_epi_ds
+from tests.support.forks import epi_ds
+from tests.support.processes import checked
 
 pytestmark = pytest.mark.end_to_end
 
@@ -112,7 +113,7 @@ def test_a_full_disk_ends_the_run_with_one_message(file: str, small_base: Path, 
         _, alive = psutil.wait_procs(run.ranks, timeout=5)
         assert not alive
     if tracker == "none":
-        assert "resuming " in checked(run_epi_ds("train", str(tmp_path / "recipe.yaml")))
+        assert "resuming " in checked(epi_ds("train", str(tmp_path / "recipe.yaml"), num_ranks=RANKS))
         assert [line["event"] for line in read_metrics(path)][-1] == "end"
 
 
