@@ -1,0 +1,41 @@
+"""What is kept as a function of the new task's score: the best that can be had, and never a guess beyond it."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class Point(NamedTuple):
+    """Two scores of one model, each in [0, 1] and better when higher."""
+
+    new: float
+    kept: float
+
+
+def frontier(points: Iterable[Point]) -> tuple[Point, ...]:
+    """Return the points that no other one beats in both scores, by rising ``new`` and so by falling ``kept``."""
+    best: list[Point] = []
+    for point in sorted(set(points), key=lambda one: (-one.new, -one.kept)):
+        if not best or point.kept > best[-1].kept:
+            best.append(point)
+    return tuple(reversed(best))
+
+
+def kept_at(curve: Sequence[Point], new: float) -> float | None:
+    """Return what a frontier keeps at a new-task score: linear between its neighbours, None outside its range."""
+    if not curve or not curve[0].new <= new <= curve[-1].new:
+        return None
+    position = bisect_left(curve, new, key=lambda point: point.new)
+    right = curve[position]
+    if right.new == new:
+        return right.kept
+    left = curve[position - 1]
+    share = (new - left.new) / (right.new - left.new)
+    return left.kept + share * (right.kept - left.kept)
+
+
+def new_at(base: float, best: float, *, level: float) -> float:
+    """Return the new-task score at a share of what is gained from ``base`` to ``best``."""
+    return base + level * (best - base)
