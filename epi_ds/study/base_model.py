@@ -1,7 +1,7 @@
 """A small Llama that knows its skills, made once for every seed and set of them: ``python -m epi_ds.study.base_model``.
 
-It learns all tokens and not the answers alone: so it can write rows of its own, whose questions are the skills'. Rows of
-a batch are of about one length, which halves the time.
+It learns all tokens and not the answers alone: so it can write rows of its own, whose questions are the skills'. Rows
+of a batch are of about one length, which halves the time.
 """
 
 from __future__ import annotations

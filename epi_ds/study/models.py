@@ -136,7 +136,7 @@ class Study(BaseModel):
     def _keys_of_the_study(cls, recipe: dict[str, Any]) -> dict[str, Any]:
         for key in ("model", "stages", "output", "ranks"):
             if key in recipe:
-                raise UserError(f"{key} is given by the study for every cell; remove it (base, targets and arms say it)")
+                raise UserError(f"{key} is the study's to give; remove it (base, targets and arms say it)")
         return recipe
 
     @model_validator(mode="after")
@@ -154,8 +154,9 @@ class Study(BaseModel):
                 raise UserError(f"sweeps.{name} has {len(set(arms))} arms, and a curve takes at least three strengths")
         primary = self.primary
         if primary is not None and primary.sweep not in self.sweeps:
-            raise UserError(f"primary names the sweep {primary.sweep!r}, which there is not"
-                            f"{nearest(primary.sweep, self.sweeps)}")
+            raise UserError(
+                f"primary names the sweep {primary.sweep!r}, which there is not{nearest(primary.sweep, self.sweeps)}"
+            )
         if primary is not None and primary.level not in self.levels:
             raise UserError(f"primary is compared at {primary.level}, which levels do not hold; add it there")
         return self

@@ -19,7 +19,7 @@ from epi_ds.study.cells import Cell, WorkFolder, base_settings, digest_of, own_r
 from epi_ds.study.divergence import kl_to_base, skill_of
 from epi_ds.study.jobs import Ended, Job, run_jobs
 from epi_ds.study.models import Study
-from epi_ds.study.results import Result, Status, append_result, newest, read_results
+from epi_ds.study.result_lines import Result, Status, append_result, newest, read_results
 from epi_ds.study.scoring import scores_of
 from epi_ds.train.metrics import read_metrics
 from epi_ds.train.run_folder import RunFolder

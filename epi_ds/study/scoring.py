@@ -1,7 +1,7 @@
 """The two scores of a run, read from its metrics: what it learnt, and what it kept.
 
-Under ``one_new_task`` ``new`` is the accuracy on the new task, and ``kept`` the mean accuracy on the base's skills, both
-at the run's end. Under ``stages`` ``new`` is the mean over stages of the accuracy right after the own stage, and
+Under ``one_new_task`` ``new`` is the accuracy on the new task, and ``kept`` the mean accuracy on the base's skills,
+both at the run's end. Under ``stages`` ``new`` is the mean over stages of the accuracy right after the own stage, and
 ``kept`` the mean, at the run's end, over all stages but the last and the base's skills.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from epi_ds.errors import RemedyError
 from epi_ds.recipe.keep import BASE
 from epi_ds.study.models import Protocol
-from epi_ds.study.results import PathPoint
+from epi_ds.study.result_lines import PathPoint
 
 
 class Scored(NamedTuple):

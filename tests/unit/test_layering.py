@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Floor of every room, by the longest matching prefix. Rooms of one floor stand on one another too, a tenth each.
 FLOORS = {
     "epi_ds.cli": 6,
+    "epi_ds.study": 5.6,
     "epi_ds.demo": 5.5,
     "epi_ds.bench": 5.5,
     "epi_ds.train": 5.4,
@@ -156,7 +157,7 @@ def test_collectives_stay_in_one_room(module: str) -> None:
 
 
 # What the extra `train` brings, and who may need it.
-OF_THE_EXTRA = ("trl", "datasets", "accelerate", "matplotlib")
+OF_THE_EXTRA = ("trl", "datasets", "accelerate", "matplotlib", "scipy")
 WITH_THE_EXTRA = (
     "epi_ds.train",
     "epi_ds.own_rows",
@@ -165,6 +166,7 @@ WITH_THE_EXTRA = (
     "epi_ds.data",
     "epi_ds.demo",
     "epi_ds.report",
+    "epi_ds.study",
 )
 
 
