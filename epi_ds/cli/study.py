@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from epi_ds.study.cells import Cell
     from epi_ds.study.loading import Found
+    from epi_ds.study.result_lines import Result
     from epi_ds.study.tables import TextTable
 
 app = typer.Typer(no_args_is_help=True, help="Compare arms of a recipe: what each learns, and what it keeps.")
@@ -40,7 +42,7 @@ def run(
 
     prepare_environment()
     from epi_ds.study.cells import WorkFolder, cells_of
-    from epi_ds.study.result_lines import Result, Status
+    from epi_ds.study.result_lines import Status
     from epi_ds.study.run import Progress, pending, run_cells
 
     found = _found(study, results)
@@ -169,7 +171,7 @@ def _tables(found: Found, seeds: str | None) -> list[TextTable]:
     return tables
 
 
-def _present(found: Found) -> dict:
+def _present(found: Found) -> dict[Cell, Result]:
     from epi_ds.study.cells import cells_of, digest_of
     from epi_ds.study.result_lines import newest, read_results
 

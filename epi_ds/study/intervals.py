@@ -20,7 +20,8 @@ class Interval(NamedTuple):
     """None where one value says nothing of others."""
     p: float | None
     """Two-sided, of the mean being zero (Student's t); None as above."""
-    count: int
+    seeds: int
+    """How many values it is of."""
 
     @property
     def low(self) -> float | None:

@@ -22,7 +22,8 @@ class Job:
 
     name: str
     command: Sequence[str]
-    environment: Mapping[str, str]
+    environment: Callable[[], Mapping[str, str]]
+    """Asked for as it starts: a port is free now, and not for hours."""
     log: Path
     """Where its output goes."""
     ended: Callable[[Ended], None]
@@ -92,7 +93,7 @@ def _start(job: Job) -> _Running:
     job.begins()
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("wb") as log:
-        process = start_child(job.command, env=dict(job.environment), stdout=log, stderr=subprocess.STDOUT)
+        process = start_child(job.command, env=dict(job.environment()), stdout=log, stderr=subprocess.STDOUT)
     return _Running(job, process, time.monotonic())
 
 

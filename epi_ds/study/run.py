@@ -84,7 +84,7 @@ class _MadeHere:
         return Job(
             name=f"base of {cell.target}, seed {cell.seed}",
             command=[sys.executable, "-m", "epi_ds.study.base_model", str(folder), settings],
-            environment=self._environment,
+            environment=lambda: self._environment,
             log=_log_of(folder),
             # Cells that need it say that it is missing.
             ended=lambda ended: None,
@@ -103,14 +103,12 @@ class _MadeHere:
                 shutil.rmtree(folder / "run", ignore_errors=True)
             file.write_text(yaml.safe_dump(values, sort_keys=False))
 
-        rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         own_rows, base = own_rows_of(values), self._work.base(self._study, cell)
         return Job(
             name=cell.name,
             # As the one rank that it is: a launcher would be two more processes.
             command=[sys.executable, "-u", "-m", "epi_ds.cli.main", "train", str(file)],
-            environment={**self._environment, **rank, **meeting},
+            environment=lambda: {**self._environment, **_only_rank()},
             log=folder / "log.txt",
             begins=begins,
             ended=lambda ended: self._record(self._result(cell, ended)),
@@ -159,6 +157,12 @@ class _MadeHere:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
         shutil.rmtree(run.export, ignore_errors=True)
         return found
+
+
+def _only_rank() -> dict[str, str]:
+    """Return what a launcher gives the one rank that it starts."""
+    numbers = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    return {**numbers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 def _log_of(base: Path) -> Path:

@@ -70,7 +70,7 @@ def test_intervals_are_students() -> None:
     # Of the tables: t(0.975, 4) = 2.776.
     found = interval_of([1.0, 2.0, 3.0, 4.0, 5.0])
     assert found is not None
-    assert (found.mean, found.count) == (3.0, 5)
+    assert (found.mean, found.seeds) == (3.0, 5)
     assert found.half_width == pytest.approx(2.7764 * 0.70711, abs=1e-3)
     assert found.low == pytest.approx(3.0 - 1.9632, abs=1e-3)
     # t = 3 / .70711 = 4.2426 with 4 degrees of freedom.
