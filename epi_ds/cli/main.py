@@ -122,10 +122,11 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(code)
     except ModuleNotFoundError as error:
-        if error.name not in _OF_EXTRAS:
+        package = (error.name or "").partition(".")[0]
+        if package not in _OF_EXTRAS:
             raise
-        needs = f"epi-ds {' '.join(sys.argv[1:2])} needs {error.name}, which is not installed here"
-        print(f"error: {needs}: pip install 'epi-ds[{_OF_EXTRAS[error.name]}]'", file=sys.stderr)
+        needs = f"epi-ds {' '.join(sys.argv[1:2])} needs {package}, which is not installed here"
+        print(f"error: {needs}: pip install 'epi-ds[{_OF_EXTRAS[package]}]'", file=sys.stderr)
         sys.exit(2)
 
 
