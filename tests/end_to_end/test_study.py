@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from epi_ds.study import loading
 from epi_ds.study.loading import load_study
 from tests.support.forks import epi_ds
 from tests.support.processes import checked
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
+
+
+def smoke_values() -> Any:
+    """What the shipped smoke study says."""
+    return yaml.safe_load((Path(loading.__file__).parent / "studies" / "smoke.yaml").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +71,32 @@ def test_tables_are_made_without_the_runs(smoke: Path, tmp_path: Path) -> None:
     assert "of other settings" not in status
 
 
+def test_an_order_of_stages_begins_with_a_model_that_there_is(smoke: Path, tmp_path: Path) -> None:
+    (base,) = (path for path in (smoke / "work" / "bases").iterdir() if path.is_dir())
+    stages = [{"name": skill, "data": {"skill": skill, "rows": 32}} for skill in ("instruct", "logic", "code")]
+    values = {
+        **smoke_values(),
+        "protocol": "stages",
+        "base": {"skills": ["code", "dialogue"], "path": str(base)},
+        "targets": {"order": stages},
+        "arms": {"full_lr_1": {"evaluation.every": None}},
+        "frontier": ["full_lr_1"],
+    }
+    study = tmp_path / "mine.yaml"
+    study.write_text(yaml.safe_dump(values))
+    checked(epi_ds("study", "run", str(study), "--work", str(tmp_path / "work")))
+    (line,) = [json.loads(line) for line in (tmp_path / "smoke.jsonl").read_text().splitlines()]
+    assert (line["status"], line["protocol"], line["target"]) == ("ok", "stages", "order")
+    # Code is trained, so that only dialogue is of the base alone.
+    assert {name: len(values) for name, values in line["scores"].items()} == dict.fromkeys(
+        ("instruct", "logic", "code", "dialogue"), 4
+    )
+    assert "backward_transfer" in line
+    assert "path" not in line
+
+
 def test_a_cell_that_fails_is_told_and_run_again(smoke: Path, tmp_path: Path) -> None:
-    values = yaml.safe_load((Path(load_study.__code__.co_filename).parent / "studies" / "smoke.yaml").read_text())
+    values = smoke_values()
     # Answers of skills are short; of rows without any token nothing can be learnt.
     values["arms"] = {"full_lr_1": {"train.max_length": 1}}
     values["frontier"] = ["full_lr_1"]
