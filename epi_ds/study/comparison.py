@@ -24,9 +24,9 @@ class ArmRow(NamedTuple):
     new: Interval | None
     kept: Interval | None
     above: Interval | None
-    """Kept minus what the frontier of plain fine-tuning keeps at the same new-task score, within its range."""
+    """Kept minus what the frontier of plain fine-tuning keeps at the same new-task score, where it learns so much."""
     above_cells: int
-    """Cells where it is."""
+    """Cells where it does; in the others the arm learns more than plain fine-tuning at any rate."""
     kl_to_base: float | None
     seconds: float | None
 
@@ -46,6 +46,9 @@ class LevelRow(NamedTuple):
     reached: int
     """Pairs of seed and target where both have a number."""
     pairs: int
+    """Pairs in which the best plain arm was run."""
+    open_cells: int
+    """Cells of the sweep and of the frontier that are missing in these: with them the numbers may be others."""
 
 
 class _Pair(NamedTuple):
@@ -102,11 +105,15 @@ def level_rows(study: Study, results: Results, seeds: Sequence[int]) -> list[Lev
         for level in study.levels:
             kept: dict[Cell, float] = {}
             plain: dict[Cell, float] = {}
-            pairs = 0
+            pairs = open_cells = 0
             for pair in (_Pair(seed, target) for seed in seeds for target in study.targets):
                 both = _at_level(study, results, pair, arms=arms, level=level)
-                pairs += both is not None
-                if both is not None and both.kept is not None and both.plain is not None:
+                if both is None:
+                    continue
+                pairs += 1
+                wanted = [Cell(arm, *pair) for arm in dict.fromkeys((*arms, *study.frontier))]
+                open_cells += sum(_ok(results, cell) is None for cell in wanted)
+                if both.kept is not None and both.plain is not None:
                     cell = Cell(sweep, *pair)
                     kept[cell], plain[cell] = both.kept, both.plain
             primary = study.primary
@@ -121,6 +128,7 @@ def level_rows(study: Study, results: Results, seeds: Sequence[int]) -> list[Lev
                     primary is not None and (primary.sweep, primary.level) == (sweep, level),
                     len(kept),
                     pairs,
+                    open_cells,
                 )
             )
     return _corrected(rows)

@@ -24,9 +24,15 @@ def frontier(points: Iterable[Point]) -> tuple[Point, ...]:
 
 
 def kept_at(curve: Sequence[Point], new: float) -> float | None:
-    """Return what a frontier keeps at a new-task score: linear between its neighbours, None outside its range."""
-    if not curve or not curve[0].new <= new <= curve[-1].new:
+    """Return the most that a frontier keeps with at least a new-task score; None where it does not learn so much.
+
+    Linear between neighbours. Below its first point it is what that one keeps: a run that learns more than is asked for
+    has it, and what a weaker one would keep is not guessed.
+    """
+    if not curve or new > curve[-1].new:
         return None
+    if new < curve[0].new:
+        return curve[0].kept
     position = bisect_left(curve, new, key=lambda point: point.new)
     right = curve[position]
     if right.new == new:

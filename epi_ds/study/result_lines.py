@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 from collections.abc import Iterable, Mapping
@@ -102,10 +103,11 @@ def read_results(path: Path) -> list[Result]:
 
 
 def append_result(path: Path, result: Result) -> None:
-    """Append a line; a last one that was cut is removed."""
+    """Append a line; a last one that was cut is removed. Several commands may run parts of one study."""
     path.parent.mkdir(parents=True, exist_ok=True)
     values: dict[str, Any] = result.model_dump(mode="json", exclude_defaults=True)
     with path.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         whole = file.read().rfind(b"\n") + 1
         file.truncate(whole)

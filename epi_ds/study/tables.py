@@ -36,7 +36,7 @@ def arms_table(rows: Sequence[ArmRow]) -> TextTable:
                 f"{row.cells}" + (f" ({row.failed} failed)" if row.failed else ""),
                 _told(row.new),
                 _told(row.kept),
-                _told(row.above, signed=True) + (f" ({row.above_cells} of {row.cells})" if row.above else ""),
+                _above(row),
                 _NOTHING if row.kl_to_base is None else f"{row.kl_to_base:.3f}",
                 _NOTHING if row.seconds is None else f"{row.seconds:.0f}",
             )
@@ -49,7 +49,7 @@ def levels_table(rows: Sequence[LevelRow], *, best: str) -> TextTable:
     """Return what sweeps keep at equal new-task scores, against plain fine-tuning."""
     return TextTable(
         f"Kept at equal new-task score: shares of what {best} gains",
-        ("protection", "at", "kept", "plain", "difference", "p", "p (Holm)", "pairs"),
+        ("protection", "at", "kept", "plain", "difference", "p", "p (Holm)", "pairs", "open cells"),
         tuple(
             (
                 row.sweep + (" (primary)" if row.is_primary else ""),
@@ -60,10 +60,19 @@ def levels_table(rows: Sequence[LevelRow], *, best: str) -> TextTable:
                 _NOTHING if row.difference is None or row.difference.p is None else f"{row.difference.p:.3f}",
                 _NOTHING if row.p_corrected is None else f"{row.p_corrected:.3f}",
                 f"{row.reached} of {row.pairs}",
+                str(row.open_cells),
             )
             for row in rows
         ),
     )
+
+
+def _above(row: ArmRow) -> str:
+    beyond = row.cells - row.above_cells
+    if not beyond:
+        return _told(row.above, signed=True)
+    told = f"learns more in {beyond} of {row.cells}"
+    return told if row.above is None else f"{_told(row.above, signed=True)}, {told}"
 
 
 def _told(interval: Interval | None, *, signed: bool = False) -> str:
