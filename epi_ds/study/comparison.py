@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from epi_ds.study.cells import Cell
-from epi_ds.study.frontier import Point, frontier, kept_at, new_at
+from epi_ds.study.frontier import Point, envelope, frontier, kept_at, new_at
 from epi_ds.study.intervals import Interval, holm, interval_of
 from epi_ds.study.models import Study
 from epi_ds.study.result_lines import Result, Status
@@ -57,9 +57,9 @@ class _Pair(NamedTuple):
 
 
 def plain_curve(study: Study, results: Results, *, seed: int, target: str) -> tuple[Point, ...]:
-    """Return the frontier of plain fine-tuning of a seed and target: its arms' ends, and the middles of their runs."""
+    """Return the envelope of plain fine-tuning of a seed and target: its arms' ends, and the middles of their runs."""
     found = [one for arm in study.frontier if (one := _ok(results, Cell(arm, seed, target))) is not None]
-    return frontier(
+    return envelope(
         [
             *(_end(one) for one in found),
             *(Point(part.new, part.kept) for one in found for part in one.path),

@@ -23,6 +23,25 @@ def frontier(points: Iterable[Point]) -> tuple[Point, ...]:
     return tuple(reversed(best))
 
 
+def envelope(points: Iterable[Point]) -> tuple[Point, ...]:
+    """Return the points of the frontier that no line between two others passes above: a concave curve.
+
+    The most that can be said for what is to be beaten. A further point never lowers it, whereas one on the frontier, but
+    below the line between its neighbours, lowers what is interpolated there.
+    """
+    hull: list[Point] = []
+    for point in frontier(points):
+        while len(hull) >= 2 and _is_below(hull[-1], hull[-2], point):
+            hull.pop()
+        hull.append(point)
+    return tuple(hull)
+
+
+def _is_below(middle: Point, left: Point, right: Point) -> bool:
+    """Whether a point is on or below the line between two others."""
+    return (middle.kept - left.kept) * (right.new - left.new) <= (right.kept - left.kept) * (middle.new - left.new)
+
+
 def kept_at(curve: Sequence[Point], new: float) -> float | None:
     """Return the most that a frontier keeps with at least a new-task score; None where it does not learn so much.
 

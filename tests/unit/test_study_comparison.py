@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from epi_ds.study.cells import Cell
 from epi_ds.study.comparison import arm_rows, level_rows, plain_curve
-from epi_ds.study.frontier import Point, frontier, kept_at, new_at
+from epi_ds.study.frontier import Point, envelope, frontier, kept_at, new_at
 from epi_ds.study.intervals import Interval, holm, interval_of
 from epi_ds.study.models import Study
 from epi_ds.study.plane import plane_figure
@@ -64,6 +64,19 @@ def test_a_point_that_is_beaten_changes_nothing(cloud: list[Point], data: st.Dat
     better = data.draw(st.sampled_from(cloud))
     worse = Point(better.new * data.draw(st.floats(0, 1)), better.kept * data.draw(st.floats(0, 1)))
     assert frontier([*cloud, worse]) == frontier(cloud)
+
+
+@given(points, st.builds(Point, score, score), score)
+def test_no_further_point_lowers_the_envelope(cloud: list[Point], further: Point, new: float) -> None:
+    before, after = (kept_at(envelope(points), new) for points in (cloud, [*cloud, further]))
+    assert before is None or (after is not None and after >= before - 1e-9)
+    plain = kept_at(frontier(cloud), new)
+    assert before is None or (plain is not None and before >= plain - 1e-9)
+
+
+def test_of_a_frontier_that_bends_inwards_the_envelope_is_the_line() -> None:
+    assert envelope(CURVE) == CURVE
+    assert envelope([Point(0, 0.9), Point(0.6, 0.2), Point(0.7, 0.15), Point(0.9, 0.0)]) == ((0, 0.9), (0.9, 0.0))
 
 
 # --- intervals ---
