@@ -26,8 +26,8 @@ def frontier(points: Iterable[Point]) -> tuple[Point, ...]:
 def envelope(points: Iterable[Point]) -> tuple[Point, ...]:
     """Return the points of the frontier that no line between two others passes above: a concave curve.
 
-    The most that can be said for what is to be beaten. A further point never lowers it, whereas one on the frontier, but
-    below the line between its neighbours, lowers what is interpolated there.
+    The most that can be said for what is to be beaten. A further point never lowers it, whereas one that is on the
+    frontier, but below the line between its neighbours, lowers what is interpolated there.
     """
     hull: list[Point] = []
     for point in frontier(points):
