@@ -116,6 +116,9 @@ def table(
             typer.echo(f"{one.title}\n\n{one.markdown}\n")
             continue
         shown = Table(*one.columns, title=one.title)
+        # Names that are cut could be of several arms.
+        shown.columns[0].no_wrap, shown.columns[0].overflow = True, "fold"
+        shown.columns[0].min_width = max(len(row[0]) for row in one.rows)
         for row in one.rows:
             shown.add_row(*row)
         Console().print(shown)
