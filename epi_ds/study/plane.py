@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import cycle
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -12,23 +13,32 @@ from epi_ds.study.comparison import ArmRow
 from epi_ds.study.models import Study
 
 
+# Of the colours that matplotlib goes round in, all but the grey that plain fine-tuning has.
+_COLOURS = tuple(f"C{number}" for number in range(10) if number != 7)
+_MARKERS = ("s", "D", "^", "v", "P", "X")
+# So many arms differ at a glance: 54.
+_LOOKS = tuple((colour, marker) for marker in _MARKERS for colour in _COLOURS)
+
+
 def plane_figure(study: Study, rows: Sequence[ArmRow]) -> str:
     """Return the plane: plain fine-tuning in grey, joined, and every other arm with its interval over seeds."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     plain = sorted((row.new.mean, row.kept.mean) for row in rows if row.arm in study.frontier and row.new and row.kept)
     axes.plot([new for new, _ in plain], [kept for _, kept in plain], color="0.7", linewidth=1, zorder=1)
+    looks = cycle(_LOOKS)
     for row in rows:
         if row.new is None or row.kept is None:
             continue
         is_plain = row.arm in study.frontier
+        colour, marker = ("0.5", "o") if is_plain else next(looks)
         axes.errorbar(
             row.new.mean,
             row.kept.mean,
             xerr=row.new.half_width,
             yerr=row.kept.half_width,
-            marker="o" if is_plain else "s",
-            color="0.5" if is_plain else None,
+            marker=marker,
+            color=colour,
             markersize=5,
             linewidth=0.8,
             linestyle="none",
