@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from epi_ds.study.comparison import ArmRow
 from epi_ds.study.models import Study
 
-
 # Of the colours that matplotlib goes round in, all but the grey that plain fine-tuning has.
 _COLOURS = tuple(f"C{number}" for number in range(10) if number != 7)
 _MARKERS = ("s", "D", "^", "v", "P", "X")
