@@ -20,7 +20,7 @@ SEED ?= 0
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
-	PYTHON="$(PYTHON)" docker/install_python.sh $(VENV) dev,docs,train
+	PYTHON="$(PYTHON)" docker/install_python.sh $(VENV) dev,docs,study,train
 	touch $@
 
 demo: install

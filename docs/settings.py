@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from epi_ds.config import EPIConfig
 from epi_ds.recipe.models import Recipe
+from epi_ds.study.models import Study
 
 FOLDER = Path(__file__).resolve().parent
 COMMAND = "python docs/settings.py"
@@ -55,6 +56,15 @@ before anything is loaded, all of them at once.
         """
 Every key of a recipe, which `epi-ds train` runs. [Recipes and data](recipes.md) says how to use them. A key can be
 given on the command line too, with dots: `train.learning_rate=2e-5`, `stages.0.epochs=2`.
+""",
+    ),
+    Page(
+        "study-settings.md",
+        "Study settings",
+        Study,
+        """
+Every key of a study, which `epi-ds study run` runs. [Studies](study.md) says what is measured and compared. Unknown
+keys and names of arms that there are not are errors before anything runs, all of them at once.
 """,
     ),
 )

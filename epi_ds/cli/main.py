@@ -27,12 +27,13 @@ from epi_ds.cli import (
     preview_data,
     recipes,
     report,
+    study,
     train,
 )
 from epi_ds.errors import CheckpointError, DiskError, LostRankError, RemedyError, UserError
 
-# Packages that only training by a recipe and its report need: the extra `train`.
-_OF_THE_EXTRA = ("accelerate", "datasets", "matplotlib", "trl")
+# Packages that only training by a recipe and its report need, and only the study, with the extras that bring them.
+_OF_EXTRAS = {**dict.fromkeys(("accelerate", "datasets", "matplotlib", "trl"), "train"), "scipy": "study"}
 
 app = typer.Typer(
     name="epi-ds",
@@ -73,6 +74,7 @@ app.command("merge")(merge.merge)
 app.command("estimate")(estimate.estimate)
 app.command("report")(report.report)
 app.command("recipes")(recipes.recipes)
+app.add_typer(study.app, name="study")
 app.command("build-operators")(operators.build_operators)
 app.command("doctor")(doctor.doctor)
 
@@ -122,10 +124,11 @@ def main() -> None:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(code)
     except ModuleNotFoundError as error:
-        if error.name not in _OF_THE_EXTRA:
+        package = (error.name or "").partition(".")[0]
+        if package not in _OF_EXTRAS:
             raise
-        needs = f"epi-ds {' '.join(sys.argv[1:2])} needs {error.name}, which is not installed here"
-        print(f"error: {needs}: pip install 'epi-ds[train]'", file=sys.stderr)
+        needs = f"epi-ds {' '.join(sys.argv[1:2])} needs {package}, which is not installed here"
+        print(f"error: {needs}: pip install 'epi-ds[{_OF_EXTRAS[package]}]'", file=sys.stderr)
         sys.exit(2)
 
 

@@ -69,16 +69,19 @@ def build_tasks(recipe: Recipe) -> list[Task]:
 
 def _stage_task(stage: Stage, recipe: Recipe) -> Task | None:
     if stage.evaluation is not None:
-        return _table_task(stage.name, stage.evaluation)
+        source = stage.evaluation
+        if source.skill is not None:
+            return skill_task(stage.name, source.skill, source.rows or 0, split=Split(source.split))
+        return _table_task(stage.name, source)
     if stage.skill is not None:
         return skill_task(stage.name, stage.skill, recipe.evaluation.rows)
     return None
 
 
-def skill_task(name: str, skill_name: str, size: int) -> Task:
-    """Return the test rows of a skill, and its own check."""
+def skill_task(name: str, skill_name: str, size: int, *, split: Split = Split.TEST) -> Task:
+    """Return rows of a skill, test rows unless told otherwise, and its own check."""
     skill = get_skill(skill_name)
-    drawn = rows(skill_name, split=Split.TEST, size=size, seed=TEST_SEED)
+    drawn = rows(skill_name, split=split, size=size, seed=TEST_SEED)
     return Task(
         name, [conversation_of(row.messages) for row in drawn], lambda index, answer: skill.check(drawn[index], answer)
     )

@@ -52,7 +52,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(text: str) -> Any:
+def read_yaml(text: str) -> Any:
+    """Return what a text in YAML holds; ``1e-5`` is a number."""
     return yaml.load(text, Loader=_Loader)
 
 
@@ -62,7 +63,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises one ValueError that lists every problem found.
     """
     path = find_recipe(name_or_path)
-    values = _read_yaml(path.read_text())
+    values = read_yaml(path.read_text())
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}")
     for override in overrides:
@@ -115,6 +116,14 @@ def _override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override {override!r} must have the form key=value, for example train.max_length=512")
+    set_key(values, key, read_yaml(text))
+
+
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in the values of a recipe, which are changed; sections that are not there are made.
+
+    Raises UserError where a part of the key is a value and no section, or no item of a list.
+    """
     *parents, last = key.split(".")
     node: Any = values
     for part in parents:
@@ -124,7 +133,6 @@ def _override(values: dict[str, Any], override: str) -> None:
             node = node.setdefault(part, {})
         if not isinstance(node, (dict, list)):
             raise UserError(f"override {key}: {part!r} is a value, not a section, in this recipe")
-    value = _read_yaml(text)
     if isinstance(node, list):
         node[_position(node, last, key)] = value
     else:

@@ -32,6 +32,7 @@ from epi_ds.data.skills import SKILLS
 from epi_ds.launch.environment import prepare_environment
 from epi_ds.recipe.loading import parse_recipe
 from epi_ds.recipe.models import Recipe
+from epi_ds.study.models import Study
 from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -250,7 +251,7 @@ def deepspeed_names() -> set[str]:
 
 
 def is_setting(path: str) -> bool:
-    """Whether a dotted path is a key of the ``epi`` section, of a recipe, of a trainer, or of DeepSpeed."""
+    """Whether a dotted path is a key of the ``epi`` section, of a recipe, a study, a trainer, or of DeepSpeed."""
     first, *rest = re.sub(r"\[\]", "", path).split(".")
     if first == "train":
         return not rest or rest[0] in trainer_arguments()
@@ -262,6 +263,8 @@ def is_setting(path: str) -> bool:
         return all(is_key_in(Recipe, part) or is_key_in(EPIConfig, part) for part in rest)
     if first in EPIConfig.model_fields:
         return all(is_key_in(EPIConfig, part) for part in rest)
+    if is_key_in(Study, first):
+        return all(is_key_in(Study, part) for part in rest)
     if not rest and (is_key_in(Recipe, first) or is_key_in(EPIConfig, first) or first in trainer_arguments()):
         return True
     return first in deepspeed_names() and all(part in deepspeed_names() for part in rest)

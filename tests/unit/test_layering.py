@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Floor of every room, by the longest matching prefix. Rooms of one floor stand on one another too, a tenth each.
 FLOORS = {
     "epi_ds.cli": 6,
+    "epi_ds.study": 5.6,
     "epi_ds.demo": 5.5,
     "epi_ds.bench": 5.5,
     "epi_ds.train": 5.4,
@@ -156,7 +157,7 @@ def test_collectives_stay_in_one_room(module: str) -> None:
 
 
 # What the extra `train` brings, and who may need it.
-OF_THE_EXTRA = ("trl", "datasets", "accelerate", "matplotlib")
+OF_THE_EXTRA = ("trl", "datasets", "accelerate", "matplotlib", "scipy")
 WITH_THE_EXTRA = (
     "epi_ds.train",
     "epi_ds.own_rows",
@@ -165,6 +166,7 @@ WITH_THE_EXTRA = (
     "epi_ds.data",
     "epi_ds.demo",
     "epi_ds.report",
+    "epi_ds.study",
 )
 
 
@@ -179,7 +181,7 @@ def test_the_core_installs_without_the_trainer(module: str) -> None:
 
 
 def test_a_verb_that_needs_the_extra_names_it() -> None:
-    absent = f"import sys; sys.modules.update(dict.fromkeys({('trl', 'datasets', 'matplotlib')!r}))"
+    absent = f"import sys; sys.modules.update(dict.fromkeys({('trl', 'datasets', 'matplotlib', 'scipy')!r}))"
     run = f"{absent}; from epi_ds.cli.main import main; sys.argv = ['epi-ds', *sys.argv[1:]]; main()"
 
     def said(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -189,6 +191,9 @@ def test_a_verb_that_needs_the_extra_names_it() -> None:
     assert refused.returncode == 2
     assert refused.stderr == (
         "error: epi-ds train needs trl, which is not installed here: pip install 'epi-ds[train]'\n"
+    )
+    assert said("study", "table", "smoke").stderr == (
+        "error: epi-ds study needs scipy, which is not installed here: pip install 'epi-ds[study]'\n"
     )
     assert said("configs", "list").returncode == 0
     assert said("checkpoints", "list", "nowhere").stderr == "error: there is no folder nowhere\n"

@@ -40,3 +40,24 @@ def test_documents_have_a_loss_only(tmp_path: Path) -> None:
         build_tasks(recipe_of(path))
     (task,) = build_tasks(recipe_of(path, metric="loss"))
     assert task.check is None
+
+
+def test_a_skill_that_is_named_for_the_evaluation_brings_its_check() -> None:
+    values = {
+        "model": {"path": "model"},
+        "stages": [
+            {
+                "name": "one",
+                "data": {"skill": "arithmetic", "rows": 8},
+                "evaluation": {"skill": "arithmetic", "split": "test", "rows": 3},
+            }
+        ],
+        "output": "run",
+    }
+    (task,) = build_tasks(parse_recipe(values, place="a test"))
+    assert len(task.conversations) == 3
+    assert task.check is not None
+    number = task.conversations[0].answer.rpartition(" ")[2]
+    # Another working, and the same result.
+    assert task.check(0, f"It is {number}")
+    assert not task.check(0, f"It is {number}0")

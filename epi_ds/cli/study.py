@@ -1,0 +1,201 @@
+"""``epi-ds study``: what protection buys, measured."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from epi_ds.study.cells import Cell
+    from epi_ds.study.loading import Found
+    from epi_ds.study.result_lines import Result
+    from epi_ds.study.tables import TextTable
+
+app = typer.Typer(no_args_is_help=True, help="Compare arms of a recipe: what each learns, and what it keeps.")
+
+_Study = Annotated[str, typer.Argument(metavar="STUDY", help="A .yaml file, or the name of a shipped study.")]
+_Results = Annotated[
+    Path | None, typer.Option(help="File of results; default beside the study, of a shipped one in the package.")
+]
+_SeedsOption = Annotated[str | None, typer.Option(help="These seeds only, e.g. 0,1; default all.")]
+
+
+@app.command("run")
+def run(
+    study: _Study,
+    seeds: _SeedsOption = None,
+    arms: Annotated[str | None, typer.Option(help="These arms only, separated by commas.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Cells side by side; default one per core.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder of the runs; default runs/study/NAME.")] = None,
+    results: _Results = None,
+) -> None:
+    """Run the cells that are not finished yet, each a run of its own, and append a line of results for each.
+
+    A cell that failed is run again. Stopped, the study goes on where it was.
+    """
+    from epi_ds.launch.environment import prepare_environment
+
+    prepare_environment()
+    from epi_ds.study.cells import WorkFolder, cells_of
+    from epi_ds.study.result_lines import Status
+    from epi_ds.study.run import Progress, pending, run_cells
+
+    found = _found(study, results)
+    cells = list(cells_of(found.study, seeds=_numbers(seeds), arms=_names(arms)))
+    open_cells = pending(found.study, cells, found.results)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{found.study.name}: {len(cells)} cells, {len(cells) - len(open_cells)} of them finished")
+    if not open_cells:
+        return
+    done = 0
+
+    def ended(result: Result) -> None:
+        nonlocal done
+        done += 1
+        told = f"[{done}/{len(open_cells)}] {result.cell.name}: "
+        if result.status is Status.OK:
+            console.print(f"{told}new {result.new:.3f}, kept {result.kept:.3f}, {result.seconds:.0f} s", markup=False)
+        else:
+            console.print(f"{told}failed\n{result.error}", markup=False)
+
+    folder = (work or Path("runs/study") / found.study.name).resolve()
+    failed = run_cells(
+        found.study,
+        open_cells,
+        work=WorkFolder(folder),
+        results=found.results,
+        side_by_side=jobs or len(os.sched_getaffinity(0)),
+        progress=Progress(lambda name: console.print(f"started: {name}", markup=False), ended),
+    )
+    console.print(f"results are in {found.results}")
+    if failed:
+        console.print(f"{failed} cells failed; their logs are in {folder}. The same command runs them again")
+        raise typer.Exit(1)
+
+
+@app.command("status")
+def status(study: _Study, results: _Results = None) -> None:
+    """Say which cells are finished, which failed, and which lines are of other settings than the study's."""
+    from epi_ds.study.cells import cells_of, digest_of
+    from epi_ds.study.result_lines import Status, newest, read_results
+
+    found = _found(study, results)
+    digests = {cell: digest_of(found.study, cell) for cell in cells_of(found.study)}
+    lines = read_results(found.results)
+    present = newest(lines, digests)
+    table = Table("arm", "finished", "failed", "open", title=found.study.name)
+    for arm in found.study.arms:
+        own = [cell for cell in digests if cell.arm == arm]
+        ended = [present[cell].status for cell in own if cell in present]
+        good = ended.count(Status.OK)
+        table.add_row(arm, str(good), str(len(ended) - good), str(len(own) - len(ended)))
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    for cell, one in present.items():
+        if one.status is Status.FAILED:
+            console.print(f"failed: {cell.name}\n{one.error}", markup=False)
+    if others := sum(digests.get(one.cell) != one.digest for one in lines):
+        console.print(f"{others} lines of {found.results} are of other settings, and are not used")
+
+
+@app.command("table")
+def table(
+    study: _Study,
+    seeds: _SeedsOption = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="For documentation.")] = False,
+    results: _Results = None,
+) -> None:
+    """Print the tables of a study from its results alone; the runs are not needed."""
+    for one in _tables(_found(study, results), seeds):
+        if markdown:
+            typer.echo(f"{one.title}\n\n{one.markdown}\n")
+            continue
+        shown = Table(*one.columns, title=one.title)
+        # Names that are cut could be of several arms.
+        shown.columns[0].no_wrap, shown.columns[0].overflow = True, "fold"
+        shown.columns[0].min_width = max(len(row[0]) for row in one.rows)
+        for row in one.rows:
+            shown.add_row(*row)
+        Console().print(shown)
+
+
+@app.command("report")
+def report(
+    study: _Study,
+    seeds: _SeedsOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write to; default runs/study/NAME.")
+    ] = None,
+    results: _Results = None,
+) -> None:
+    """Write the tables as Markdown, and the plane of all arms as SVG."""
+    from epi_ds.study.comparison import arm_rows
+    from epi_ds.study.plane import plane_figure
+
+    found = _found(study, results)
+    folder = output or Path("runs/study") / found.study.name
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = _tables(found, seeds)
+    page, plane = folder / "study.md", folder / "plane.svg"
+    plane.write_text(plane_figure(found.study, arm_rows(found.study, _present(found), _wanted(found, seeds))))
+    sections = "\n\n".join(f"## {one.title}\n\n{one.markdown}" for one in tables)
+    page.write_text(f"# {found.study.name}\n\n![new against kept](plane.svg)\n\n{sections}\n")
+    for path in (page, plane):
+        typer.echo(f"written {path}")
+
+
+def _found(study: str, results: Path | None) -> Found:
+    from epi_ds.study.loading import load_study
+
+    found = load_study(study)
+    return found if results is None else found._replace(results=results)
+
+
+def _tables(found: Found, seeds: str | None) -> list[TextTable]:
+    from epi_ds.errors import UserError
+    from epi_ds.study.comparison import arm_rows, level_rows
+    from epi_ds.study.tables import arms_table, levels_table
+
+    present, wanted = _present(found), _wanted(found, seeds)
+    arms = arm_rows(found.study, present, wanted)
+    if not arms:
+        raise UserError(
+            f"{found.results} holds no line of {found.study.name} with its present settings and these seeds; "
+            f"epi-ds study run {found.study.name} makes them"
+        )
+    tables = [arms_table(arms)]
+    if found.study.sweeps:
+        tables.append(levels_table(level_rows(found.study, present, wanted), best=found.study.best))
+    return tables
+
+
+def _present(found: Found) -> dict[Cell, Result]:
+    from epi_ds.study.cells import cells_of, digest_of
+    from epi_ds.study.result_lines import newest, read_results
+
+    digests = {cell: digest_of(found.study, cell) for cell in cells_of(found.study)}
+    return newest(read_results(found.results), digests)
+
+
+def _wanted(found: Found, seeds: str | None) -> list[int]:
+    from epi_ds.study.cells import cells_of
+
+    return list(dict.fromkeys(cell.seed for cell in cells_of(found.study, seeds=_numbers(seeds))))
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    names = _names(text)
+    if names is None:
+        return None
+    if wrong := next((name for name in names if not name.isdigit()), None):
+        raise typer.BadParameter(f"{wrong!r} is no seed; give whole numbers separated by commas", param_hint="--seeds")
+    return [int(name) for name in names]

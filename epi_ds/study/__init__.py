@@ -1,0 +1,1 @@
+"""What protection buys: arms of one recipe over seeds and targets, compared at equal new-task score."""

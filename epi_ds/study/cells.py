@@ -1,0 +1,138 @@
+"""A cell: one arm with one seed on one target, an ordinary run in a folder of its own."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from epi_ds.errors import UserError, nearest
+from epi_ds.recipe.loading import parse_recipe, set_key
+from epi_ds.recipe.models import Recipe
+from epi_ds.study.models import Study
+
+_BASE_SKILLS = "base_skills"
+
+
+class Cell(NamedTuple):
+    """What a line of the results is of."""
+
+    arm: str
+    seed: int
+    target: str
+
+    @property
+    def name(self) -> str:
+        """How it is told."""
+        return f"{self.arm}, {self.target}, seed {self.seed}"
+
+
+class WorkFolder(NamedTuple):
+    """Where the cells of a study run, and what they share. Paths are absolute."""
+
+    root: Path
+
+    def base(self, study: Study, cell: Cell) -> Path:
+        """Return the folder of the model that a cell begins with, or the id of one that there is."""
+        if study.base.path is not None:
+            return Path(study.base.path)
+        return self.root / "bases" / _short(base_settings(study, cell))
+
+    def own_rows(self, study: Study, cell: Cell, settings: dict[str, Any]) -> Path:
+        """Return the file of rows that cells of the same base and settings share."""
+        shared = {"base": base_settings(study, cell), **{k: v for k, v in settings.items() if k != "file"}}
+        return self.root / "own_rows" / f"{_short(shared)}.jsonl"
+
+    def cell(self, cell: Cell) -> Path:
+        """Return the folder of a cell."""
+        return self.root / "cells" / cell.target / cell.arm / f"seed_{cell.seed}"
+
+
+def cells_of(study: Study, *, seeds: Iterable[int] | None = None, arms: Iterable[str] | None = None) -> Iterator[Cell]:
+    """Yield the cells of a study, or of some of its seeds and arms, seed by seed: an early look has all arms.
+
+    Raises UserError for a seed or an arm that the study does not have.
+    """
+    for seed in seeds or ():
+        if seed not in study.all_seeds:
+            raise UserError(f"{study.name} has no seed {seed}; it has {', '.join(map(str, study.all_seeds))}")
+    for arm in arms or ():
+        if arm not in study.arms:
+            raise UserError(f"{study.name} has no arm {arm!r}{nearest(arm, study.arms)}; see epi-ds study status")
+    for seed in study.all_seeds if seeds is None else seeds:
+        for arm in study.arms if arms is None else arms:
+            for target in study.targets:
+                yield Cell(arm, seed, target)
+
+
+def base_settings(study: Study, cell: Cell) -> dict[str, Any]:
+    """Return what a cell's base depends on, as JSON has it."""
+    if study.base.pretrain is None:
+        return {"path": study.base.path}
+    pretrain = study.base.pretrain.model_dump(mode="json")
+    return {**pretrain, "skills": list(study.pretrained_skills(cell.target)), "seed": cell.seed}
+
+
+def recipe_of(study: Study, cell: Cell, work: WorkFolder) -> dict[str, Any]:
+    """Return the values of a cell's recipe: the study's, changed by the arm. Raises UserError for a wrong key."""
+    kept = study.kept_skills(cell.target)
+    values: dict[str, Any] = copy.deepcopy(study.recipe)
+    values["model"] = {"path": str(work.base(study, cell)), "dtype": "float32"}
+    values["stages"] = copy.deepcopy(list(study.targets[cell.target]))
+    values["ranks"] = 1
+    values["output"] = str(work.cell(cell) / "run")
+    set_key(values, "evaluation.skills", list(kept))
+    set_key(values, "train.seed", cell.seed)
+    for key, value in study.arms[cell.arm].items():
+        set_key(values, key, _with_base_skills(copy.deepcopy(value), kept))
+    keep = values.get("method", {}).get("keep") or {}
+    if isinstance(keep, dict) and keep.get("self") is not None:
+        own = keep["self"] if isinstance(keep["self"], dict) else {"rows": keep["self"]}
+        keep["self"] = {**own, "file": str(work.own_rows(study, cell, own))}
+    return values
+
+
+def validated(study: Study, cell: Cell, work: WorkFolder) -> Recipe:
+    """Return a cell's recipe. Raises one UserError that names the arm and all that is wrong with it."""
+    return parse_recipe(recipe_of(study, cell, work), place=f"arm {cell.arm} of the study {study.name}")
+
+
+def digest_of(study: Study, cell: Cell) -> str:
+    """Return the SHA-256 of all settings that a cell's scores depend on, defaults included: no path is among them.
+
+    Scores under other settings are not taken for these.
+    """
+    recipe = validated(study, cell, WorkFolder(Path("/"))).model_dump(mode="json")
+    del recipe["output"]
+    recipe["model"]["path"] = base_settings(study, cell)
+    if own := (recipe["method"]["keep"] or {}).get("self"):
+        own["file"] = None
+    return hashlib.sha256(_canonical(recipe).encode()).hexdigest()
+
+
+def own_rows_of(recipe: dict[str, Any]) -> Path | None:
+    """Return the file of own rows that a recipe of `recipe_of` names; None where it wants none."""
+    own = (recipe.get("method", {}).get("keep") or {}).get("self")
+    return None if own is None else Path(own["file"])
+
+
+def _with_base_skills(value: Any, skills: tuple[str, ...]) -> Any:
+    """Put a source of every skill in the place of ``{base_skills: {...}}``, in mappings within too."""
+    if not isinstance(value, dict):
+        return value
+    if _BASE_SKILLS in value:
+        if len(value) != 1 or not isinstance(value[_BASE_SKILLS], dict):
+            raise UserError(f"{_BASE_SKILLS} stands alone, over what each source has: {{{_BASE_SKILLS}: {{rows: 64}}}}")
+        return [{"skill": skill, **value[_BASE_SKILLS]} for skill in skills]
+    return {key: _with_base_skills(part, skills) for key, part in value.items()}
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _short(value: Any) -> str:
+    return hashlib.sha256(_canonical(value).encode()).hexdigest()[:16]

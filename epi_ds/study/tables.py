@@ -1,0 +1,82 @@
+"""Tables of a study as rows of text, for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from epi_ds.study.comparison import ArmRow, LevelRow
+from epi_ds.study.intervals import CONFIDENCE, Interval
+
+_NOTHING = "-"
+
+
+class TextTable(NamedTuple):
+    """A table of words and numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def markdown(self) -> str:
+        """The table in Markdown, without its title."""
+        lines = [self.columns, tuple("---" for _ in self.columns), *self.rows]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def arms_table(rows: Sequence[ArmRow]) -> TextTable:
+    """Return what every arm learnt and kept."""
+    return TextTable(
+        f"Arms: means over seeds, with {CONFIDENCE:.0%} t-intervals",
+        ("arm", "cells", "new", "kept", "above the frontier", "KL to base", "seconds"),
+        tuple(
+            (
+                row.arm,
+                f"{row.cells}" + (f" ({row.failed} failed)" if row.failed else ""),
+                _told(row.new),
+                _told(row.kept),
+                _above(row),
+                _NOTHING if row.kl_to_base is None else f"{row.kl_to_base:.3f}",
+                _NOTHING if row.seconds is None else f"{row.seconds:.0f}",
+            )
+            for row in rows
+        ),
+    )
+
+
+def levels_table(rows: Sequence[LevelRow], *, best: str) -> TextTable:
+    """Return what sweeps keep at equal new-task scores, against plain fine-tuning."""
+    return TextTable(
+        f"Kept at equal new-task score: shares of what {best} gains",
+        ("protection", "at", "kept", "plain", "difference", "p", "p (Holm)", "pairs", "open cells"),
+        tuple(
+            (
+                row.sweep + (" (primary)" if row.is_primary else ""),
+                f"{row.level:.0%}",
+                _told(row.kept),
+                _told(row.plain),
+                _told(row.difference, signed=True),
+                _NOTHING if row.difference is None or row.difference.p is None else f"{row.difference.p:.3f}",
+                _NOTHING if row.p_corrected is None else f"{row.p_corrected:.3f}",
+                f"{row.reached} of {row.pairs}",
+                str(row.open_cells),
+            )
+            for row in rows
+        ),
+    )
+
+
+def _above(row: ArmRow) -> str:
+    beyond = row.cells - row.above_cells
+    if not beyond:
+        return _told(row.above, signed=True)
+    told = f"learns more in {beyond} of {row.cells}"
+    return told if row.above is None else f"{_told(row.above, signed=True)}, {told}"
+
+
+def _told(interval: Interval | None, *, signed: bool = False) -> str:
+    if interval is None:
+        return _NOTHING
+    mean = f"{interval.mean:+.3f}" if signed else f"{interval.mean:.3f}"
+    return mean if interval.half_width is None else f"{mean} ± {interval.half_width:.3f}"
