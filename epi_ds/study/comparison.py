@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from epi_ds.study.cells import Cell
 from epi_ds.study.frontier import Point, envelope, frontier, kept_at, new_at
@@ -144,8 +144,7 @@ def _at_level(study: Study, results: Results, pair: _Pair, *, arms: Iterable[str
     best = _ok(results, Cell(study.best, *pair))
     if best is None:
         return None
-    assert best.new is not None
-    new = new_at(best.new_before or 0.0, best.new, level=level)
+    new = new_at(best.new_before or 0.0, _end(best).new, level=level)
     found = [one for arm in arms if (one := _ok(results, Cell(arm, *pair))) is not None]
     plain = kept_at(plain_curve(study, results, seed=pair.seed, target=pair.target), new)
     return _AtLevel(kept_at(frontier(_end(one) for one in found), new), plain)
@@ -175,6 +174,5 @@ def _ok(results: Results, cell: Cell) -> Result | None:
 
 
 def _end(result: Result) -> Point:
-    assert result.new is not None
-    assert result.kept is not None
-    return Point(result.new, result.kept)
+    """Return the scores of a cell that ended well, which `Result` refuses to be without."""
+    return Point(cast(float, result.new), cast(float, result.kept))
