@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from epi_ds.study.cells import Cell
+    from epi_ds.study.comparison import ArmRow
     from epi_ds.study.loading import Found
     from epi_ds.study.result_lines import Result
     from epi_ds.study.tables import TextTable
@@ -111,7 +112,7 @@ def table(
     results: _Results = None,
 ) -> None:
     """Print the tables of a study from its results alone; the runs are not needed."""
-    for one in _tables(_found(study, results), seeds):
+    for one in _compared(_found(study, results), seeds).tables:
         if markdown:
             typer.echo(f"{one.title}\n\n{one.markdown}\n")
             continue
@@ -134,16 +135,15 @@ def report(
     results: _Results = None,
 ) -> None:
     """Write the tables as Markdown, and the plane of all arms as SVG."""
-    from epi_ds.study.comparison import arm_rows
     from epi_ds.study.plane import plane_figure
 
     found = _found(study, results)
+    compared = _compared(found, seeds)
     folder = output or Path("runs/study") / found.study.name
     folder.mkdir(parents=True, exist_ok=True)
-    tables = _tables(found, seeds)
     page, plane = folder / "study.md", folder / "plane.svg"
-    plane.write_text(plane_figure(found.study, arm_rows(found.study, _present(found), _wanted(found, seeds))))
-    sections = "\n\n".join(f"## {one.title}\n\n{one.markdown}" for one in tables)
+    plane.write_text(plane_figure(found.study, compared.arms))
+    sections = "\n\n".join(f"## {one.title}\n\n{one.markdown}" for one in compared.tables)
     page.write_text(f"# {found.study.name}\n\n![new against kept](plane.svg)\n\n{sections}\n")
     for path in (page, plane):
         typer.echo(f"written {path}")
@@ -156,7 +156,12 @@ def _found(study: str, results: Path | None) -> Found:
     return found if results is None else found._replace(results=results)
 
 
-def _tables(found: Found, seeds: str | None) -> list[TextTable]:
+class _Compared(NamedTuple):
+    arms: list[ArmRow]
+    tables: list[TextTable]
+
+
+def _compared(found: Found, seeds: str | None) -> _Compared:
     from epi_ds.errors import UserError
     from epi_ds.study.comparison import arm_rows, level_rows
     from epi_ds.study.tables import arms_table, levels_table
@@ -171,7 +176,7 @@ def _tables(found: Found, seeds: str | None) -> list[TextTable]:
     tables = [arms_table(arms)]
     if found.study.sweeps:
         tables.append(levels_table(level_rows(found.study, present, wanted), best=found.study.best))
-    return tables
+    return _Compared(arms, tables)
 
 
 def _present(found: Found) -> dict[Cell, Result]:

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from epi_ds.choices import Memory, PolicyName, Protects, StateFormat
 from epi_ds.config import EPIConfig
-from epi_ds.data.skills import SKILLS
-from epi_ds.errors import UserError, nearest
+from epi_ds.data.skills import get_skill
+from epi_ds.errors import UserError
 from epi_ds.recipe.keep import BASE, Keep, ReplayLoss
 from epi_ds.recipe.lora import LoraSection
 from epi_ds.recipe.presets import Preset, with_preset
@@ -113,10 +113,7 @@ class EvaluationSection(BaseModel):
     @field_validator("skills")
     @classmethod
     def _known_skills(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name not in SKILLS:
-                raise UserError(f"there is no skill {name!r}{nearest(name, SKILLS)}; there are {', '.join(SKILLS)}")
-        return names
+        return tuple(get_skill(name).name for name in names)
 
 
 class MethodSection(BaseModel):

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from epi_ds.data.formats import Columns, Format
-from epi_ds.data.skills import SKILLS
+from epi_ds.data.skills import get_skill
 from epi_ds.data.sources import SkillRows, check_split, find_files, is_local
 from epi_ds.data.table import Table, files_matching
-from epi_ds.errors import UserError, nearest
+from epi_ds.errors import UserError
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,9 +59,7 @@ class DataSource(BaseModel):
     @field_validator("skill")
     @classmethod
     def _known_skill(cls, name: str | None) -> str | None:
-        if name is not None and name not in SKILLS:
-            raise UserError(f"there is no skill {name!r}{nearest(name, SKILLS)}; there are {', '.join(SKILLS)}")
-        return name
+        return None if name is None else get_skill(name).name
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSource:

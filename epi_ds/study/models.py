@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from epi_ds.data.skills import SKILLS
+from epi_ds.data.skills import get_skill
 from epi_ds.errors import UserError, nearest
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -56,10 +56,7 @@ class Base(BaseModel):
     @field_validator("skills")
     @classmethod
     def _known_skills(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name not in SKILLS:
-                raise UserError(f"there is no skill {name!r}{nearest(name, SKILLS)}; there are {', '.join(SKILLS)}")
-        return names
+        return tuple(get_skill(name).name for name in names)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Base:

@@ -102,6 +102,17 @@ def read_results(path: Path) -> list[Result]:
     return found
 
 
+def check_writable(path: Path) -> None:
+    """Raise UserError where no line can be appended: better now than after a cell has run for minutes."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise UserError(
+            f"results cannot be written to {path}: {error.strerror}; give another file with --results"
+        ) from error
+
+
 def append_result(path: Path, result: Result) -> None:
     """Append a line; a last one that was cut is removed. Several commands may run parts of one study."""
     path.parent.mkdir(parents=True, exist_ok=True)

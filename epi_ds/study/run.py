@@ -19,7 +19,7 @@ from epi_ds.study.cells import Cell, WorkFolder, base_settings, digest_of, own_r
 from epi_ds.study.divergence import kl_to_base, skill_of
 from epi_ds.study.jobs import Ended, Job, run_jobs
 from epi_ds.study.models import Study
-from epi_ds.study.result_lines import Result, Status, append_result, newest, read_results
+from epi_ds.study.result_lines import Result, Status, append_result, check_writable, newest, read_results
 from epi_ds.study.scoring import scores_of
 from epi_ds.train.metrics import read_metrics
 from epi_ds.train.run_folder import RunFolder
@@ -46,9 +46,10 @@ def run_cells(
 ) -> int:
     """Run cells, ``side_by_side`` at a time, and append a line for each as it ends; return how many failed.
 
-    Raises UserError before anything runs for an arm whose recipe is wrong.
+    Raises UserError before anything runs for an arm whose recipe is wrong, and where results cannot be written.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // side_by_side)
+    check_writable(results)
     for cell in cells:
         validated(study, cell, work)
     failed = 0

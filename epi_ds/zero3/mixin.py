@@ -310,6 +310,7 @@ class IsolationMixin(Zero3Optimizer):
                 read = importance if weight else None
                 set_moments(state, before=before, now=now, importance=read, importance_scale=scale, pull=pull)
             elif pull is not None:
+                # The first moment of what is released, and nothing else: the second one has tracked all of it.
                 none = torch.zeros_like(released)
                 set_moments(state, before=released, now=none, importance=None, importance_scale=0.0)
 

@@ -13,7 +13,7 @@ from epi_ds.errors import RemedyError, UserError
 from epi_ds.study.cells import Cell, WorkFolder, base_settings, cells_of, digest_of, own_rows_of, recipe_of
 from epi_ds.study.loading import load_study, shipped_names
 from epi_ds.study.models import Protocol, Study
-from epi_ds.study.result_lines import Result, Status, append_result, newest, read_results
+from epi_ds.study.result_lines import Result, Status, append_result, check_writable, newest, read_results
 from epi_ds.study.run import pending
 from epi_ds.study.scoring import scores_of
 
@@ -203,6 +203,13 @@ def test_what_is_no_result_is_refused_with_its_line(tmp_path: Path) -> None:
         read_results(file)
     with pytest.raises(ValueError, match="new or kept is missing"):
         result_of(Cell("a", 0, "t"), new=None)
+
+
+def test_results_that_cannot_be_written_are_told_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"results cannot be written to .*/file/tiny\.jsonl: .*--results"):
+        check_writable(tmp_path / "file" / "tiny.jsonl")
+    check_writable(tmp_path / "new" / "tiny.jsonl")
 
 
 def test_the_last_line_of_the_present_settings_counts(tmp_path: Path) -> None:

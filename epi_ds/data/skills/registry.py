@@ -1,6 +1,5 @@
 """The task families by name."""
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -10,7 +9,7 @@ from epi_ds.data.skills.dialogue import Dialogue
 from epi_ds.data.skills.instruct import Instruct
 from epi_ds.data.skills.logic import Logic
 from epi_ds.data.skills.task import Row, Skill, Split, draw_rows
-from epi_ds.errors import UserError
+from epi_ds.errors import UserError, nearest
 
 _ALL: tuple[Skill, ...] = (Arithmetic(), Code(), Logic(), Instruct(), Dialogue())
 
@@ -19,11 +18,10 @@ SKILLS: Mapping[str, Skill] = MappingProxyType({skill.name: skill for skill in _
 
 
 def get_skill(name: str) -> Skill:
-    """Return the task family of that name in ``SKILLS``. Raises ValueError where there is none."""
+    """Return the task family of that name in ``SKILLS``. Raises UserError where there is none."""
     if name in SKILLS:
         return SKILLS[name]
-    nearest = difflib.get_close_matches(name, SKILLS, n=1, cutoff=0.0)[0]
-    raise UserError(f"unknown skill {name!r}: a skill is one of {', '.join(SKILLS)}; did you mean {nearest!r}?")
+    raise UserError(f"there is no skill {name!r}{nearest(name, SKILLS)}; there are {', '.join(SKILLS)}")
 
 
 def rows(skill_name: str, *, split: Split, size: int, seed: int) -> list[Row]:
