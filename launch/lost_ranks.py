@@ -22,7 +22,7 @@ _DEATHS = (
 _TIMEOUTS = ("Timed out waiting", "Timed out after", "collective operation timeout")
 
 _ENDING = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM)
-OF_A_DEATH = "If it left no message of its own, look for the kernel's out-of-memory killer (dmesg)"
+OF_A_DEATH = "Its own message says why; if it left none, look for the kernel's out-of-memory killer (dmesg)"
 
 
 def die_with_parent(number: signal.Signals) -> None:
@@ -48,7 +48,7 @@ def lost_rank(error: BaseException) -> str | None:
     # First, because NCCL's errors of a death mention its time-outs too.
     for sign in _DEATHS:
         if sign in said:
-            return f"another rank died ({_from(said, sign)}). {OF_A_DEATH}"
+            return f"another rank has ended ({_from(said, sign)}). {OF_A_DEATH}"
     for sign in _TIMEOUTS:
         if sign in said:
             return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from enum import StrEnum
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,12 +23,23 @@ _SUB_GROUP_NUMEL = 700_000
 _STEPS = 2
 
 
+class Pulled(StrEnum):
+    """What an anchor keeps of the weights that it pulls towards."""
+
+    NOTHING = "-"
+    BF16 = "bf16"
+    """They are bf16 values exactly."""
+    FP32 = "fp32"
+
+
 class Case(NamedTuple):
     """One combination of settings."""
 
     state: StateFormat
     apply: Apply
     ratio: float
+    anchor: Pulled = Pulled.NOTHING
+    """Beside isolation."""
 
 
 class MemoryRow(NamedTuple):
@@ -36,6 +48,7 @@ class MemoryRow(NamedTuple):
     state: str
     apply: str
     ratio: float
+    anchor: str
     world_size: int
     numel: int
     """Parameters of the model, all covered."""
@@ -52,11 +65,13 @@ class MemoryRow(NamedTuple):
 
 
 def cases(ratios: Sequence[float]) -> Iterator[Case]:
-    """Yield every combination that exists: ``adam`` goes with ``apply: update`` only."""
+    """Yield every combination that exists: ``adam`` goes with ``apply: update`` only. Then those of an anchor."""
     for state in StateFormat:
         for apply in Apply:
             if state is not StateFormat.ADAM or apply is Apply.UPDATE:
                 yield from (Case(state, apply, ratio) for ratio in ratios)
+    for anchor in (Pulled.BF16, Pulled.FP32):
+        yield Case(StateFormat.U16, Apply.REDUCTION, ratios[0], anchor)
 
 
 def measure_memory(world_sizes: Sequence[int], ratios: Sequence[float]) -> list[MemoryRow]:
@@ -93,7 +108,17 @@ def measure_case(case: Case) -> MemoryRow:
     # Optimizer states and ZeRO-3's own buffers come into being in the first steps.
     train()
     before = sum(live_storages().values())
-    section = {"state": case.state, "apply": case.apply, "ratio": case.ratio, "refresh_interval": 1}
+    section: dict[str, Any] = {
+        "state": case.state,
+        "apply": case.apply,
+        "ratio": case.ratio,
+        "refresh_interval": 1,
+    }
+    if case.anchor is not Pulled.NOTHING:
+        section["anchor"] = {"decay": 1.0}
+    if case.anchor is Pulled.BF16:
+        for partition in engine.optimizer.fp32_partitioned_groups_flat:
+            partition.data.copy_(partition.data.bfloat16())
     epi = epi_ds.attach(engine, section)
     train()
     after = sum(live_storages().values())
@@ -111,6 +136,7 @@ def measure_case(case: Case) -> MemoryRow:
         state=case.state.value,
         apply=case.apply.value,
         ratio=case.ratio,
+        anchor=case.anchor.value,
         world_size=world_size,
         numel=numel,
         bytes_per_param_times_world=(after - before) * world_size / numel,

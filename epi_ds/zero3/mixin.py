@@ -31,7 +31,7 @@ from epi_ds.isolation.importance.views import ReadPartition
 from epi_ds.isolation.layout import Span, merge_spans
 from epi_ds.kernels import hold, mask_, masked_sumsq, restore_
 from epi_ds.zero3.context import IsolationContext, Rescale
-from epi_ds.zero3.moments import clipping_factor, reset_moments, set_moments, state_age
+from epi_ds.zero3.moments import STEADY, clipping_factor, reset_moments, set_moments, state_age
 from epi_ds.zero3.optimizer_state import optimizer_state, stepping_optimizer
 from epi_ds.zero3.step_energy import UpdateSample
 
@@ -303,16 +303,17 @@ class IsolationMixin(Zero3Optimizer):
             pull = None
             if context.anchor is not None and released.any():
                 pull = context.anchor.in_gradient(self, sub_group)
+            optimizer_weight = 1.0 - beta2 ** state_age(state)
             if context.masks_gradients:
-                optimizer_weight = 1.0 - beta2 ** state_age(state)
                 scale = context.clipping[param_group].corrected * optimizer_weight / weight if weight else 0.0
-                pull = None if pull is None else pull.mul_(optimizer_weight**0.5)
+                pull = None if pull is None else pull.mul_((STEADY * optimizer_weight) ** 0.5)
                 read = importance if weight else None
                 set_moments(state, before=before, now=now, importance=read, importance_scale=scale, pull=pull)
             elif pull is not None:
-                # The first moment of what is released, and nothing else: the second one has tracked all of it.
+                # What is released, and nothing else: the second moment has tracked all of it, the pull once.
+                pull.mul_(((STEADY - 1.0) * optimizer_weight) ** 0.5)
                 none = torch.zeros_like(released)
-                set_moments(state, before=released, now=none, importance=None, importance_scale=0.0)
+                set_moments(state, before=released, now=none, importance=None, importance_scale=0.0, pull=pull)
 
     def _epi_settle_step_energy(self) -> None:
         """Note what the last update was, before the counters are saved. Collective."""

@@ -12,9 +12,10 @@ where c2 is the average squared clipping factor (the optimizer sees clipped grad
 decays by beta2, as the second moments of the other entries do: they remember the clipping of the last 1/(1 - beta2)
 steps, and an entry released with a shorter memory moves several times as far as they do when clipping changes.
 An anchor in the gradient adds p to what the optimizer sees, but not to what importance does. A held entry stands still,
-and its p with it, so that the second moment of both is rebuilt as (S * c2 / w + p^2) * (1 - beta2^t). Under ``apply:
-update`` the moments have tracked all of it, and the first one is nearly p, the same in every step, while that of a free
-entry is mostly noise: it is set to 0 at release there too, and the entry sets off no faster than under ``reduction``.
+and its p with it, the same in every step, so that it outweighs noise of its own size: within ten steps the first moment
+comes to .45 p (root mean square, beta1 .9), that of noise to .23 times its size. So p counts twice, and the second
+moment of both is rebuilt as (S * c2 / w + 4 p^2) * (1 - beta2^t). Under ``apply: update`` the moments have tracked all
+of it once: 3 p^2 are added at release, and the first moment, which is nearly p, is set to 0 there too.
 At isolation ``exp_avg := 0``, and again after every step: what zero gradients would have left there. The optimizer is
 shown the gradient as it is. To zero it first would need a copy beside that of the weights wherever ZeRO-3 keeps the
 buffer, since a later step may apply it as a stale gradient; ``exp_avg_sq`` then tracks something that release replaces.
@@ -30,6 +31,9 @@ from torch import Tensor
 
 from epi_ds.isolation.importance.views import ReadPartition
 from epi_ds.kernels import chunks, unpack_bits
+
+STEADY = 4.0
+"""How many times the square of what is the same in every step counts. See [Note: release]."""
 
 
 class ClippingAverage:
@@ -89,9 +93,10 @@ def set_moments(
 
     state             the Adam state of one flat partition; an empty one (no step taken yet) is left alone
     before, now       [ceil(numel / 8)] uint8
-    importance        reads the same partition; None where nothing was measured: the second moment is then left as it is
+    importance        reads the same partition; None where the second moment stays as it is, but for what ``pull`` adds
     importance_scale  c2 * (1 - beta2^t) / w
-    pull              [numel] fp32: p * sqrt(1 - beta2^t), on the partition's device; None where nothing is pulled
+    pull              [numel] fp32, on the partition's device: the root of what the pull adds to the second moment of
+                      what is released; None where nothing is pulled
     """
     if "exp_avg" not in state:
         return
@@ -101,15 +106,15 @@ def set_moments(
         if not changed[start // 8 : -(-stop // 8)].any():
             continue
         first[start:stop].masked_fill_(unpack_bits(changed, start, stop), 0.0)
-        if importance is not None:
-            released = unpack_bits(before, start, stop) & ~unpack_bits(now, start, stop)
-            if not released.any():
-                continue
-            rebuilt = importance(start, stop) * importance_scale
-            if pull is not None:
-                rebuilt += pull[start:stop].square()
-            rebuilt.clamp_(max=torch.finfo(second.dtype).max)
-            second[start:stop] = torch.where(released, rebuilt.to(second.dtype), second[start:stop])
+        released = unpack_bits(before, start, stop) & ~unpack_bits(now, start, stop)
+        if (importance is None and pull is None) or not released.any():
+            continue
+        kept = second[start:stop]
+        rebuilt = kept.float() if importance is None else importance(start, stop) * importance_scale
+        if pull is not None:
+            rebuilt = rebuilt + pull[start:stop].square()
+        rebuilt = rebuilt.clamp(max=torch.finfo(second.dtype).max).to(second.dtype)
+        second[start:stop] = torch.where(released, rebuilt, kept)
 
 
 def reset_moments(state: MutableMapping[str, Any]) -> None:

@@ -174,5 +174,5 @@ def test_a_rank_that_dies_hides_nothing_of_the_others() -> None:
         [report] = reports_in(checked(first.result(), exit_code=1))
     [ranks] = findings_of(report, "ranks")
     assert ranks["level"] == "FAIL"
-    assert "another rank died" in ranks["said"]
+    assert "another rank has ended" in ranks["said"]
     assert findings_of(report, "memory")

@@ -69,7 +69,7 @@ def training(base: Path, folder: Path, **arguments: str) -> Iterator[Run]:
 @pytest.mark.parametrize(
     ("number", "seconds", "said"),
     [
-        (signal.SIGKILL, 20, "another rank died|a rank or the launcher was ended by SIGKILL"),
+        (signal.SIGKILL, 20, "another rank has ended|a rank or the launcher was ended by SIGKILL"),
         pytest.param(signal.SIGSTOP, TIMEOUT + GRACE + 20, "another rank was stopped or hangs", marks=pytest.mark.slow),
     ],
     ids=["killed", "stopped"],

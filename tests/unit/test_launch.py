@@ -69,7 +69,7 @@ def test_the_operator_of_nvme_is_built_where_its_library_is(monkeypatch: pytest.
     [
         (
             "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:40094. This is typically caused",
-            "another rank died (Connection closed by peer [127.0.0.1]:40094). If it left no message",
+            "another rank has ended (Connection closed by peer [127.0.0.1]:40094). Its own message says ",
         ),
         (
             "[/gloo/unbound_buffer.cc:129] Timed out waiting 15000ms for send operation to complete",
@@ -77,7 +77,7 @@ def test_the_operator_of_nvme_is_built_where_its_library_is(monkeypatch: pytest.
         ),
         (
             "NCCL error\nncclRemoteError: remote process exited or there was a network error",
-            "another rank died (",
+            "another rank has ended (",
         ),
         ("CUDA out of memory", None),
     ],

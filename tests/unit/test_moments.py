@@ -42,6 +42,13 @@ def test_a_pull_in_the_gradient_is_in_the_second_moment_of_what_is_released() ->
     assert state["exp_avg_sq"].tolist() == [5, 5, 5, 1 + 16]
 
 
+def test_a_pull_is_added_to_a_second_moment_that_tracked_the_rest() -> None:
+    state = {"exp_avg": torch.ones(2), "exp_avg_sq": torch.full((2,), 5.0)}
+    before, now, pull = bits_of([True, True]), bits_of([False, True]), torch.tensor([-3.0, 2])
+    set_moments(state, before=before, now=now, importance=None, importance_scale=0.0, pull=pull)
+    assert state["exp_avg_sq"].tolist() == [5 + 9, 5]
+
+
 def test_without_importance_the_second_moment_stays() -> None:
     state = {"exp_avg": torch.ones(1), "exp_avg_sq": torch.full((1,), 3.0)}
     set_moments(state, before=bits_of([True]), now=bits_of([False]), importance=None, importance_scale=0.0)

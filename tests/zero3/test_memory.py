@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from epi_ds.bench.memory import Case, MemoryRow, measure_case
+from epi_ds.bench.memory import Case, MemoryRow, Pulled, measure_case
 from epi_ds.choices import Apply, StateFormat
 from tests.support.ranks import run_ranks
 from tests.support.tiers import slow_but
@@ -48,3 +48,14 @@ def test_what_outlives_a_step_does_not_grow_with_the_ratio(state: StateFormat) -
 def test_memory_shrinks_with_the_world(world_size: int) -> None:
     for rows in run_ranks(measure, world_size, "u8", "reduction", (0.2,)):
         check(rows, StateFormat.U8)
+
+
+def measure_anchor(anchor: str) -> MemoryRow:
+    return measure_case(Case(StateFormat.U16, Apply.REDUCTION, 0.2, Pulled(anchor)))
+
+
+@pytest.mark.parametrize(("anchor", "added"), [(Pulled.BF16, 2.0), (Pulled.FP32, 4.0)])
+def test_an_anchor_adds_two_bytes_where_all_values_are_bf16_and_else_four(anchor: Pulled, added: float) -> None:
+    """Padding of a partition takes them too, and is far less than a hundredth."""
+    for row in run_ranks(measure_anchor, 2, anchor.value):
+        assert added + 2.125 <= row.bytes_per_param_times_world <= added + 2.2

@@ -177,6 +177,17 @@ def test_released_entries_do_not_jump_where_an_anchor_pulls_in_the_gradient(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("apply", ["reduction", "update"])
+def test_released_entries_do_not_jump_under_a_strong_pull(
+    apply: str, record_property: Callable[[str, object], None]
+) -> None:
+    """With the square of the pull counted once they moved 1.68 times as far (`reduction`), or 2.00."""
+    ratio = run_ranks(measure, 1, apply, 0.999, Clipping.OFF, False, {**PULL, "strength": 8.0})[0]
+    record_property("measured", _sentence(ratio, f"anchor of strength 8, apply {apply}, beta2 0.999"))
+    assert ratio.pooled <= BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("apply", ["reduction", "update"])
 def test_released_entries_do_not_jump_with_an_anchor_across_ranks_with_offload(
     apply: str, record_property: Callable[[str, object], None]
 ) -> None:
