@@ -164,6 +164,7 @@ class _Compared(NamedTuple):
 def _compared(found: Found, seeds: str | None) -> _Compared:
     from epi_ds.errors import UserError
     from epi_ds.study.comparison import arm_rows, level_rows
+    from epi_ds.study.measure_tables import measure_tables
     from epi_ds.study.tables import arms_table, levels_table
 
     present, wanted = _present(found), _wanted(found, seeds)
@@ -176,6 +177,7 @@ def _compared(found: Found, seeds: str | None) -> _Compared:
     tables = [arms_table(arms)]
     if found.study.sweeps:
         tables.append(levels_table(level_rows(found.study, present, wanted), best=found.study.best))
+    tables += measure_tables(found.study, present, wanted)
     return _Compared(arms, tables)
 
 

@@ -36,6 +36,8 @@ class Score(NamedTuple):
     """Share of rows solved, or mean teacher-forced loss per token."""
     num_rows: int
     higher_is_better: bool
+    solved: str | None
+    """A character for every row, in order, 1 where it is solved and 0 where not; None of a loss, which solves none."""
 
 
 class Scored(NamedTuple):
@@ -258,7 +260,8 @@ class Evaluator:
         for index, task in enumerate(self._tasks):
             own = [row for row in rows if row[0] == index]
             total, weight = sum(row[2] for row in own), sum(row[3] for row in own)
-            scores[task.name] = Score(total / max(weight, 1.0), len(own), task.higher_is_better)
+            solved = None if task.check is None else "".join(str(int(row[2])) for row in own)
+            scores[task.name] = Score(total / max(weight, 1.0), len(own), task.higher_is_better, solved)
         return scores
 
 

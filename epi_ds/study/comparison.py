@@ -87,9 +87,9 @@ def arm_rows(study: Study, results: Results, seeds: Sequence[int]) -> list[ArmRo
                 arm,
                 len(done),
                 len(own) - len(done),
-                _over_seeds({cell: _end(one).new for cell, one in done.items()}),
-                _over_seeds({cell: _end(one).kept for cell, one in done.items()}),
-                _over_seeds(above),
+                over_seeds({cell: _end(one).new for cell, one in done.items()}),
+                over_seeds({cell: _end(one).kept for cell, one in done.items()}),
+                over_seeds(above),
                 len(above),
                 fmean(divergences) if divergences else None,
                 fmean(one.seconds for one in done.values()) if done else None,
@@ -121,9 +121,9 @@ def level_rows(study: Study, results: Results, seeds: Sequence[int]) -> list[Lev
                 LevelRow(
                     sweep,
                     level,
-                    _over_seeds(kept),
-                    _over_seeds(plain),
-                    _over_seeds({cell: kept[cell] - plain[cell] for cell in kept}),
+                    over_seeds(kept),
+                    over_seeds(plain),
+                    over_seeds({cell: kept[cell] - plain[cell] for cell in kept}),
                     None,
                     primary is not None and (primary.sweep, primary.level) == (sweep, level),
                     len(kept),
@@ -160,7 +160,7 @@ def _corrected(rows: list[LevelRow]) -> list[LevelRow]:
     return [row._replace(p_corrected=corrected.get(f"{position}")) for position, row in enumerate(rows)]
 
 
-def _over_seeds(values: Mapping[Cell, float]) -> Interval | None:
+def over_seeds(values: Mapping[Cell, float]) -> Interval | None:
     """Return the interval over seeds: targets of one seed share its base, so they are one value."""
     by_seed: dict[int, list[float]] = {}
     for cell, value in values.items():

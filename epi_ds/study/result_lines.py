@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from epi_ds.errors import UserError, problems_of, summarize
 from epi_ds.study.cells import Cell
+from epi_ds.study.flips import Flips
 from epi_ds.study.models import Protocol
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,9 @@ class Result(BaseModel):
     path: tuple[PathPoint, ...] = ()
     scores: dict[str, tuple[float, ...]] = {}
     """Of every task, before training and at the end of every stage."""
+    flips: dict[str, Flips] = {}
+    """Of every task, the answers that changed between before training and the run's end; lines of before this was
+    measured have none."""
     seconds: float = Field(ge=0)
     peak_bytes: int | None = None
     """Largest resident memory of the rank."""

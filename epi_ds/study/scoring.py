@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from epi_ds.errors import RemedyError
 from epi_ds.recipe.keep import BASE
+from epi_ds.study.flips import Flips, flips_between
 from epi_ds.study.models import Protocol
 from epi_ds.study.result_lines import PathPoint
 
@@ -28,11 +29,13 @@ class Scored(NamedTuple):
     backward_transfer: float | None
     path: tuple[PathPoint, ...]
     scores: dict[str, tuple[float, ...]]
+    flips: dict[str, Flips]
 
 
 class _Evaluation(NamedTuple):
     step: int
     scores: dict[str, float]
+    solved: dict[str, str | None]
 
 
 def scores_of(
@@ -47,7 +50,7 @@ def scores_of(
     Raises RemedyError where an evaluation is missing, or a task in it.
     """
     lines = [line for line in metrics if line["event"] == "evaluation"]
-    evaluations = [_Evaluation(line["step"], _accuracies(line["scores"])) for line in lines]
+    evaluations = [_evaluation(line) for line in lines]
     ends = [found for found, line in zip(evaluations, lines, strict=True) if line["stage_ended"]]
     if len(ends) != len(stages) + 1:
         raise RemedyError(
@@ -78,13 +81,22 @@ def scores_of(
         backward_transfer=fmean(transfers) if transfers else None,
         path=path,
         scores={name: tuple(found.scores[name] for found in ends) for name in (*stages, *kept)},
+        flips={
+            name: flips
+            for name in (*stages, *kept)
+            if (flips := flips_between(before.solved[name], after[-1].solved[name])) is not None
+        },
     )
 
 
-def _accuracies(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return accuracies by task. A skill that is given to be kept is scored as one of ``base/``."""
-    return {
-        name.removeprefix(f"{BASE}/"): float(score["value"])
-        for name, score in scores.items()
-        if score["higher_is_better"]
+def _evaluation(line: Mapping[str, Any]) -> _Evaluation:
+    """Return the accuracies of a line. A skill that is given to be kept is scored as one of ``base/``."""
+    scores = {
+        name.removeprefix(f"{BASE}/"): score for name, score in line["scores"].items() if score["higher_is_better"]
     }
+    return _Evaluation(
+        line["step"],
+        {name: float(score["value"]) for name, score in scores.items()},
+        # Earlier commits did not write which rows were solved.
+        {name: score.get("solved") for name, score in scores.items()},
+    )

@@ -34,8 +34,8 @@ def arms_table(rows: Sequence[ArmRow]) -> TextTable:
             (
                 row.arm,
                 f"{row.cells}" + (f" ({row.failed} failed)" if row.failed else ""),
-                _told(row.new),
-                _told(row.kept),
+                told(row.new),
+                told(row.kept),
                 _above(row),
                 _NOTHING if row.kl_to_base is None else f"{row.kl_to_base:.3f}",
                 _NOTHING if row.seconds is None else f"{row.seconds:.0f}",
@@ -54,9 +54,9 @@ def levels_table(rows: Sequence[LevelRow], *, best: str) -> TextTable:
             (
                 row.sweep + (" (primary)" if row.is_primary else ""),
                 f"{row.level:.0%}",
-                _told(row.kept),
-                _told(row.plain),
-                _told(row.difference, signed=True),
+                told(row.kept),
+                told(row.plain),
+                told(row.difference, signed=True),
                 _NOTHING if row.difference is None or row.difference.p is None else f"{row.difference.p:.3f}",
                 _NOTHING if row.p_corrected is None else f"{row.p_corrected:.3f}",
                 f"{row.reached} of {row.pairs}",
@@ -70,12 +70,13 @@ def levels_table(rows: Sequence[LevelRow], *, best: str) -> TextTable:
 def _above(row: ArmRow) -> str:
     beyond = row.cells - row.above_cells
     if not beyond:
-        return _told(row.above, signed=True)
-    told = f"learns more in {beyond} of {row.cells}"
-    return told if row.above is None else f"{_told(row.above, signed=True)}, {told}"
+        return told(row.above, signed=True)
+    beyond_told = f"learns more in {beyond} of {row.cells}"
+    return beyond_told if row.above is None else f"{told(row.above, signed=True)}, {beyond_told}"
 
 
-def _told(interval: Interval | None, *, signed: bool = False) -> str:
+def told(interval: Interval | None, *, signed: bool = False) -> str:
+    """Return an interval as a cell of a table."""
     if interval is None:
         return _NOTHING
     mean = f"{interval.mean:+.3f}" if signed else f"{interval.mean:.3f}"

@@ -46,6 +46,9 @@ def test_every_cell_has_a_line(smoke: Path) -> None:
         assert [part["step"] for part in line["path"]] == [0, 4, 8, 10]
         assert line["path"][-1] == {"step": 10, "new": line["new"], "kept": line["kept"]}
         assert line["kl_to_base"] > 0
+        for name, (before, after) in line["scores"].items():
+            flips = line["flips"][name]
+            assert flips["wrong_to_right"] - flips["right_to_wrong"] == pytest.approx(after - before)
         assert line["peak_bytes"] > 1 << 28
         # Nothing of this machine.
         assert str(smoke) not in json.dumps(line)

@@ -174,12 +174,13 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
     assert read_results(file) == []
     written = [
         result_of(Cell("a", 0, "t"), path=[{"step": 0, "new": 0.1, "kept": 0.9}], scores={"code": (0.1, 0.2)}),
+        result_of(Cell("a", 1, "t"), flips={"code": {"right_to_wrong": 0, "wrong_to_right": 0.125}}),
         result_of(Cell("b", 0, "t"), status="failed", new=None, kept=None, error="boom\nbang"),
     ]
     for one in written:
         append_result(file, one)
     assert read_results(file) == written
-    assert len(file.read_text().splitlines()) == 2
+    assert len(file.read_text().splitlines()) == len(written)
 
 
 def test_a_line_that_was_cut_is_told_and_gone_with_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -242,6 +243,26 @@ def test_committed_results_are_read() -> None:
 def evaluation(step: int, *, stage_ended: bool = True, **values: float) -> dict[str, Any]:
     scores = {name.replace("base_", "base/"): {"value": v, "higher_is_better": True} for name, v in values.items()}
     return {"event": "evaluation", "step": step, "stage_ended": stage_ended, "scores": scores}
+
+
+def test_answers_that_flipped_are_told_apart_from_scores() -> None:
+    lines = [evaluation(0, new=0.0, code=0.5, base_logic=0.5), evaluation(9, new=0.75, code=0.5, base_logic=0.0)]
+    for line, rows in zip(lines, (("0000", "1100", "0101"), ("1110", "1010", "0000")), strict=True):
+        for score, solved in zip(line["scores"].values(), rows, strict=True):
+            score["solved"] = solved
+
+    def flips() -> dict[str, tuple[float, float]]:
+        found = scores_of(lines, protocol=Protocol.ONE_NEW_TASK, stages=["new"], kept=["code", "logic"]).flips
+        return {name: (one.right_to_wrong, one.wrong_to_right) for name, one in found.items()}
+
+    # Code's score stands still, and half of its answers changed.
+    assert flips() == {"new": (0.0, 0.75), "code": (0.25, 0.25), "logic": (0.5, 0.0)}
+    lines[1]["scores"]["code"]["solved"] = "101"
+    with pytest.raises(RemedyError, match="4 test rows before training and 3 at its end"):
+        flips()
+    # As runs of earlier commits wrote them.
+    del lines[0]["scores"]["code"]["solved"]
+    assert list(flips()) == ["new", "logic"]
 
 
 def test_scores_of_one_new_task() -> None:

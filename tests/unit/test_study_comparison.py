@@ -12,6 +12,7 @@ from epi_ds.study.cells import Cell
 from epi_ds.study.comparison import arm_rows, level_rows, plain_curve
 from epi_ds.study.frontier import Point, envelope, frontier, kept_at, new_at
 from epi_ds.study.intervals import Interval, holm, interval_of
+from epi_ds.study.measure_tables import measure_tables
 from epi_ds.study.models import Study
 from epi_ds.study.plane import plane_figure
 from epi_ds.study.result_lines import Result
@@ -172,6 +173,25 @@ def test_what_is_not_reached_has_no_number() -> None:
     assert all(row.pairs == 0 for row in level_rows(study, without_best, [0, 1, 2]))
     higher = arm_rows(study, results_of(full_lr_1=(0.5, 0.2), weak=(0.9, 0.9)), [0])
     assert [row.above for row in higher if row.arm == "weak"] == [None]
+
+
+def test_measures_of_lines_that_have_them_get_a_table() -> None:
+    study, results = study_of(), results_of(**SCORES)
+    # Lines of before anything was measured.
+    assert measure_tables(study, results, [0, 1, 2]) == []
+    for seed, lost in ((0, 0.25), (1, 0.75)):
+        cell = Cell("middle", seed, "instruct")
+        flips = {
+            "new": {"right_to_wrong": 0.0, "wrong_to_right": 0.5},
+            "code": {"right_to_wrong": lost, "wrong_to_right": 0.0},
+            "logic": {"right_to_wrong": lost, "wrong_to_right": 0.125},
+        }
+        results[cell] = result_of(cell, flips=flips)
+    (table,) = measure_tables(study, results, [0, 1, 2])
+    # t(0.975, 1) = 12.706.
+    assert table.markdown.splitlines()[2:] == [
+        "| middle | 2 | 0.500 ± 0.000 | 0.000 ± 0.000 | 0.500 ± 3.177 | 0.062 ± 0.000 |"
+    ]
 
 
 def test_tables_and_the_plane_say_what_was_found() -> None:

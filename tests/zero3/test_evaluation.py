@@ -134,6 +134,12 @@ def test_one_rank_scores_every_row_with_either_weights(alone: Any) -> None:
                 task: size for task, size in (("answers", answers), ("losses", losses)) if size
             }
             assert all(math.isfinite(own.value) for own in scores.values())
+            if answers:
+                solved = scores["answers"].solved
+                assert solved is not None
+                assert len(solved) == answers
+                assert solved.count("1") / answers == scores["answers"].value
+            assert not losses or scores["losses"].solved is None
 
 
 @pytest.mark.slow
