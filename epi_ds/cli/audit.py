@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from epi_ds.inspect.audit import AuditReport
     from epi_ds.inspect.audit_anchor import AnchorAudit
 
 
@@ -48,7 +49,16 @@ def audit(
         highlight=False,
     )
     _show_anchor(console, result.anchor)
+    console.print(_verdict(result), highlight=False, soft_wrap=True)
     raise typer.Exit(1 if result.isolated_moved or result.anchor.has_findings else 0)
+
+
+def _verdict(result: AuditReport) -> str:
+    if result.isolated_moved or result.anchor.has_findings:
+        return "verdict: something moved that must not; see above"
+    if not result.pairs:
+        return "verdict: nothing was isolated between these checkpoints, and what is pulled towards is what it was"
+    return "verdict: not one bit of an isolated weight moved"
 
 
 def _show_anchor(console: Console, found: AnchorAudit) -> None:

@@ -134,7 +134,7 @@ def report(
     ] = None,
     results: _Results = None,
 ) -> None:
-    """Write the tables as Markdown, and the plane of all arms as SVG."""
+    """Write the tables as Markdown, and the plane of arms as SVG: all of them, or those that the study names."""
     from epi_ds.study.plane import plane_figure
 
     found = _found(study, results)

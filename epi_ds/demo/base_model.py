@@ -1,8 +1,10 @@
-"""A small Llama that knows the built-in skills a little: something to fine-tune, and to forget."""
+"""A small Llama that knows some of the built-in skills: something to fine-tune, and to forget."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
+from epi_ds.data.rendering import Learnt
 from epi_ds.data.skills import Message, Split, load_tokenizer, rows
 
 _IGNORED = -100
-_SEED = 0
-_ROWS_PER_SKILL = 4000
-_LEARNING_RATE = 1e-3
+# Batches whose rows are sorted by length together.
+_ROUND = 16
 
 
 def small_llama(vocab_size: int, **changes: Any) -> LlamaForCausalLM:
@@ -41,41 +43,70 @@ def pretrain_small_model(
     *,
     skills: Sequence[str],
     steps: int,
-    batch_size: int,
+    learnt: Learnt = Learnt.LAST_TURN,
+    batch_size: int = 32,
+    learning_rate: float = 2e-3,
+    rows_per_skill: int = 6000,
+    seed: int = 0,
     report: Callable[[int, float], None] = lambda step, loss: None,
+    **shape: int,
 ) -> None:
     """Train a small Llama on a mixture of skills, in this process alone, and save it with its tokenizer.
 
-    report  called with (finished steps, loss) after every step
+    ``folder`` is whole or absent, also after a kill.
+
+    learnt      EVERYTHING, for a model that can write rows of its own, whose questions are the skills'; with LAST_TURN,
+                the answers alone, it knows as much in half of the steps
+    batch_size  rows; those of a batch are of about one length, which halves the time
+    report      called with (finished steps, loss) after every step
+    shape       of `small_llama`
     """
-    torch.manual_seed(_SEED)
+    torch.manual_seed(seed)
     tokenizer = load_tokenizer()
     model = small_llama(
         len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
+        **shape,
     )
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     mixture = [
-        row.messages for skill in skills for row in rows(skill, split=Split.TRAIN, size=_ROWS_PER_SKILL, seed=_SEED)
+        list(row.messages) for skill in skills for row in rows(skill, split=Split.TRAIN, size=rows_per_skill, seed=seed)
     ]
     encoded = encode(tokenizer, mixture)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    if learnt is Learnt.EVERYTHING:
+        encoded = [(tokens, tokens) for tokens, _ in encoded]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    generator = torch.Generator().manual_seed(_SEED)
+    batches = _batches([len(ids) for ids, _ in encoded], batch_size, seed=seed)
     model.train()
-    for step in range(steps):
-        chosen = torch.randint(len(encoded), (batch_size,), generator=generator).tolist()
-        loss = model(**collate([encoded[index] for index in chosen], tokenizer.pad_token_id)).loss
+    for step in range(1, steps + 1):
+        batch = [encoded[index] for index in next(batches)]
+        loss = model(**collate(batch, tokenizer.pad_token_id)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        report(step + 1, float(loss.detach()))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        report(step, float(loss.detach()))
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    os.replace(unfinished, folder)
+
+
+def _batches(lengths: list[int], batch_size: int, *, seed: int) -> Iterator[list[int]]:
+    """Yield positions of rows without end: drawn at random, sorted by length among some batches' worth, shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        drawn = torch.randint(len(lengths), (batch_size * _ROUND,), generator=generator).tolist()
+        drawn.sort(key=lengths.__getitem__)
+        order = torch.randperm(_ROUND, generator=generator).tolist()
+        while order:
+            first = order.pop() * batch_size
+            yield drawn[first : first + batch_size]
 
 
 def encode(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[int]]]:

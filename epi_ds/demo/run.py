@@ -1,4 +1,4 @@
-"""The demonstration: pretrain a small model, fine-tune it in three stages, have it stop on the way, resume it."""
+"""The demonstration: a small model learns new tasks plainly, and again protected, stopped and resumed on the way."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils.logging import disable_progress_bar
 
-from epi_ds.data.skills import SKILLS
 from epi_ds.demo.base_model import pretrain_small_model
+from epi_ds.demo.comparison import Comparison, compare, points_of
+from epi_ds.demo.plane import plane_figure
 from epi_ds.errors import RemedyError
 from epi_ds.launch.local import start_child
 from epi_ds.launch.stop_signals import REQUEUE_EXIT_CODE
@@ -27,36 +29,81 @@ from epi_ds.recipe.models import Recipe
 from epi_ds.train.run_folder import RunFolder
 
 RECIPE = "demo"
-# Enough to know all five skills a little and two of them well, in about a minute.
+# Enough to know what it is pretrained on well, in about a minute.
 BASE_STEPS = 600
-# Of all steps, from where on it is told to stop: in the second of three stages, with masks in force.
+_TRAIN = (sys.executable, "-m", "epi_ds.cli.main", "train", RECIPE)
+# What is left of the recipe without its protection.
+_PLAIN = ("method={epi: {policy: none}}", "train.save_strategy='no'")
+# Of all steps, from where on it is told to stop: with masks in force.
 _INTERRUPT_FROM_SHARE = 0.4
 _POLL_SECONDS = 0.2
 
 
-def run_demo(output: Path, console: Console, *, overrides: Sequence[str] = (), base_steps: int = BASE_STEPS) -> None:
-    """Run the shipped demo recipe into ``output``; what an earlier demo left there is thrown away.
+class DemoFolder(NamedTuple):
+    """Paths inside the folder of a demo."""
+
+    root: Path
+
+    @property
+    def base(self) -> Path:
+        """The small model that both ways begin with."""
+        return self.root / "base"
+
+    @property
+    def plain(self) -> Path:
+        """The run without protection."""
+        return self.root / "plain"
+
+    @property
+    def protected(self) -> Path:
+        """The run of the recipe."""
+        return self.root / "protected"
+
+    @property
+    def plane(self) -> Path:
+        """The picture of both."""
+        return self.root / "plane.svg"
+
+
+def run_demo(
+    output: Path, console: Console, *, overrides: Sequence[str] = (), base_steps: int = BASE_STEPS
+) -> Comparison:
+    """Run the shipped demo recipe into ``output``, plain and as it is; what an earlier demo left there is thrown away.
 
     overrides   as ``epi-ds train`` takes them
     base_steps  how long the small model is pretrained
 
-    Raises RemedyError when the run fails, or ends before it could be interrupted.
+    Raises RemedyError when a run fails, or ends before it could be interrupted.
     """
     disable_progress_bar()
-    folder, base = RunFolder(output), output / "base"
-    folder.clear()
-    shutil.rmtree(base, ignore_errors=True)
-    overrides = [*overrides, f"output={output}", f"model.path={base}"]
+    folder = DemoFolder(output)
+    shutil.rmtree(folder.base, ignore_errors=True)
+    for run in (folder.plain, folder.protected):
+        RunFolder(run).clear()
+    overrides = [*overrides, f"model.path={folder.base}"]
     recipe = load_recipe(RECIPE, overrides)
     _use_cpu_without_enough_devices(recipe.ranks or 1, console)
-    console.print(f"[bold]1/3[/] pretraining a small Llama on {len(SKILLS)} skills, so that it has something to forget")
-    _pretrain(base, base_steps, console)
-    command = [sys.executable, "-m", "epi_ds.cli.main", "train", RECIPE, *overrides]
-    console.print("[bold]2/3[/] fine-tuning in stages with evolving isolation; told to stop on the way")
-    _interrupt_after_checkpoint(command, folder, console, first_step=int(_INTERRUPT_FROM_SHARE * _steps_of(recipe)))
-    console.print("[bold]3/3[/] the same command again: it resumes from the newest complete checkpoint")
+    skills = recipe.evaluation.skills
+    console.print(f"[bold]1/4[/] pretraining a small Llama on {', '.join(skills)}: what it must not forget")
+    _pretrain(folder.base, skills, base_steps, console)
+    stages = ", then ".join(stage.name for stage in recipe.stages)
+    console.print(f"[bold]2/4[/] plain fine-tuning on {stages}")
+    plain = [*overrides, *_PLAIN, f"output={folder.plain}"]
+    _finish([*_TRAIN, *plain])
+    console.print("[bold]3/4[/] the same stages, protected; told to stop on the way")
+    command = [*_TRAIN, *overrides, f"output={folder.protected}"]
+    first_step = int(_INTERRUPT_FROM_SHARE * _steps_of(recipe))
+    _interrupt_after_checkpoint(command, RunFolder(folder.protected), console, first_step=first_step)
+    console.print("[bold]4/4[/] the same command again: it resumes from the newest complete checkpoint")
+    _finish(command)
+    comparison = compare(recipe, base=folder.base, plain=folder.plain, protected=folder.protected)
+    folder.plane.write_text(plane_figure(points_of(comparison)))
+    return comparison
+
+
+def _finish(command: Sequence[str]) -> None:
     if exit_code := start_child(command).wait():
-        raise RemedyError(f"the resumed run failed with exit code {exit_code}; its output is above")
+        raise RemedyError(f"the run ended with exit code {exit_code}; its output is above")
 
 
 def _use_cpu_without_enough_devices(ranks: int, console: Console) -> None:
@@ -72,7 +119,7 @@ def _steps_of(recipe: Recipe) -> int:
     return sum((one.rows or 0) * stage.epochs for stage in recipe.stages for one in stage.sources) // batch
 
 
-def _pretrain(folder: Path, steps: int, console: Console) -> None:
+def _pretrain(folder: Path, skills: Sequence[str], steps: int, console: Console) -> None:
     with Progress(
         TextColumn("pretraining"),
         BarColumn(),
@@ -89,7 +136,7 @@ def _pretrain(folder: Path, steps: int, console: Console) -> None:
             if not console.is_terminal and step % 100 == 0:
                 console.print(f"pretraining step {step}/{steps}  loss {loss:.3f}", highlight=False)
 
-        pretrain_small_model(folder, skills=tuple(SKILLS), steps=steps, batch_size=16, report=report)
+        pretrain_small_model(folder, skills=skills, steps=steps, report=report)
 
 
 def _interrupt_after_checkpoint(command: list[str], folder: RunFolder, console: Console, *, first_step: int) -> None:

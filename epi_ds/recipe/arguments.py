@@ -71,7 +71,7 @@ class _Range(NamedTuple):
         return least if self.below == math.inf else f"{least} and below {self.below}"
 
 
-# Words that an argument may have: others are left to libraries. YAML reads a bare ``no`` as false.
+# Words that an argument may have: others are left to libraries.
 _CHOICES = {
     "save_strategy": ("no", "steps", "epoch"),
     "logging_strategy": ("no", "steps", "epoch"),
@@ -171,7 +171,8 @@ def argument_problems(train: Mapping[str, Any]) -> list[str]:
         elif name == "report_to":
             problems += [f"train.{name}: {problem}" for problem in _tracker_problems(value)]
         elif name in _CHOICES and value not in _CHOICES[name]:
-            problems.append(f"train.{name}: must be {_listed(_CHOICES[name])}, got {value!r}")
+            hint = "; YAML reads a bare no as false, so give its quotes too" if value is False else ""
+            problems.append(f"train.{name}: must be {_listed(_CHOICES[name])}, got {value!r}{hint}")
         elif name != "deepspeed" and not _is_of(valid[name], value):
             problems.append(f"train.{name}: must be {_named(valid[name])}, got {value!r}")
         elif name in _RANGES and isinstance(value, (int, float)) and not _RANGES[name].holds(value):

@@ -32,7 +32,20 @@ def _figure(stages: Stages, *, label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure) -> str:
+def plane_axes(*, label: str) -> tuple[Figure, Axes]:
+    """Return an empty plane of what was learnt, as ``label`` says it, against what was kept."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(label)
+    axes.set_ylabel("kept (mean accuracy of what the base could)")
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def svg_of(figure: Figure) -> str:
+    """Return a figure as SVG text."""
     buffer = io.StringIO()
     # No date and no random ids: the same run gives the same page.
     with rc_context({"svg.hashsalt": "epi_ds"}):
@@ -45,7 +58,7 @@ def loss_figure(steps: Sequence[Mapping[str, Any]], stages: Stages) -> str:
     """Training loss by step."""
     figure, axes = _figure(stages, label="training loss")
     axes.plot([s["step"] for s in steps], [_number(s["loss"]) for s in steps], linewidth=1)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def sources_of(steps: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -60,7 +73,7 @@ def source_loss_figure(steps: Sequence[Mapping[str, Any]], stages: Stages) -> st
         points = [(s["step"], s["source_losses"][name]) for s in steps if name in s.get("source_losses", {})]
         axes.plot([step for step, _ in points], [_number(loss) for _, loss in points], linewidth=1, label=name)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def score_figure(evaluations: Sequence[Mapping[str, Any]], stages: Stages) -> str:
@@ -75,7 +88,7 @@ def score_figure(evaluations: Sequence[Mapping[str, Any]], stages: Stages) -> st
             )
     axes.set_ylim(-0.02, 1.02)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def share_figure(steps: Sequence[Mapping[str, Any]], stages: Stages) -> str:
@@ -83,7 +96,7 @@ def share_figure(steps: Sequence[Mapping[str, Any]], stages: Stages) -> str:
     figure, axes = _figure(stages, label="isolated share")
     axes.step([s["step"] for s in steps], [s["isolated_share"] for s in steps], where="mid", linewidth=1)
     axes.set_ylim(bottom=0)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def drift_figure(refreshes: Sequence[Mapping[str, Any]], stages: Stages) -> str:
@@ -92,7 +105,7 @@ def drift_figure(refreshes: Sequence[Mapping[str, Any]], stages: Stages) -> str:
     points = [(r["step"], r["jaccard"]) for r in refreshes if r["jaccard"] is not None]
     axes.plot([step for step, _ in points], [value for _, value in points], marker="o", linewidth=1)
     axes.set_ylim(0, 1.02)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def layer_figure(refreshes: Sequence[Mapping[str, Any]], stages: Stages) -> str:
@@ -107,4 +120,4 @@ def layer_figure(refreshes: Sequence[Mapping[str, Any]], stages: Stages) -> str:
     axes.set_xticks(list(shown), [str(refreshes[i]["step"]) for i in shown], fontsize=8)
     axes.set_xlabel("refresh after step")
     figure.colorbar(image, ax=axes, label="isolated share")
-    return _svg(figure)
+    return svg_of(figure)

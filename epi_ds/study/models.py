@@ -127,6 +127,8 @@ class Study(BaseModel):
     """Shares of the gain of ``best`` at which what is kept is compared."""
     primary: Primary | None = None
     """All other comparisons are corrected for their number (Holm)."""
+    drawn: tuple[str, ...] | None = None
+    """Arms of the picture; all of them where none are given, which with dozens takes good eyes."""
 
     @field_validator("recipe")
     @classmethod
@@ -138,7 +140,7 @@ class Study(BaseModel):
 
     @model_validator(mode="after")
     def _names_are_of_arms(self) -> Study:
-        named = {"frontier": self.frontier, "best": (self.best,)}
+        named = {"frontier": self.frontier, "best": (self.best,), "drawn": self.drawn or ()}
         named |= {f"sweeps.{name}": arms for name, arms in self.sweeps.items()}
         for place, arms in named.items():
             for arm in arms:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from itertools import cycle
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-
+from epi_ds.report.figures import plane_axes, svg_of
 from epi_ds.study.comparison import ArmRow
 from epi_ds.study.models import Study
 
@@ -20,9 +17,9 @@ _LOOKS = tuple((colour, marker) for marker in _MARKERS for colour in _COLOURS)
 
 
 def plane_figure(study: Study, rows: Sequence[ArmRow]) -> str:
-    """Return the plane: plain fine-tuning in grey, joined, and every other arm with its interval over seeds."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    """Return the plane: plain fine-tuning in grey, joined, and other arms that are drawn with intervals over seeds."""
+    rows = [row for row in rows if study.drawn is None or row.arm in study.drawn]
+    figure, axes = plane_axes(label="new task (accuracy)")
     plain = sorted((row.new.mean, row.kept.mean) for row in rows if row.arm in study.frontier and row.new and row.kept)
     axes.plot([new for new, _ in plain], [kept for _, kept in plain], color="0.7", linewidth=1, zorder=1)
     looks = cycle(_LOOKS)
@@ -45,20 +42,10 @@ def plane_figure(study: Study, rows: Sequence[ArmRow]) -> str:
         )
         if is_plain:
             axes.annotate(row.arm, (row.new.mean, row.kept.mean), xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axes.set_xlabel("new task (accuracy)")
-    axes.set_ylabel("kept (mean accuracy of what the base could)")
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_ylim(-0.02, 1.02)
-    axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     if unique:
         axes.legend(
             unique.values(), unique.keys(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
         )
-    buffer = io.StringIO()
-    # No date and no random ids: the same results give the same picture.
-    with rc_context({"svg.hashsalt": "epi_ds"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return svg_of(figure)

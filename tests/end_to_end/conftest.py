@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
+from epi_ds.demo.run import DemoFolder
 from tests.end_to_end.recipes import RANKS, write_recipe
 from tests.support.forks import epi_ds, run_module
 from tests.support.processes import checked, run_epi_ds
@@ -19,11 +20,17 @@ class Demo(NamedTuple):
     folder: Path
     output: str
 
+    @property
+    def protected(self) -> Path:
+        """The run that was stopped and resumed."""
+        return DemoFolder(self.folder).protected
 
-# A quarter of the shipped demo's steps; its windows are shorter too, so that a mask is active in as many of them.
+
+# A sixth of the shipped demo's steps; its windows are shorter too, so that a mask is active in as many of them.
 SHORT_DEMO = (
-    *(f"stages.{stage}.data.rows=480" for stage in ("dialogue", "arithmetic", "logic")),
-    "method.epi.refresh_interval=6",
+    "stages.arithmetic.data.rows=1120",
+    *(f"method.keep.data.{source}.rows=8" for source in range(2)),
+    "method.epi.refresh_interval=5",
     "train.save_steps=3",
     "evaluation.rows=8",
 )
@@ -33,7 +40,9 @@ SHORT_DEMO = (
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """Run the demo into a folder of its own, all of its ways, with fewer rows than are shipped."""
     folder = tmp_path_factory.mktemp("demo") / "run"
-    return Demo(folder, checked(run_epi_ds("demo", *SHORT_DEMO, "--base-steps", "200", "--output", str(folder))))
+    return Demo(
+        folder, checked(run_epi_ds("demo", *SHORT_DEMO, "--base-steps", "150", "--output", str(folder), timeout=900))
+    )
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.end_to_end
 @pytest.fixture
 def run(demo: Demo, tmp_path: Path) -> Path:
     """A copy of the run's checkpoints and of what the export is compared with."""
-    shutil.copytree(demo.folder / "checkpoints", tmp_path / "run" / "checkpoints")
+    shutil.copytree(demo.protected / "checkpoints", tmp_path / "run" / "checkpoints")
     return tmp_path / "run"
 
 
@@ -59,11 +59,11 @@ def test_export_is_the_model(demo: Demo, run: Path, tmp_path: Path) -> None:
     said = checked(epi_ds("export", str(newest), str(out), "--verify", "--shard-size", "0.001"))
     assert "38 tensors have the bits of" in said
     assert len(list(out.glob("model-*-of-*.safetensors"))) > 1
-    model, expected = (AutoModelForCausalLM.from_pretrained(path) for path in (out, demo.folder / "export"))
+    model, expected = (AutoModelForCausalLM.from_pretrained(path) for path in (out, demo.protected / "export"))
     for (name, one), (_, other) in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
     assert model.generation_config == expected.generation_config
-    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (out, demo.folder / "export")]
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (out, demo.protected / "export")]
     assert tokenizers[0].chat_template == tokenizers[1].chat_template
     assert tokenizers[0]("What is 3 + 4?") == tokenizers[1]("What is 3 + 4?")
     half = tmp_path / "half"

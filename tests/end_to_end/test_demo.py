@@ -14,6 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from epi_ds.data.skills import Split, get_skill, rows
+from epi_ds.demo.comparison import Point
+from epi_ds.demo.plane import plane_figure, text_plane
 from epi_ds.evaluation.tasks import TEST_SEED
 from epi_ds.recipe.loading import load_recipe
 from tests.end_to_end.conftest import SHORT_DEMO, Demo
@@ -24,12 +26,12 @@ pytestmark = pytest.mark.end_to_end
 
 @pytest.fixture(scope="session")
 def metrics(demo: Demo) -> dict[str, list[dict[str, Any]]]:
-    """The lines of the demo's metrics by event."""
+    """The lines of the protected run's metrics by event."""
     return metrics_of(demo)
 
 
 def metrics_of(demo: Demo) -> dict[str, list[dict[str, Any]]]:
-    lines = [json.loads(line) for line in (demo.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (demo.protected / "metrics.jsonl").read_text().splitlines()]
     return {event: [m for m in lines if m["event"] == event] for event in ("run", "step", "refresh", "evaluation")}
 
 
@@ -50,7 +52,7 @@ def test_it_was_stopped_and_repeated_no_step(demo: Demo, metrics: dict[str, list
 
 def test_every_line_says_which_stage_and_step(metrics: dict[str, list[dict[str, Any]]]) -> None:
     spans = metrics["run"][0]["stages"]
-    assert len(spans) == 3
+    assert len(spans) == 1
     for line in metrics["step"]:
         first, stop = spans[line["stage"]]
         assert first < line["step"] <= stop
@@ -67,16 +69,18 @@ def test_the_ratio_that_is_reported_is_the_achieved_one(metrics: dict[str, list[
 
 
 @pytest.mark.slow
-def test_stages_learn_their_tasks(whole_demo: Demo) -> None:
-    metrics = metrics_of(whole_demo)
-    before, *after = (line["scores"] for line in metrics["evaluation"])
-    gains = []
-    for stage, scores in zip(metrics["run"][0]["stages"], after, strict=True):
-        losses = [line["loss"] for line in metrics["step"] if line["stage"] == stage]
-        assert sum(losses[-10:]) < sum(losses[:10]), stage
-        gains.append(scores[stage]["value"] - before[stage]["value"])
-    # Of one stage a gain depends on the rounding of the processor, since 64 answers are few; of three it is 0.16 here.
-    assert sum(gains) / len(gains) > 0.05, gains
+def test_both_ways_learn_and_the_protected_one_keeps_more(whole_demo: Demo) -> None:
+    """Of one rounding of the processor the numbers are others; the distance that is asked for is half of that here."""
+    shown = table_of(whole_demo.output)
+    (_, plain, protected), (_, plain_kept, protected_kept) = shown["learnt"], shown["kept"]
+    assert min(plain, protected) > 30
+    assert protected_kept > plain_kept + 20
+
+
+def table_of(output: str) -> dict[str, list[int]]:
+    """Percentages of the demo's last table, by row."""
+    rows = re.findall(r"^│ +([a-z][a-z ]*?) +│((?: +\d+% +│)+)", output, re.MULTILINE)
+    return {name: [int(value) for value in re.findall(r"(\d+)%", values)] for name, values in rows}
 
 
 def test_isolated_weights_did_not_move(demo: Demo) -> None:
@@ -88,21 +92,54 @@ def test_isolated_weights_did_not_move(demo: Demo) -> None:
     assert plastic_moved > 0.9 * plastic
 
 
-def test_it_ends_with_a_table_and_the_files_it_wrote(demo: Demo) -> None:
-    end = demo.output[demo.output.index("forgetting") :]
+def test_it_ends_with_a_table_of_both_ways_a_plane_and_the_verdict(demo: Demo) -> None:
+    recipe, shown = load_recipe("demo", []), table_of(demo.output)
+    assert list(shown) == [
+        "learnt",
+        *(stage.name for stage in recipe.stages),
+        "kept",
+        *recipe.evaluation.skills,
+    ]
+    assert all(len(row) == 3 for row in shown.values())
+    for group, names in (("learnt", [s.name for s in recipe.stages]), ("kept", recipe.evaluation.skills)):
+        for column in range(3):
+            # Of percentages that are rounded each.
+            mean = sum(shown[name][column] for name in names) / len(names)
+            assert abs(shown[group][column] - mean) <= 1
+    moved = re.search(r"how far the weights went +│ +│ +100% +│ +(\d+)%", demo.output)
+    assert moved is not None
+    assert 0 < int(moved.group(1)) < 100
+    end = demo.output[demo.output.index("how far the weights went") :]
+    assert "o base, x plain, * protected" in end
+    assert (demo.folder / "plane.svg").read_text().startswith("<svg")
+    assert end.rstrip().endswith("verdict: not one bit of an isolated weight moved")
+
+
+def test_the_plane_shows_where_each_model_is() -> None:
+    points = [Point("base", 0.0, 1.0), Point("plain", 1.0, 0.0), Point("weak", 0.5, 0.5)]
+    lines = text_plane(points).splitlines()
+    assert lines[1] == "100% |o"
+    assert lines[6] == f"     |{' ' * 25}*"
+    assert lines[11] == f"  0% |{' ' * 50}x"
+    assert "plain" in plane_figure(points)
+
+
+def test_either_run_leaves_its_files_and_its_table(demo: Demo) -> None:
     recipe = load_recipe("demo", [])
+    for run in ("plain", "protected"):
+        for name in ("metrics.jsonl", "export", "report.html"):
+            assert f"{run}/{name}" in demo.output.replace("\n", "")
+            assert (demo.folder / run / name).exists()
     for name in [*(stage.name for stage in recipe.stages), *recipe.evaluation.skills]:
-        assert re.search(rf"{name}.*\d+%.*\d+%", end), name
-    for name in ("metrics.jsonl", "checkpoints", "export", "report.html"):
-        assert name in end
-        assert (demo.folder / name).exists()
+        # Of either run, with what was forgotten, and of both.
+        assert len(re.findall(rf"^│ +{name} +│.*\d+%", demo.output, re.MULTILINE)) == 3, name
 
 
 def test_the_export_scores_what_the_last_evaluation_said(demo: Demo, metrics: dict[str, list[dict[str, Any]]]) -> None:
     """One process and transformers alone repeat what two ranks of ZeRO-3 measured, answer by answer."""
     recipe = load_recipe("demo", SHORT_DEMO)
-    model = AutoModelForCausalLM.from_pretrained(demo.folder / "export").eval()
-    tokenizer = AutoTokenizer.from_pretrained(demo.folder / "export", padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(demo.protected / "export").eval()
+    tokenizer = AutoTokenizer.from_pretrained(demo.protected / "export", padding_side="left")
     skill_name = recipe.stages[-1].skill
     assert skill_name is not None
     questions = rows(skill_name, split=Split.TEST, size=recipe.evaluation.rows, seed=TEST_SEED)
@@ -134,7 +171,7 @@ def test_the_report_opens_in_a_browser(demo: Demo, tmp_path: Path) -> None:
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
         pytest.skip("needs Chromium; apt-get install chromium")
-    page = (demo.folder / "report.html").as_uri()
+    page = (demo.protected / "report.html").as_uri()
     browser = [program, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     picture = tmp_path / "report.png"
     log = checked(

@@ -111,7 +111,7 @@ def test_every_mistake_is_named_at_once_with_the_nearest_name(tmp_path: Path) ->
         ("train.weight_decay=-0.1", "train.weight_decay: must be at least 0, got -0.1"),
         ("train.adam_beta1=1.0", "train.adam_beta1: must be at least 0 and below 1, got 1.0"),
         ("train.save_strategy=best", "train.save_strategy: must be 'no', 'steps' or 'epoch', got 'best'"),
-        ("train.save_strategy=no", "train.save_strategy: must be 'no', 'steps' or 'epoch', got False"),
+        ("train.save_strategy=no", "train.save_strategy: must be 'no', 'steps' or 'epoch', got False; YAML reads"),
         ("train.metric_for_best_model=loss", "train.metric_for_best_model: decided by the recipe; set nothing: the"),
         ("train.eval_steps=10", "train.eval_steps: decided by the recipe; set evaluation.every"),
         ("train.report_to=[wandbb]", "train.report_to: 'wandbb' is no tracker; did you mean 'wandb'?"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from epi_ds.cli.study import report
 from epi_ds.study.cells import Cell
 from epi_ds.study.comparison import arm_rows, level_rows, plain_curve
 from epi_ds.study.frontier import Point, envelope, frontier, kept_at, new_at
@@ -19,6 +21,7 @@ from epi_ds.study.result_lines import Result
 from epi_ds.study.tables import arms_table, levels_table
 from tests.unit.test_study import STUDY, result_of
 
+ROOT = Path(__file__).resolve().parents[2]
 CURVE = (Point(0.3, 0.85), Point(0.52, 0.76), Point(0.78, 0.5), Point(0.91, 0.22))
 score = st.floats(0, 1).map(lambda value: round(value, 6))
 points = st.lists(st.builds(Point, score, score), min_size=1, max_size=12)
@@ -210,3 +213,10 @@ def test_tables_and_the_plane_say_what_was_found() -> None:
     assert plane.startswith("<svg")
     assert plane == plane_figure(study, rows)
     assert plane_figure(study, []).startswith("<svg")
+
+
+def test_the_committed_tables_and_picture_are_what_the_command_writes(tmp_path: Path) -> None:
+    """``epi-ds study report tiny -o docs/measured/tiny`` makes them again from the lines of results."""
+    report("tiny", output=tmp_path)
+    for name in ("study.md", "plane.svg"):
+        assert (tmp_path / name).read_text() == (ROOT / "docs/measured/tiny" / name).read_text(), name
