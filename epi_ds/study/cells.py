@@ -9,12 +9,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from epi_ds.choices import StateFormat
 from epi_ds.errors import UserError, nearest
+from epi_ds.policy_rules import REFRESHING, UNMEASURED
 from epi_ds.recipe.loading import parse_recipe, set_key
 from epi_ds.recipe.models import Recipe
 from epi_ds.study.models import Study
 
 _BASE_SKILLS = "base_skills"
+_NEVER = "no"
+# The trainer saves after the last step, too; no run of a study has so many.
+_AT_THE_END = 1_000_000_000
 
 
 class Cell(NamedTuple):
@@ -92,6 +97,20 @@ def recipe_of(study: Study, cell: Cell, work: WorkFolder) -> dict[str, Any]:
     if isinstance(keep, dict) and keep.get("self") is not None:
         own = keep["self"] if isinstance(keep["self"], dict) else {"rows": keep["self"]}
         keep["self"] = {**own, "file": str(work.own_rows(study, cell, own))}
+    return values
+
+
+def run_of(study: Study, cell: Cell, work: WorkFolder) -> dict[str, Any]:
+    """Return the recipe of a cell as it runs: one that measures importance leaves it in a checkpoint of its last step.
+
+    That changes no score, so that it is no part of the digest. What it costs is a second or two.
+    """
+    values = recipe_of(study, cell, work)
+    method = validated(study, cell, work).method.epi
+    measures = method.policy in REFRESHING - UNMEASURED and method.state is not StateFormat.ADAM
+    if measures and values.get("train", {}).get("save_strategy") == _NEVER:
+        set_key(values, "train.save_strategy", "steps")
+        set_key(values, "train.save_steps", _AT_THE_END)
     return values
 
 
