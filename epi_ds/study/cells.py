@@ -56,10 +56,16 @@ class WorkFolder(NamedTuple):
         return self.root / "cells" / cell.target / cell.arm / f"seed_{cell.seed}"
 
 
-def cells_of(study: Study, *, seeds: Iterable[int] | None = None, arms: Iterable[str] | None = None) -> Iterator[Cell]:
-    """Yield the cells of a study, or of some of its seeds and arms, seed by seed: an early look has all arms.
+def cells_of(
+    study: Study,
+    *,
+    seeds: Iterable[int] | None = None,
+    arms: Iterable[str] | None = None,
+    targets: Iterable[str] | None = None,
+) -> Iterator[Cell]:
+    """Yield the cells of a study, or of some of its seeds, arms and targets, seed by seed: an early look has all arms.
 
-    Raises UserError for a seed or an arm that the study does not have.
+    Raises UserError for a seed, an arm or a target that the study does not have.
     """
     for seed in seeds or ():
         if seed not in study.all_seeds:
@@ -67,9 +73,15 @@ def cells_of(study: Study, *, seeds: Iterable[int] | None = None, arms: Iterable
     for arm in arms or ():
         if arm not in study.arms:
             raise UserError(f"{study.name} has no arm {arm!r}{nearest(arm, study.arms)}; see epi-ds study status")
+    for target in targets or ():
+        if target not in study.targets:
+            raise UserError(
+                f"{study.name} has no target {target!r}{nearest(target, study.targets)}; it has "
+                f"{', '.join(study.targets)}"
+            )
     for seed in study.all_seeds if seeds is None else seeds:
         for arm in study.arms if arms is None else arms:
-            for target in study.targets:
+            for target in study.targets if targets is None else targets:
                 yield Cell(arm, seed, target)
 
 

@@ -70,7 +70,8 @@ class _MadeHere:
 
     def __init__(self, study: Study, work: WorkFolder, threads: int, record: Callable[[Result], None]) -> None:
         self._study, self._work, self._record = study, work, record
-        self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        # What is given stands: a batch script knows how many cores are its own.
+        self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
 
     def bases(self, cells: Sequence[Cell]) -> list[Job]:
         """Return the jobs that make the bases that are not there."""
@@ -89,6 +90,7 @@ class _MadeHere:
             # Cells that need it say that it is missing.
             ended=lambda ended: None,
             makes=(folder,),
+            only_makes=True,
         )
 
     def cell(self, cell: Cell) -> Job:
@@ -113,7 +115,7 @@ class _MadeHere:
             begins=begins,
             ended=lambda ended: self._record(self._result(cell, ended)),
             needs=() if self._study.base.pretrain is None else (base,),
-            makes=() if own_rows is None or own_rows.exists() else (own_rows,),
+            makes=() if own_rows is None else (own_rows,),
         )
 
     def _result(self, cell: Cell, ended: Ended) -> Result:

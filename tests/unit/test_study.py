@@ -95,6 +95,9 @@ def test_what_is_no_study_is_said() -> None:
         load_study("nowhere.yaml")
     with pytest.raises(UserError, match="has no arm 'own_row'; did you mean 'own_rows'"):
         list(cells_of(study_of(), arms=["own_row"]))
+    with pytest.raises(UserError, match="has no target 'cod'; did you mean 'code'"):
+        list(cells_of(study_of(), targets=["cod"]))
+    assert list(cells_of(study_of(), arms=["replay"], seeds=[1], targets=["code"])) == [Cell("replay", 1, "code")]
     with pytest.raises(UserError, match="has no seed 7"):
         list(cells_of(study_of(), seeds=[7]))
 
