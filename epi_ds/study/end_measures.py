@@ -16,8 +16,8 @@ from epi_ds.study.mask_drift import mask_drift_of
 from epi_ds.study.sensitivity import last_importance, sensitivities_of
 from epi_ds.train.run_folder import RunFolder
 
-# Of gradients, as many at both ends: cosines of more rows have less noise in them, and lie farther from 0. Squares of so
-# many batches correlate at .93 with those of as many others, in ranks, on a small base that has half learnt its skills.
+# Of gradients, as many at both ends: cosines of more rows have less noise in them, and lie farther from 0. Squares of
+# so many batches correlate at .93 with those of as many others, in ranks, on a base that has half learnt its skills.
 _BATCHES = 8
 # Bases of which gradients are remembered: cells of one seed come one after another, of as many targets as there are.
 _BASES = 4
