@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,25 @@ def stop_listening() -> None:
         number, handler = _previous.popitem()
         # None where the handler was not set from Python, which cannot put it back.
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def ending_when_told() -> Iterator[None]:
+    """End the block by SystemExit with `REQUEUE_EXIT_CODE` upon SIGUSR1 or SIGTERM, so that it can end what it started.
+
+    For a command that has nothing of its own to save. Further signals are ignored: it is ending already.
+    """
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        be_deaf()
+        raise SystemExit(REQUEUE_EXIT_CODE)
+
+    previous = {number: signal.signal(number, end) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def be_deaf() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -24,30 +25,36 @@ _Results = Annotated[
     Path | None, typer.Option(help="File of results; default beside the study, of a shipped one in the package.")
 ]
 _SeedsOption = Annotated[str | None, typer.Option(help="These seeds only, e.g. 0,1; default all.")]
+_ArmsOption = Annotated[str | None, typer.Option(help="These arms only, separated by commas.")]
+_TargetsOption = Annotated[str | None, typer.Option(help="These targets only, separated by commas.")]
+_Work = Annotated[Path | None, typer.Option(help="Folder of the runs; default runs/study/NAME.")]
 
 
 @app.command("run")
 def run(
     study: _Study,
     seeds: _SeedsOption = None,
-    arms: Annotated[str | None, typer.Option(help="These arms only, separated by commas.")] = None,
+    arms: _ArmsOption = None,
+    targets: _TargetsOption = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Cells side by side; default one per core.")] = None,
-    work: Annotated[Path | None, typer.Option(help="Folder of the runs; default runs/study/NAME.")] = None,
+    work: _Work = None,
     results: _Results = None,
 ) -> None:
     """Run the cells that are not finished yet, each a run of its own, and append a line of results for each.
 
-    A cell that failed is run again. Stopped, the study goes on where it was.
+    A cell that failed is run again. Stopped, the study goes on where it was; told to end by SIGTERM or SIGUSR1, it lets
+    cells save, and ends with exit code 85. Several commands may run parts of one study.
     """
     from epi_ds.launch.environment import prepare_environment
 
     prepare_environment()
+    from epi_ds.launch.stop_signals import ending_when_told
     from epi_ds.study.cells import WorkFolder, cells_of
     from epi_ds.study.result_lines import Status
     from epi_ds.study.run import Progress, pending, run_cells
 
     found = _found(study, results)
-    cells = list(cells_of(found.study, seeds=_numbers(seeds), arms=_names(arms)))
+    cells = list(cells_of(found.study, seeds=_numbers(seeds), arms=_names(arms), targets=_names(targets)))
     open_cells = pending(found.study, cells, found.results)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{found.study.name}: {len(cells)} cells, {len(cells) - len(open_cells)} of them finished")
@@ -64,19 +71,70 @@ def run(
         else:
             console.print(f"{told}failed\n{result.error}", markup=False)
 
-    folder = (work or Path("runs/study") / found.study.name).resolve()
-    failed = run_cells(
-        found.study,
-        open_cells,
-        work=WorkFolder(folder),
-        results=found.results,
-        side_by_side=jobs or len(os.sched_getaffinity(0)),
-        progress=Progress(lambda name: console.print(f"started: {name}", markup=False), ended),
-    )
+    folder = _work_folder(found, work)
+    with ending_when_told():
+        failed = run_cells(
+            found.study,
+            open_cells,
+            work=WorkFolder(folder),
+            results=found.results,
+            side_by_side=jobs or len(os.sched_getaffinity(0)),
+            progress=Progress(lambda name: console.print(f"started: {name}", markup=False), ended),
+        )
     console.print(f"results are in {found.results}")
     if failed:
         console.print(f"{failed} cells failed; their logs are in {folder}. The same command runs them again")
         raise typer.Exit(1)
+
+
+@app.command("slurm")
+def slurm(
+    study: _Study,
+    seeds: _SeedsOption = None,
+    arms: _ArmsOption = None,
+    targets: _TargetsOption = None,
+    *,
+    cpus: Annotated[int, typer.Option(min=1, help="Cores of a cell.")] = 1,
+    parallel: Annotated[int | None, typer.Option(min=1, help="Cells at the same time.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="An option of sbatch; may be repeated.")] = None,
+    work: _Work = None,
+    results: _Results = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit what was written.")] = False,
+) -> None:
+    """Write a batch script that runs the cells which are not finished yet as an array, and submit it.
+
+    Each task is `epi-ds study run` of one cell. Folders are to be on a disk that all nodes share.
+    """
+    from epi_ds.launch import slurm as jobs
+    from epi_ds.study.cells import WorkFolder, cells_of, validated
+    from epi_ds.study.run import pending
+    from epi_ds.study.slurm_array import array_of
+
+    found = _found(study, results)
+    work_folder = WorkFolder(_work_folder(found, work))
+    cells = list(cells_of(found.study, seeds=_numbers(seeds), arms=_names(arms), targets=_names(targets)))
+    open_cells = pending(found.study, cells, found.results)
+    typer.echo(f"{found.study.name}: {len(cells)} cells, {len(cells) - len(open_cells)} of them finished")
+    if not open_cells:
+        return
+    for cell in open_cells:
+        # What is wrong with an arm is to be said now, and not in the queue.
+        validated(found.study, cell, work_folder)
+    array = array_of(
+        str(Path(study).resolve()) if Path(study).suffix else study,
+        open_cells,
+        work=work_folder,
+        results=found.results.resolve(),
+        cpus=cpus,
+        parallel=parallel,
+        options=option or [],
+    )
+    array.write()
+    typer.echo(array.path)
+    if submit:
+        typer.echo(f"submitted job {jobs.submit([array])[0]}")
+    else:
+        typer.echo(f"submit with:\n  {shlex.join(jobs.submit_command(array, after=None))}")
 
 
 @app.command("status")
@@ -154,6 +212,10 @@ def _found(study: str, results: Path | None) -> Found:
 
     found = load_study(study)
     return found if results is None else found._replace(results=results)
+
+
+def _work_folder(found: Found, work: Path | None) -> Path:
+    return (work or Path("runs/study") / found.study.name).resolve()
 
 
 class _Compared(NamedTuple):

@@ -41,7 +41,7 @@ class FisherWeights:
                 f"{tag.manifest.isolation.config.get('state')}); give a checkpoint of a run that measures it"
             )
         self._shards = TagShards(*tag)
-        self._segments = {s.name: _whole(s) for s in self._shards.shard(0).header.segments}
+        self._segments = {s.name: s.whole for s in self._shards.shard(0).header.segments}
         self._means = {state: self._mean_of(state) for state in states}
 
     @property
@@ -70,9 +70,3 @@ class FisherWeights:
         segments = list(self._segments.values())
         total = math.fsum(decode(self._shards.stored(state, segment)).double().sum().item() for segment in segments)
         return total / max(1, sum(segment.numel for segment in segments))
-
-
-def _whole(segment: Segment) -> Segment:
-    """Return all of a parameter as one segment."""
-    numel = segment.numel
-    return segment._replace(layer=0, sub_group=0, start=0, real_numel=numel, partition_numel=numel, global_start=0)

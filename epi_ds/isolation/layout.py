@@ -60,6 +60,12 @@ class Segment(NamedTuple):
         """Entries of the whole parameter."""
         return math.prod(self.shape)
 
+    @property
+    def whole(self) -> Segment:
+        """All of the parameter as one segment, of a layout of its own."""
+        numel = self.numel
+        return self._replace(layer=0, sub_group=0, start=0, real_numel=numel, partition_numel=numel, global_start=0)
+
 
 class Span(NamedTuple):
     """A run of entries ``[start, stop)`` of a flat partition."""

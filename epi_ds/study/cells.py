@@ -9,12 +9,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from epi_ds.choices import StateFormat
 from epi_ds.errors import UserError, nearest
+from epi_ds.policy_rules import REFRESHING, UNMEASURED
 from epi_ds.recipe.loading import parse_recipe, set_key
 from epi_ds.recipe.models import Recipe
 from epi_ds.study.models import Study
 
 _BASE_SKILLS = "base_skills"
+_NEVER = "no"
+# The trainer saves after the last step, too; no run of a study has so many.
+_AT_THE_END = 1_000_000_000
 
 
 class Cell(NamedTuple):
@@ -51,10 +56,16 @@ class WorkFolder(NamedTuple):
         return self.root / "cells" / cell.target / cell.arm / f"seed_{cell.seed}"
 
 
-def cells_of(study: Study, *, seeds: Iterable[int] | None = None, arms: Iterable[str] | None = None) -> Iterator[Cell]:
-    """Yield the cells of a study, or of some of its seeds and arms, seed by seed: an early look has all arms.
+def cells_of(
+    study: Study,
+    *,
+    seeds: Iterable[int] | None = None,
+    arms: Iterable[str] | None = None,
+    targets: Iterable[str] | None = None,
+) -> Iterator[Cell]:
+    """Yield the cells of a study, or of some of its seeds, arms and targets, seed by seed: an early look has all arms.
 
-    Raises UserError for a seed or an arm that the study does not have.
+    Raises UserError for a seed, an arm or a target that the study does not have.
     """
     for seed in seeds or ():
         if seed not in study.all_seeds:
@@ -62,9 +73,15 @@ def cells_of(study: Study, *, seeds: Iterable[int] | None = None, arms: Iterable
     for arm in arms or ():
         if arm not in study.arms:
             raise UserError(f"{study.name} has no arm {arm!r}{nearest(arm, study.arms)}; see epi-ds study status")
+    for target in targets or ():
+        if target not in study.targets:
+            raise UserError(
+                f"{study.name} has no target {target!r}{nearest(target, study.targets)}; it has "
+                f"{', '.join(study.targets)}"
+            )
     for seed in study.all_seeds if seeds is None else seeds:
         for arm in study.arms if arms is None else arms:
-            for target in study.targets:
+            for target in study.targets if targets is None else targets:
                 yield Cell(arm, seed, target)
 
 
@@ -92,6 +109,20 @@ def recipe_of(study: Study, cell: Cell, work: WorkFolder) -> dict[str, Any]:
     if isinstance(keep, dict) and keep.get("self") is not None:
         own = keep["self"] if isinstance(keep["self"], dict) else {"rows": keep["self"]}
         keep["self"] = {**own, "file": str(work.own_rows(study, cell, own))}
+    return values
+
+
+def run_of(study: Study, cell: Cell, work: WorkFolder) -> dict[str, Any]:
+    """Return the recipe of a cell as it runs: one that measures importance leaves it in a checkpoint of its last step.
+
+    That changes no score, so that it is no part of the digest. What it costs is a second or two.
+    """
+    values = recipe_of(study, cell, work)
+    method = validated(study, cell, work).method.epi
+    measures = method.policy in REFRESHING - UNMEASURED and method.state is not StateFormat.ADAM
+    if measures and values.get("train", {}).get("save_strategy") == _NEVER:
+        set_key(values, "train.save_strategy", "steps")
+        set_key(values, "train.save_steps", _AT_THE_END)
     return values
 
 

@@ -5,7 +5,6 @@ It predicts forgetting better than the distance of weights does (RL's Razor, arX
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +45,3 @@ def kl_to_base(base: Path, trained: Path, skill: str, *, rows: int) -> float:
 def _log_probabilities(model: Any, batch: Any, answers: Any) -> Any:
     """Return log-probabilities of the tokens that follow, where they are of answers. [tokens, vocabulary] float64."""
     return model(**batch).logits[:, :-1][answers].double().log_softmax(-1)
-
-
-def skill_of(stages: Sequence[Any]) -> str | None:
-    """Return the built-in skill that the last stage of a recipe trains; None for other rows."""
-    skill: str | None = stages[-1].skill
-    return skill

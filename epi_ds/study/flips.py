@@ -5,21 +5,8 @@ Test rows are the same in every evaluation of a run, so two of them can be compa
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from epi_ds.errors import RemedyError
-
-
-class Flips(BaseModel):
-    """What became of the answers to a task's test rows, as shares of all of them.
-
-    ``right_to_wrong`` less ``wrong_to_right`` is how far the score fell.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    right_to_wrong: float = Field(ge=0, le=1)
-    wrong_to_right: float = Field(ge=0, le=1)
+from epi_ds.study.measures import Flips
 
 
 def flips_between(before: str | None, after: str | None) -> Flips | None:

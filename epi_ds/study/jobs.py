@@ -1,4 +1,7 @@
-"""Run processes side by side, each once what it needs is there, and never two that make the same file."""
+"""Run processes side by side, each once what it needs is there, and never two that make the same file.
+
+Not in several commands either: what a job makes is locked while it runs.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from epi_ds.launch.local import start_child
+from epi_ds.study.maker_locks import take_locks
 
 _POLL_SECONDS = 0.1
 _KIBIBYTE = 1024
@@ -31,9 +36,21 @@ class Job:
     needs: tuple[Path, ...] = ()
     """It is started only where these exist."""
     makes: tuple[Path, ...] = ()
-    """No other job that makes one of these runs beside it."""
+    """Where one is missing as it starts, no other job that makes it runs beside it, in another command neither."""
+    only_makes: bool = False
+    """Once they are there it is left out, and ``ended`` is not called."""
     begins: Callable[[], None] = field(default=lambda: None)
     """Called before it starts."""
+
+    @property
+    def unmade(self) -> tuple[Path, ...]:
+        """What is missing of what it makes."""
+        return tuple(path for path in self.makes if not path.exists())
+
+    @property
+    def is_superfluous(self) -> bool:
+        """Whether there is nothing left for it to do."""
+        return self.only_makes and not self.unmade
 
 
 class Ended(NamedTuple):
@@ -51,6 +68,12 @@ class _Running:
     job: Job
     process: subprocess.Popen[bytes]
     started: float
+    locks: ExitStack
+
+
+class _Startable(NamedTuple):
+    job: Job
+    locks: ExitStack
 
 
 def run_jobs(jobs: Sequence[Job], *, side_by_side: int, started: Callable[[Job], None]) -> None:
@@ -62,17 +85,20 @@ def run_jobs(jobs: Sequence[Job], *, side_by_side: int, started: Callable[[Job],
     waiting, running = list(jobs), list[_Running]()
     try:
         while waiting or running:
-            while len(running) < side_by_side and (job := _next(waiting, running)) is not None:
-                waiting.remove(job)
-                started(job)
-                running.append(_start(job))
-            if not running:
+            while len(running) < side_by_side and (found := _next(waiting, running)) is not None:
+                waiting.remove(found.job)
+                started(found.job)
+                running.append(_start(found))
+            waiting = [job for job in waiting if not job.is_superfluous]
+            # What is ready and did not start is being made by another command, or was until now.
+            if not running and not any(_is_ready(job) for job in waiting):
                 for job in waiting:
                     job.ended(Ended(None, 0.0, None))
                 return
             for one in list(running):
                 if (ended := _poll(one)) is not None:
                     running.remove(one)
+                    one.locks.close()
                     one.job.ended(ended)
             time.sleep(_POLL_SECONDS)
     finally:
@@ -80,21 +106,36 @@ def run_jobs(jobs: Sequence[Job], *, side_by_side: int, started: Callable[[Job],
             one.process.terminate()
         for one in running:
             one.process.wait()
+            one.locks.close()
 
 
-def _next(waiting: Sequence[Job], running: Sequence[_Running]) -> Job | None:
+def _is_ready(job: Job) -> bool:
+    return all(path.exists() for path in job.needs)
+
+
+def _next(waiting: Sequence[Job], running: Sequence[_Running]) -> _Startable | None:
+    """Return the first job that can start, with the locks on what it makes."""
     made_now = {path for one in running for path in one.job.makes}
-    return next(
-        (job for job in waiting if all(p.exists() for p in job.needs) and not made_now.intersection(job.makes)), None
-    )
+    for job in waiting:
+        if not _is_ready(job) or job.is_superfluous or made_now.intersection(job.unmade):
+            continue
+        locks = take_locks(job.unmade)
+        if locks is None:
+            continue
+        if not job.only_makes or job.unmade:
+            return _Startable(job, locks)
+        # Another command has made it just now.
+        locks.close()
+    return None
 
 
-def _start(job: Job) -> _Running:
+def _start(found: _Startable) -> _Running:
+    job = found.job
     job.begins()
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("wb") as log:
         process = start_child(job.command, env=dict(job.environment()), stdout=log, stderr=subprocess.STDOUT)
-    return _Running(job, process, time.monotonic())
+    return _Running(job, process, time.monotonic(), found.locks)
 
 
 def _poll(one: _Running) -> Ended | None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from epi_ds.errors import UserError, problems_of, summarize
 from epi_ds.study.cells import Cell
-from epi_ds.study.flips import Flips
+from epi_ds.study.measures import Cosines, Flips, MaskDrift, Sensitivity
 from epi_ds.study.models import Protocol
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,14 @@ class Result(BaseModel):
     scores: dict[str, tuple[float, ...]] = {}
     """Of every task, before training and at the end of every stage."""
     flips: dict[str, Flips] = {}
-    """Of every task, the answers that changed between before training and the run's end; lines of before this was
-    measured have none."""
+    """Of every task, the answers that changed between before training and the run's end. This and the following are
+    missing in lines of before they were measured."""
+    conflict: dict[str, Cosines] = {}
+    """Of every skill that is kept, with the new task; of bases that the study makes."""
+    sensitivity: dict[str, Sensitivity] = {}
+    """Of every skill that is kept, where the run measures importance while it trains; of bases that the study makes."""
+    mask_drift: MaskDrift | None = None
+    """Where anything was isolated."""
     seconds: float = Field(ge=0)
     peak_bytes: int | None = None
     """Largest resident memory of the rank."""

@@ -15,8 +15,7 @@ import yaml
 import epi_ds
 from epi_ds.errors import RemedyError
 from epi_ds.launch.local import free_port
-from epi_ds.study.cells import Cell, WorkFolder, base_settings, digest_of, own_rows_of, recipe_of, validated
-from epi_ds.study.divergence import kl_to_base, skill_of
+from epi_ds.study.cells import Cell, WorkFolder, base_settings, digest_of, own_rows_of, run_of, validated
 from epi_ds.study.jobs import Ended, Job, run_jobs
 from epi_ds.study.models import Study
 from epi_ds.study.result_lines import Result, Status, append_result, check_writable, newest, read_results
@@ -71,7 +70,8 @@ class _MadeHere:
 
     def __init__(self, study: Study, work: WorkFolder, threads: int, record: Callable[[Result], None]) -> None:
         self._study, self._work, self._record = study, work, record
-        self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        # What is given stands: a batch script knows how many cores are its own.
+        self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
 
     def bases(self, cells: Sequence[Cell]) -> list[Job]:
         """Return the jobs that make the bases that are not there."""
@@ -90,11 +90,12 @@ class _MadeHere:
             # Cells that need it say that it is missing.
             ended=lambda ended: None,
             makes=(folder,),
+            only_makes=True,
         )
 
     def cell(self, cell: Cell) -> Job:
         """Return the job of a cell."""
-        folder, values = self._work.cell(cell), recipe_of(self._study, cell, self._work)
+        folder, values = self._work.cell(cell), run_of(self._study, cell, self._work)
         file = folder / "recipe.yaml"
 
         def begins() -> None:
@@ -114,7 +115,7 @@ class _MadeHere:
             begins=begins,
             ended=lambda ended: self._record(self._result(cell, ended)),
             needs=() if self._study.base.pretrain is None else (base,),
-            makes=() if own_rows is None or own_rows.exists() else (own_rows,),
+            makes=() if own_rows is None else (own_rows,),
         )
 
     def _result(self, cell: Cell, ended: Ended) -> Result:
@@ -137,6 +138,9 @@ class _MadeHere:
 
     def _measured(self, cell: Cell, ended: Ended) -> dict[str, Any]:
         """Return what a finished cell's run is worth. Raises RemedyError where it did not finish."""
+        # It takes torch, which a study whose cells are all finished does not need.
+        from epi_ds.study.end_measures import Finished, measures_of
+
         study = self._study
         base = self._work.base(study, cell)
         if ended.exit_code is None:
@@ -145,15 +149,15 @@ class _MadeHere:
             raise RemedyError(f"the run ended with exit code {ended.exit_code}")
         run = RunFolder(self._work.cell(cell) / "run")
         recipe = validated(study, cell, self._work)
+        kept = study.kept_skills(cell.target)
         found = scores_of(
             read_metrics(run.metrics),
             protocol=study.protocol,
             stages=[stage.name for stage in recipe.stages],
-            kept=study.kept_skills(cell.target),
+            kept=kept,
         )._asdict()
-        skill = skill_of(recipe.stages)
-        if skill is not None:
-            found["kl_to_base"] = kl_to_base(base, run.export, skill, rows=recipe.evaluation.rows)
+        finished = Finished(run, recipe, base, is_made=study.base.pretrain is not None, base_skills=kept)
+        found |= measures_of(finished, read_metrics(run.metrics))
         # The scores are taken, and a study has hundreds of runs.
         shutil.rmtree(run.checkpoints, ignore_errors=True)
         shutil.rmtree(run.export, ignore_errors=True)

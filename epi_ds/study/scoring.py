@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from epi_ds.errors import RemedyError
 from epi_ds.recipe.keep import BASE
-from epi_ds.study.flips import Flips, flips_between
+from epi_ds.study.flips import flips_between
+from epi_ds.study.measures import Flips
 from epi_ds.study.models import Protocol
 from epi_ds.study.result_lines import PathPoint
 

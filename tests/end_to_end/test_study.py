@@ -46,6 +46,8 @@ def test_every_cell_has_a_line(smoke: Path) -> None:
         assert [part["step"] for part in line["path"]] == [0, 4, 8, 10]
         assert line["path"][-1] == {"step": 10, "new": line["new"], "kept": line["kept"]}
         assert line["kl_to_base"] > 0
+        assert all(-1 <= cosine <= 1 for found in line["conflict"].values() for cosine in found.values())
+        assert "sensitivity" not in line
         for name, (before, after) in line["scores"].items():
             flips = line["flips"][name]
             assert flips["wrong_to_right"] - flips["right_to_wrong"] == pytest.approx(after - before)
@@ -96,6 +98,30 @@ def test_an_order_of_stages_begins_with_a_model_that_there_is(smoke: Path, tmp_p
     )
     assert "backward_transfer" in line
     assert "path" not in line
+
+
+def test_an_arm_with_importance_says_what_it_knew(smoke: Path, tmp_path: Path) -> None:
+    values = smoke_values()
+    values["arms"]["epi_20"] = {"method.epi": {"policy": "evolving", "ratio": 0.2, "refresh_interval": 2}}
+    study = tmp_path / "mine.yaml"
+    study.write_text(yaml.safe_dump(values))
+    shutil.copytree(smoke / "work" / "bases", tmp_path / "work" / "bases")
+    checked(epi_ds("study", "run", str(study), "--work", str(tmp_path / "work"), "--arms", "epi_20"))
+    (line,) = [json.loads(line) for line in (tmp_path / "smoke.jsonl").read_text().splitlines()]
+    # At this size a threshold isolates a little less than is allowed.
+    assert 0.15 < line["mask_drift"]["isolated_share"] <= 0.2
+    assert line["mask_drift"]["refreshes"] == 5
+    assert line["sensitivity"].keys() == line["conflict"].keys() == {"code", "dialogue"}
+    for known in line["sensitivity"].values():
+        # Online importance is of another task, and yet far from chance.
+        assert 0.1 < known["rank_correlation"] < 1
+        assert line["mask_drift"]["isolated_share"] < known["held"] < 1
+    # Its last checkpoint was read, and is gone with the model.
+    run = tmp_path / "work" / "cells" / "instruct" / "epi_20" / "seed_0" / "run"
+    assert (run / "metrics.jsonl").is_file()
+    assert not (run / "checkpoints").exists()
+    table = checked(epi_ds("study", "table", str(study), "--markdown"))
+    assert "Importance at the run's end against the base's true squared gradients" in table
 
 
 def test_a_cell_that_fails_is_told_and_run_again(smoke: Path, tmp_path: Path) -> None:

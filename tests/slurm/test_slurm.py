@@ -264,3 +264,23 @@ def test_stages_are_jobs_that_wait_for_each_other(cluster: Cluster, job: Job, un
     for event in ("step", "evaluation"):
         assert lines_of(job.run, event) == lines_of(undisturbed.run, event)
     assert [line["step"] for line in lines_of(job.run, "run")] == [0, 5, 10]
+
+
+@pytest.mark.slow
+def test_cells_of_a_study_are_tasks_of_an_array(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # At the same time, so that the one makes the base that the other one waits for.
+    arms = ("full_lr_1", "anchor_update_2")
+    asked = ["--arms", ",".join(arms), "--work", "work", "--results", "smoke.jsonl"]
+    output = checked(run_epi_ds("study", "slurm", "smoke", "--submit", *asked))
+    assert "smoke: 2 cells, 0 of them finished" in output
+    (array,) = re.findall(r"submitted job (\d+)", output)
+    for task in range(len(arms)):
+        cluster.finish(f"{array}_{task}")
+    lines = [json.loads(line) for line in Path("smoke.jsonl").read_text().splitlines()]
+    assert {line["arm"]: line["status"] for line in lines} == dict.fromkeys(arms, "ok")
+    logs = [path.read_text() for path in Path("work/slurm").glob("*.log")]
+    assert sum("started: base" in log for log in logs) == 1
+    assert "2 of them finished" in checked(run_epi_ds("study", "slurm", "smoke", *asked))

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from epi_ds.errors import RemedyError, UserError
-from epi_ds.study.cells import Cell, WorkFolder, base_settings, cells_of, digest_of, own_rows_of, recipe_of
+from epi_ds.study.cells import Cell, WorkFolder, base_settings, cells_of, digest_of, own_rows_of, recipe_of, run_of
 from epi_ds.study.loading import load_study, shipped_names
 from epi_ds.study.models import Protocol, Study
 from epi_ds.study.result_lines import Result, Status, append_result, check_writable, newest, read_results
@@ -95,6 +95,9 @@ def test_what_is_no_study_is_said() -> None:
         load_study("nowhere.yaml")
     with pytest.raises(UserError, match="has no arm 'own_row'; did you mean 'own_rows'"):
         list(cells_of(study_of(), arms=["own_row"]))
+    with pytest.raises(UserError, match="has no target 'cod'; did you mean 'code'"):
+        list(cells_of(study_of(), targets=["cod"]))
+    assert list(cells_of(study_of(), arms=["replay"], seeds=[1], targets=["code"])) == [Cell("replay", 1, "code")]
     with pytest.raises(UserError, match="has no seed 7"):
         list(cells_of(study_of(), seeds=[7]))
 
@@ -153,6 +156,22 @@ def test_a_digest_changes_with_any_setting_and_with_no_path() -> None:
     base = {"skills": ["code", "logic", "dialogue"], "pretrain": {"steps": 11}}
     others.add(digest_of(study_of(base=base), cell))
     assert len(others) == 9
+
+
+def test_a_run_with_importance_leaves_its_last_checkpoint() -> None:
+    arms = {
+        **STUDY["arms"],
+        "epi": {"method.epi": {"policy": "evolving", "refresh_interval": 2}},
+        "adam": {"method.epi": {"policy": "evolving", "refresh_interval": 2, "state": "adam", "apply": "update"}},
+        "random": {"method.epi": {"policy": "random"}},
+    }
+    study = study_of(arms=arms, recipe={**STUDY["recipe"], "train": {"save_strategy": "no"}})
+    found = {arm: run_of(study, Cell(arm, 0, "instruct"), WORK)["train"] for arm in ("full_lr_1", *list(arms)[-3:])}
+    assert found["epi"]["save_strategy"] == "steps"
+    assert {arm for arm, train in found.items() if train["save_strategy"] == "no"} == {"full_lr_1", "adam", "random"}
+    # What the study says of saving stands.
+    saving = study_of(arms=arms, recipe={**STUDY["recipe"], "train": {"save_steps": 3}})
+    assert run_of(saving, Cell("epi", 0, "instruct"), WORK)["train"]["save_steps"] == 3
 
 
 def test_a_wrong_key_of_an_arm_names_the_arm() -> None:

@@ -197,6 +197,32 @@ def test_measures_of_lines_that_have_them_get_a_table() -> None:
     ]
 
 
+def test_every_measure_has_its_table_and_a_gap_where_it_is_missing() -> None:
+    study, results = study_of(), results_of(**SCORES)
+    drift = {"refreshes": 1, "isolated_share": 0.2, "first_last": None, "between_refreshes": None}
+    for seed, measures in enumerate(
+        [
+            {
+                "mask_drift": {**drift, "refreshes": 2, "first_last": 0.25, "layer_flip_rate": {"a": 0.5, "b": 0.25}},
+                "sensitivity": {
+                    "code": {"rank_correlation": 0.5, "held": 0.75},
+                    "logic": {"rank_correlation": None, "held": 0.25},
+                },
+                "conflict": {"code": {"base": -0.5, "trained": 0.5}, "logic": {"base": 0.25, "trained": -0.5}},
+            },
+            {"mask_drift": {**drift, "layer_flip_rate": {}}},
+        ]
+    ):
+        cell = Cell("middle", seed, "instruct")
+        results[cell] = result_of(cell, **measures)
+    found = [table.markdown.splitlines()[2:] for table in measure_tables(study, results, [0, 1, 2])]
+    assert found == [
+        ["| middle | 2 | 0.200 ± 0.000 | 0.250 | - | 0.250 | 0.500 |"],
+        ["| middle | 1 | 0.500 | 0.500 | 0.200 |"],
+        ["| middle | 1 | 0.250 | 0.250 | -0.125 | 0.000 |"],
+    ]
+
+
 def test_tables_and_the_plane_say_what_was_found() -> None:
     study, results = study_of(), results_of(**SCORES)
     failed = Cell("strong", 2, "instruct")
