@@ -29,7 +29,7 @@ class Demo(NamedTuple):
 # A sixth of the shipped demo's steps; its windows are shorter too, so that a mask is active in as many of them.
 SHORT_DEMO = (
     "stages.arithmetic.data.rows=1120",
-    *(f"method.keep.data.{source}.rows=8" for source in range(2)),
+    *(f"method.keep.data.{source}.rows=16" for source in range(2)),
     "method.epi.refresh_interval=5",
     "train.save_steps=3",
     "evaluation.rows=8",
