@@ -157,7 +157,7 @@ def test_collectives_stay_in_one_room(module: str) -> None:
 
 
 # What the extra `train` brings, and who may need it.
-OF_THE_EXTRA = ("trl", "datasets", "accelerate", "matplotlib", "scipy")
+OF_THE_EXTRA = ("trl", "datasets", "accelerate", "matplotlib", "scipy", "lm_eval")
 WITH_THE_EXTRA = (
     "epi_ds.train",
     "epi_ds.own_rows",

@@ -16,7 +16,8 @@ from trl import SFTConfig, SFTTrainer
 from epi_ds import ds_configs
 from epi_ds.data.conversation import conversation_of
 from epi_ds.data.skills import Split, get_skill, rows
-from epi_ds.evaluation.evaluator import Evaluator, Score, Scored
+from epi_ds.evaluation.evaluator import Evaluator
+from epi_ds.evaluation.scores import Score, Scored
 from epi_ds.evaluation.tasks import Task
 from epi_ds.train.accelerate_setup import prepare_accelerate
 from tests.support.ranks import run_ranks
