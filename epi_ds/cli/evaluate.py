@@ -53,13 +53,9 @@ def evaluate(
         max_length=max_length,
         apply_chat_template=chat_template,
     )
-    from datasets import disable_progress_bars as disable_dataset_bars
-    from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
-
     from epi_ds.evaluation.harness.harness import Harness
 
-    disable_dataset_bars()
-    disable_transformers_bars()
+    _disable_bars()
     # The cheap things first: a task that there is not is told before a large model is read.
     harness = Harness(section, once=lambda action: action())
     scored = [_scored(folder, harness, what="FOLDER", batch_size=batch_size)]
@@ -69,6 +65,14 @@ def evaluate(
         typer.echo(json.dumps(_as_values(scored)))
     else:
         Console().print(_rendered(scored))
+
+
+def _disable_bars() -> None:
+    from datasets import disable_progress_bars as disable_dataset_bars
+    from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
+
+    disable_dataset_bars()
+    disable_transformers_bars()
 
 
 def _section(**values: Any) -> HarnessSection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from tests.support.harness_tasks import ALL, ANSWERS, CHOICES, TEXTS, write_task
 
 # Below the longest requests of every task, and a window of the longest text.
 MAX_LENGTH = 40
+RECIPE: dict[str, Any] = {
+    "model": {"path": "m"},
+    "stages": [{"name": "s", "data": {"skill": "logic", "rows": 8}}],
+    "output": "runs/r",
+}
 
 
 def load(section: HarnessSection) -> Any:
@@ -78,15 +84,13 @@ def test_results_are_those_of_its_own_class(folder: Path, both: tuple[Any, Any])
 
 
 def test_scores_are_those_that_it_finds_with_its_own_class(folder: Path, both: tuple[Any, Any]) -> None:
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    from lm_eval.evaluator import evaluate
 
     from epi_ds.evaluation.harness.harness import Harness
 
     ours, theirs = both
-    manager = TaskManager(include_defaults=False, include_path=str(folder))
-    expected = simple_evaluate(theirs, tasks=list(ALL), task_manager=manager, limit=4, bootstrap_iters=0)["results"]
     section = HarnessSection(tasks=ALL, include_path=str(folder), limit=4, max_length=MAX_LENGTH)
+    expected = evaluate(theirs, {"tasks": load(section).tasks}, limit=4, bootstrap_iters=0)["results"]
     harness = Harness(section, once=lambda action: action())
     with torch.no_grad():
         scores = harness.score(ours._held)
@@ -167,15 +171,15 @@ def test_a_task_of_its_own_is_found_without_reading_all_of_them() -> None:
     ids=["none", "repeated", "no folder", "misspelt"],
 )
 def test_a_recipe_is_refused_before_anything_is_loaded(values: dict[str, Any], told: str) -> None:
-    recipe = {
-        "model": {"path": "m"},
-        "stages": [{"name": "s", "data": {"skill": "logic", "rows": 8}}],
-        "output": "runs/r",
-        "evaluation": {"lm_eval": values},
-    }
     with pytest.raises(UserError) as caught:
-        parse_recipe(recipe, place="the recipe")
+        parse_recipe({**RECIPE, "evaluation": {"lm_eval": values}}, place="the recipe")
     assert told in str(caught.value)
+
+
+def test_a_recipe_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"evaluation.lm_eval needs lm_eval, .* pip install 'epi-ds\[eval\]'"):
+        parse_recipe({**RECIPE, "evaluation": {"lm_eval": {"tasks": ["piqa"]}}}, place="the recipe")
 
 
 def results(metrics: dict[str, float], directions: dict[str, bool | None]) -> dict[str, Any]:
