@@ -54,10 +54,11 @@ def evaluate(
         apply_chat_template=chat_template,
     )
     from epi_ds.evaluation.harness.harness import Harness
+    from epi_ds.evaluation.harness.surroundings import disable_loading_bars
 
-    _disable_bars()
+    disable_loading_bars()
     # The cheap things first: a task that there is not is told before a large model is read.
-    harness = Harness(section, once=lambda action: action())
+    harness = Harness(section)
     scored = [_scored(folder, harness, what="FOLDER", batch_size=batch_size)]
     if against is not None:
         scored.append(_scored(against, harness, what="--against", batch_size=batch_size))
@@ -65,14 +66,6 @@ def evaluate(
         typer.echo(json.dumps(_as_values(scored)))
     else:
         Console().print(_rendered(scored))
-
-
-def _disable_bars() -> None:
-    from datasets import disable_progress_bars as disable_dataset_bars
-    from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
-
-    disable_dataset_bars()
-    disable_transformers_bars()
 
 
 def _section(**values: Any) -> HarnessSection:

@@ -181,7 +181,7 @@ class Evaluator:
         teacher_forced = [batch for batch in self._batches if self._tasks[batch.task].check is None]
         for batches in (generated, teacher_forced):
             for turn in turns_of(len(batches), gathered=gathered):
-                batch = batches[turn.index]
+                batch = batches[turn.batch]
                 done = sum(len(one.rows) for one in batches[: turn.first] if one.task == batch.task)
                 yield _Turn(batch, turn.counts, done)
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 class Turn(NamedTuple):
     """A batch that this rank scores."""
 
-    index: int
+    batch: int
     """Which of all batches."""
     counts: bool
     """Whether its scores are taken."""

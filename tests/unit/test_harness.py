@@ -28,7 +28,7 @@ RECIPE: dict[str, Any] = {
 def load(section: HarnessSection) -> Any:
     from epi_ds.evaluation.harness.loading import load_tasks
 
-    return load_tasks(section, once=lambda action: action())
+    return load_tasks(section)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_scores_are_those_that_it_finds_with_its_own_class(folder: Path, both: t
     ours, theirs = both
     section = HarnessSection(tasks=ALL, include_path=str(folder), limit=4, max_length=MAX_LENGTH)
     expected = evaluate(theirs, {"tasks": load(section).tasks}, limit=4, bootstrap_iters=0)["results"]
-    harness = Harness(section, once=lambda action: action())
+    harness = Harness(section)
     with torch.no_grad():
         scores = harness.score(ours._held)
         assert harness.score(ours._held) == scores
@@ -157,7 +157,7 @@ def test_a_task_of_its_own_is_found_without_reading_all_of_them() -> None:
         "arc_easy": "arc_easy.yaml",
         "piqa": "piqa.yaml",
     }
-    assert places.index == {}
+    assert places.known == {}
 
 
 @pytest.mark.parametrize(

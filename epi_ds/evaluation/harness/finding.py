@@ -30,7 +30,7 @@ class Places(NamedTuple):
 
     files: dict[str, str]
     """Of tasks, by name."""
-    index: dict[str, Any]
+    known: dict[str, Any]
     """What lm-evaluation-harness knows, by name, where files alone would not do."""
 
 

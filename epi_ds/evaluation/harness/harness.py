@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from lm_eval.evaluator import evaluate
 
 from epi_ds.evaluation.harness.held import HeldModel
 from epi_ds.evaluation.harness.language_model import NAME, HarnessModel
-from epi_ds.evaluation.harness.loading import FEWSHOT_SEED, load_tasks
+from epi_ds.evaluation.harness.loading import FEWSHOT_SEED, Once, alone, load_tasks
 from epi_ds.evaluation.harness.results import score_of
 from epi_ds.evaluation.harness.surroundings import quiet, seeded
 from epi_ds.evaluation.scores import Score
@@ -19,8 +16,8 @@ from epi_ds.recipe.harness import HarnessSection
 class Harness:
     """Tasks of lm-evaluation-harness, loaded once and scored as often as asked for."""
 
-    def __init__(self, section: HarnessSection, *, once: Callable[[Callable[[], Any]], Any]) -> None:
-        """Raises what `load_tasks` raises, which says what ``once`` is."""
+    def __init__(self, section: HarnessSection, *, once: Once = alone) -> None:
+        """Raises what `load_tasks` raises."""
         self._section = section
         self._loaded = load_tasks(section, once=once)
 

@@ -45,7 +45,7 @@ NAME = "lm_eval"
 _MAX_NEW_TOKENS = 256
 
 
-class HarnessModel(TemplateLM):  # type: ignore[misc]
+class HarnessModel(TemplateLM):
     """A held model behind the interface of lm-evaluation-harness. Collective where there are ranks."""
 
     def __init__(self, held: HeldModel, *, max_length: int | None) -> None:
@@ -173,7 +173,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         for turn in turns_of(len(batches), gathered=held.gathered):
             done = batches[turn.first].start
             held.show(Scored(NAME, done, len(lengths), time.perf_counter() - self._started))
-            found = score(batches[turn.index])
+            found = score(batches[turn.batch])
             if turn.counts:
                 own += found
         every = [own]

@@ -28,10 +28,17 @@ class Loaded(NamedTuple):
     """What has a score: tasks, and in the place of its tasks a group that says how their scores are put together."""
 
 
-def load_tasks(section: HarnessSection, *, once: Callable[[Callable[[], Any]], Any]) -> Loaded:
-    """Return the tasks of a section, their prompts tried.
+Once = Callable[[Callable[[], Any]], Any]
+"""Calls its argument in the first of all processes and returns the result in each, as `on_first_rank` does."""
 
-    once  calls its argument in the first of all processes and returns the result in each, see `on_first_rank`
+
+def alone(action: Callable[[], Any]) -> Any:
+    """`Once`, where there is one process."""
+    return action()
+
+
+def load_tasks(section: HarnessSection, *, once: Once = alone) -> Loaded:
+    """Return the tasks of a section, their prompts tried.
 
     Raises UserError for a name that there is not, and for a task that cannot be made or cannot be scored here, and
     RemedyError for rows that would have to be fetched where the hub cannot be reached.
@@ -49,7 +56,7 @@ def load_tasks(section: HarnessSection, *, once: Callable[[Callable[[], Any]], A
 
 def _load(places: Places, section: HarnessSection) -> Loaded:
     manager = TaskManager(include_defaults=False)
-    manager.task_index.update(places.index)
+    manager.task_index.update(places.known)
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     shown: list[str] = []

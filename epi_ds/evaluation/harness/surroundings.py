@@ -10,8 +10,16 @@ from functools import partial
 
 import lm_eval.api.task
 import numpy as np
+from datasets import disable_progress_bars as disable_dataset_bars
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
+
+
+def disable_loading_bars() -> None:
+    """Draw no bars while rows and weights are read, in this process from now on."""
+    disable_dataset_bars()
+    disable_transformers_bars()
 
 
 @contextmanager
