@@ -11,6 +11,8 @@ from tests.support.tables import write_lines
 
 CHOICES, TEXTS, ANSWERS = "own_choices", "own_texts", "own_answers"
 ALL = (CHOICES, TEXTS, ANSWERS)
+SAMPLED = "own_samples"
+"""Answers that are drawn; the score sees every character of them."""
 
 _ROWS: dict[str, list[dict[str, Any]]] = {
     # Choices of one token, of several, and questions of other lengths.
@@ -41,6 +43,14 @@ _FILES: dict[str, dict[str, Any]] = {
         "generation_kwargs": {"until": ["\n", "."], "max_gen_toks": 6},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     },
+}
+_ROWS[SAMPLED] = _ROWS[TEXTS]
+_FILES[SAMPLED] = {
+    "output_type": "generate_until",
+    "doc_to_text": "Write:",
+    "doc_to_target": "{{text}}",
+    "generation_kwargs": {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12},
+    "metric_list": [{"metric": "chrf", "aggregation": "chrf", "higher_is_better": True}],
 }
 
 

@@ -22,7 +22,7 @@ from epi_ds.evaluation.scores import Score, Scored
 from epi_ds.evaluation.tasks import Task
 from epi_ds.recipe.harness import HarnessSection
 from epi_ds.train.accelerate_setup import prepare_accelerate
-from tests.support.harness_tasks import ALL, write_tasks
+from tests.support.harness_tasks import ALL, SAMPLED, write_tasks
 from tests.support.ranks import run_ranks
 from tests.support.tables import prompts_and_completions
 
@@ -91,8 +91,8 @@ def score(base: str, own_tasks: str, folder: str) -> tuple[dict[tuple[str, str, 
     """Train three steps; return the scores and the losses."""
     from epi_ds.evaluation.harness.harness import Harness
 
-    # One question with three choices, which make two batches, one text and one question with an answer.
-    section = HarnessSection(tasks=ALL, include_path=own_tasks, limit=1)
+    # One question with three choices, which make two batches, and one batch of each other kind.
+    section = HarnessSection(tasks=(*ALL, SAMPLED), include_path=own_tasks, limit=1)
     evaluate = Evaluate(Harness(section, once=on_first_rank))
     data = [row.messages for row in rows("dialogue", split=Split.TRAIN, size=24, seed=0)]
     try:
@@ -162,7 +162,8 @@ def test_one_rank_scores_every_row_with_either_weights(alone: Any) -> None:
     for step in (0, 2):
         scores = alone[HARNESS, "gathered", step]
         assert scores == alone[HARNESS, "partitioned", step]
-        assert list(scores) == [f"lm_eval/{name}" for name in ALL]
+        assert list(scores) == [f"lm_eval/{name}" for name in (*ALL, SAMPLED)]
+        assert scores[f"lm_eval/{SAMPLED}"].value > 0
         assert all(math.isfinite(own.value) and own.num_rows == 1 for own in scores.values())
     # It has learnt.
     assert alone[HARNESS, "gathered", 0] != alone[HARNESS, "gathered", 2]
