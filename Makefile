@@ -20,7 +20,7 @@ SEED ?= 0
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
-	PYTHON="$(PYTHON)" docker/install_python.sh $(VENV) dev,docs,study,train
+	PYTHON="$(PYTHON)" docker/install_python.sh $(VENV) dev,docs,eval,study,train
 	touch $@
 
 demo: install

@@ -20,6 +20,7 @@ from epi_ds.cli import (
     demo,
     doctor,
     estimate,
+    evaluate,
     export,
     launch,
     merge,
@@ -32,8 +33,12 @@ from epi_ds.cli import (
 )
 from epi_ds.errors import CheckpointError, DiskError, LostRankError, RemedyError, UserError
 
-# Packages that only training by a recipe and its report need, and only the study, with the extras that bring them.
-_OF_EXTRAS = {**dict.fromkeys(("accelerate", "datasets", "matplotlib", "trl"), "train"), "scipy": "study"}
+# Packages that only training by a recipe and its report need, and only a study or general ability, with their extras.
+_OF_EXTRAS = {
+    **dict.fromkeys(("accelerate", "datasets", "matplotlib", "trl"), "train"),
+    "scipy": "study",
+    "lm_eval": "eval",
+}
 
 app = typer.Typer(
     name="epi-ds",
@@ -69,6 +74,7 @@ app.command("audit")(audit.audit)
 app.add_typer(bench.app, name="bench")
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(configs.app, name="configs")
+app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("merge")(merge.merge)
 app.command("estimate")(estimate.estimate)

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,37 +19,18 @@ from trl.models import unwrap_model_for_generation
 from epi_ds.data.conversation import Conversation
 from epi_ds.data.rendering import Encoded, Learnt, Renderer
 from epi_ds.errors import UserError
-from epi_ds.evaluation.room import Weights, fits_gathered
+from epi_ds.evaluation.harness.held import HeldModel
+from epi_ds.evaluation.room import Weights, fits_gathered, most_scored_tokens
+from epi_ds.evaluation.scores import Score, Scored
 from epi_ds.evaluation.tasks import Task
+from epi_ds.evaluation.turns import turns_of
 from epi_ds.zero3.local_forwards import local_forwards
 
+if TYPE_CHECKING:
+    # Imports lm-evaluation-harness, which takes a second and an extra.
+    from epi_ds.evaluation.harness.harness import Harness
+
 logger = logging.getLogger(__name__)
-
-# Logits of a batch that is scored by its loss, at most, but for a single row that has more: 256 MB in fp32.
-_LOGITS = 1 << 26
-
-
-class Score(NamedTuple):
-    """The result of one task."""
-
-    value: float
-    """Share of rows solved, or mean teacher-forced loss per token."""
-    num_rows: int
-    higher_is_better: bool
-    solved: str | None
-    """A character for every row, in order, 1 where it is solved and 0 where not; None of a loss, which solves none."""
-
-
-class Scored(NamedTuple):
-    """How far an evaluation has come, on all ranks together, which are taken to be equally fast."""
-
-    task: str
-    """The one that is being scored."""
-    done: int
-    """Rows of it that were when this rank's next batch began."""
-    total: int
-    seconds: float
-    """Since the evaluation began."""
 
 
 class TaskBatch(NamedTuple):
@@ -97,17 +78,27 @@ class Evaluator:
     """Evaluates tasks with a trainer's engine, model and tokenizer."""
 
     def __init__(
-        self, trainer: Any, tasks: Sequence[Task], *, batch_size: int, max_new_tokens: int, weights: Weights
+        self,
+        trainer: Any,
+        tasks: Sequence[Task],
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+        weights: Weights,
+        harness: Harness | None = None,
     ) -> None:
-        """Raises UserError for a task with a row that the chat template refuses."""
+        """``harness`` holds tasks of lm-evaluation-harness, which are scored behind all others.
+
+        Raises UserError for a task with a row that the chat template refuses.
+        """
         self._trainer = trainer
         self._tasks = list(tasks)
+        self._harness = harness
         self._renderer = Renderer(trainer.processing_class, learnt=Learnt.LAST_TURN)
         self._answers = {index: self._encoded(task) for index, task in enumerate(tasks) if task.check is None}
-        vocabulary = trainer.model.config.get_text_config().vocab_size
-        self._batches = cut_batches(
-            tasks, self._answers, batch_size=batch_size, batch_tokens=max(_LOGITS // vocabulary, 1)
-        )
+        self._batch_size = batch_size
+        self._batch_tokens = most_scored_tokens(trainer.model.config)
+        self._batches = cut_batches(tasks, self._answers, batch_size=batch_size, batch_tokens=self._batch_tokens)
         self._max_new_tokens = max_new_tokens
         self._weights = weights
         self._announced: bool | None = None
@@ -117,7 +108,7 @@ class Evaluator:
 
         show  is called before each of this rank's batches
         """
-        if not self._tasks:
+        if not self._tasks and self._harness is None:
             return {}
         show = show or (lambda _: None)
         started = time.perf_counter()
@@ -133,8 +124,22 @@ class Evaluator:
                 scored = self._score(unwrapped, turn.batch, synced=not gathered)
                 if turn.counts:
                     results += scored
+            scores = self._merge(results)
+            if self._harness is not None:
+                scores |= self._harness.score(self._held(unwrapped, gathered=gathered, show=show))
         model.train(was_training)
-        return self._merge(results)
+        return scores
+
+    def _held(self, model: Any, *, gathered: bool, show: Callable[[Scored], None]) -> HeldModel:
+        return HeldModel(
+            model,
+            self._trainer.processing_class,
+            self._trainer.accelerator.device,
+            gathered=gathered,
+            batch_size=self._batch_size,
+            batch_tokens=self._batch_tokens,
+            show=show,
+        )
 
     def _gathers(self) -> bool:
         """Decide, alike on all ranks, whether the whole model fits on every one of them now."""
@@ -169,19 +174,16 @@ class Evaluator:
     def _own_turns(self, gathered: bool) -> Iterator[_Turn]:
         """Yield this rank's batches.
 
-        With partitioned weights every forward is collective, so ranks with fewer batches repeat one that does not
-        count, and a round never mixes generation with teacher forcing, which take different numbers of forwards.
+        With partitioned weights a round never mixes generation with teacher forcing, which take different numbers of
+        forwards.
         """
-        rank, world_size = dist.get_rank(), dist.get_world_size()
         generated = [batch for batch in self._batches if self._tasks[batch.task].check is not None]
         teacher_forced = [batch for batch in self._batches if self._tasks[batch.task].check is None]
         for batches in (generated, teacher_forced):
-            for first in range(0, len(batches), world_size):
-                counts = first + rank < len(batches)
-                if counts or not gathered:
-                    batch = batches[first + rank if counts else -1]
-                    done = sum(len(one.rows) for one in batches[:first] if one.task == batch.task)
-                    yield _Turn(batch, counts, done)
+            for turn in turns_of(len(batches), gathered=gathered):
+                batch = batches[turn.batch]
+                done = sum(len(one.rows) for one in batches[: turn.first] if one.task == batch.task)
+                yield _Turn(batch, turn.counts, done)
 
     def _score(self, model: Any, batch: TaskBatch, *, synced: bool) -> list[tuple[int, int, float, float]]:
         """Score a batch: (task, row, points, weight) per row."""
@@ -261,7 +263,7 @@ class Evaluator:
             own = [row for row in rows if row[0] == index]
             total, weight = sum(row[2] for row in own), sum(row[3] for row in own)
             solved = None if task.check is None else "".join(str(int(row[2])) for row in own)
-            scores[task.name] = Score(total / max(weight, 1.0), len(own), task.higher_is_better, solved)
+            scores[task.name] = Score(total / max(weight, 1.0), len(own), task.higher_is_better, solved=solved)
         return scores
 
 

@@ -18,6 +18,7 @@ from epi_ds.combinations import combination_problems
 from epi_ds.errors import UserError, nearest, problems_of, summarize
 from epi_ds.launch import recipes as shipped
 from epi_ds.recipe.arguments import argument_problems, deepspeed_config, preset_section, schedule_problems
+from epi_ds.recipe.harness import harness_problems
 from epi_ds.recipe.lora import lora_problems
 from epi_ds.recipe.models import Recipe
 
@@ -91,6 +92,8 @@ def parse_recipe(values: Mapping[str, Any], *, place: str) -> Recipe:
         problems += argument_problems(train)
     if recipe is not None and recipe.model.lora is not None:
         problems += lora_problems(recipe.model.lora)
+    if recipe is not None and recipe.evaluation.lm_eval is not None:
+        problems += harness_problems()
     if recipe is not None and not problems:
         found = combination_problems(deepspeed_config(recipe.train), recipe.method.epi)
         problems += [f"train.deepspeed with method.epi: {problem}" for problem in found]

@@ -12,6 +12,7 @@ from epi_ds.choices import Memory, PolicyName, Protects, StateFormat
 from epi_ds.config import EPIConfig
 from epi_ds.data.skills import get_skill
 from epi_ds.errors import UserError
+from epi_ds.recipe.harness import HarnessSection
 from epi_ds.recipe.keep import BASE, Keep, ReplayLoss
 from epi_ds.recipe.lora import LoraSection
 from epi_ds.recipe.presets import Preset, with_preset
@@ -109,6 +110,9 @@ class EvaluationSection(BaseModel):
     weights: Literal["auto", "gathered", "partitioned"] = "auto"
     """Gather all weights once per evaluation (fast, needs room for the whole model on every rank), keep them
     partitioned (every token is generated in step on all ranks), or decide by the free memory."""
+    lm_eval: HarnessSection | None = None
+    """General ability: tasks of lm-evaluation-harness, ``{tasks: [arc_easy, hellaswag]}``, scored with all others.
+    Wants the extra ``eval``."""
 
     @field_validator("skills")
     @classmethod

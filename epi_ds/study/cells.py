@@ -141,6 +141,8 @@ def digest_of(study: Study, cell: Cell) -> str:
     recipe["model"]["path"] = base_settings(study, cell)
     if own := (recipe["method"]["keep"] or {}).get("self"):
         own["file"] = None
+    # Scored beside what a study compares.
+    del recipe["evaluation"]["lm_eval"]
     return hashlib.sha256(_canonical(recipe).encode()).hexdigest()
 
 

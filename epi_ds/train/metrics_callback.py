@@ -11,7 +11,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from epi_ds.checkpoint.verdict import on_first_rank
-from epi_ds.evaluation.evaluator import Score, Scored
+from epi_ds.evaluation.scores import Score, Scored
 from epi_ds.hf import EPICallback
 from epi_ds.isolation.refresh_report import Decision, RefreshReport
 from epi_ds.train.metrics import BEFORE, MetricsWriter

@@ -18,13 +18,15 @@ _SHOWN = 5
 _OTHER_SHAPES = ("Error(s) in loading state_dict", "ignore_mismatched_sizes")
 
 
-def load_model(section: ModelSection) -> Any:
+def load_model(section: ModelSection, *, what: str = "model.path") -> Any:
     """Return the model, its weights partitioned where a DeepSpeed configuration of transformers says so.
+
+    what  names the path in messages
 
     Raises UserError for a path that holds no model of language, for weights that its files lack, but for those that
     `ModelSection.allow_missing` names, and for weights of other shapes.
     """
-    with told(section.path):
+    with told(section.path, what=what):
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
                 section.path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 from datasets import disable_progress_bars as disable_dataset_bars
@@ -50,6 +50,10 @@ from epi_ds.train.settings import END, Change, changes_since, end_of
 from epi_ds.train.stage_callback import StageCallback
 from epi_ds.train.start import Start
 from epi_ds.train.trainer import StageTrainer
+
+if TYPE_CHECKING:
+    # Imports lm-evaluation-harness, which takes a second and an extra.
+    from epi_ds.evaluation.harness.harness import Harness
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +123,7 @@ def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
         continue_runs(trackers, folder.root, run_id=on_first_rank(lambda: run_id_of(folder.checkpoints)))
     # The cheap things first: a wrong column is found before a large model is read.
     tasks = build_tasks(run.recipe)
+    harness = _harness_of(run.recipe)
     isolation = EPICallback()
     isolation.verified = run.resume.path if run.resume else None
     keep = run.recipe.method.keep
@@ -136,7 +141,7 @@ def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
     trainer = _make_trainer(run, isolation, args, tokenizer=tokenizer, arguments=arguments, kept=kept)
     stop_step = next((span.stop_step for span in trainer.spans if span.name == until), None)
     if run.resume is None or stop_step is None or run.resume.step < stop_step:
-        _train(run, trainer, isolation, tasks)
+        _train(run, trainer, isolation, tasks, harness)
     elif run.console is not None:
         run.console.print(f"stage {until} has ended already: {run.resume.path}", highlight=False)
     if until is None:
@@ -248,7 +253,18 @@ def _stop_at_the_end_of_a_turn(trainer: StageTrainer) -> None:
             logger.warning("answers end with %s, at which the model did not stop; it does now, also as exported", name)
 
 
-def _train(run: _Run, trainer: StageTrainer, isolation: EPICallback, tasks: Sequence[Task]) -> None:
+def _harness_of(recipe: Recipe) -> Harness | None:
+    """Return the tasks of lm-evaluation-harness, loaded; None where none are asked for. Collective."""
+    if recipe.evaluation.lm_eval is None:
+        return None
+    from epi_ds.evaluation.harness.harness import Harness
+
+    return Harness(recipe.evaluation.lm_eval, once=on_first_rank)
+
+
+def _train(
+    run: _Run, trainer: StageTrainer, isolation: EPICallback, tasks: Sequence[Task], harness: Harness | None
+) -> None:
     evaluation, resume = run.recipe.evaluation, run.resume
     evaluator = Evaluator(
         trainer,
@@ -256,6 +272,7 @@ def _train(run: _Run, trainer: StageTrainer, isolation: EPICallback, tasks: Sequ
         batch_size=evaluation.batch_size,
         max_new_tokens=evaluation.max_new_tokens,
         weights=evaluation.weights,
+        harness=harness,
     )
     if run.console is not None:
         message = f"resuming {resume.path}" if resume else f"starting {run.recipe.output}"

@@ -91,7 +91,7 @@ def test_who_is_not_root_is_told_what_to_do(tmp_path: Path) -> None:
 
 def test_make_install_and_ci_use_the_scripts() -> None:
     makes = checked(run_command(["make", "--dry-run", "--always-make", "install", "PYTHON=python3.99"], cwd=ROOT))
-    assert 'PYTHON="python3.99" docker/install_python.sh .venv dev,docs,study,train' in makes.splitlines()
+    assert 'PYTHON="python3.99" docker/install_python.sh .venv dev,docs,eval,study,train' in makes.splitlines()
     assert "pip install" not in makes
     ci = (ROOT / ".ci" / "run").read_text()
     assert "docker/install_system.sh browser nvme mpi slurm" in ci

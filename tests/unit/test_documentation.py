@@ -30,6 +30,7 @@ from epi_ds.cli.main import app
 from epi_ds.config import EPIConfig
 from epi_ds.data.skills import SKILLS
 from epi_ds.launch.environment import prepare_environment
+from epi_ds.recipe.harness import HarnessSection
 from epi_ds.recipe.loading import parse_recipe
 from epi_ds.recipe.models import Recipe
 from epi_ds.study.models import Study
@@ -338,7 +339,31 @@ def test_presets_and_skills_are_all_there() -> None:
     assert all(re.search(rf"\b{skill}\b", recipes) for skill in SKILLS)
 
 
-@pytest.mark.parametrize("block", blocks_in("yaml"), ids=lambda block: block.place)
+def is_task_file(block: Block) -> bool:
+    """Whether it is one of lm-evaluation-harness, and no recipe."""
+    return block.text.startswith("task:")
+
+
+def test_task_files_are_loaded_with_the_row_that_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from epi_ds.evaluation.harness.loading import load_tasks
+
+    monkeypatch.chdir(tmp_path)
+    (block,) = filter(is_task_file, blocks_in("yaml"))
+    (row,) = re.findall(r"`(\{\"context\".*?\})`", (ROOT / "docs" / "recipes.md").read_text())
+    (data,) = re.findall(r"data_files: \{test: ([\w/.]+)\}", block.text)
+    for path, text in (("tasks/own.yaml", block.text), (data, row)):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text(text)
+    name = yaml.safe_load(block.text)["task"]
+    section = HarnessSection(tasks=[name], include_path="tasks")
+    requests = load_tasks(section).tasks[name].instances
+    context, choices = json.loads(row)["context"], json.loads(row)["choices"]
+    assert [request.args for request in requests] == [(context, choice) for choice in choices]
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in blocks_in("yaml") if not is_task_file(block)], ids=lambda block: block.place
+)
 def test_recipes_are_valid(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for file in re.findall(r"path: ([\w/]+\.(?:jsonl?|parquet))", block.text):

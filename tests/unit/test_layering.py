@@ -157,7 +157,7 @@ def test_collectives_stay_in_one_room(module: str) -> None:
 
 
 # What the extra `train` brings, and who may need it.
-OF_THE_EXTRA = ("trl", "datasets", "accelerate", "matplotlib", "scipy")
+OF_THE_EXTRA = ("trl", "datasets", "accelerate", "matplotlib", "scipy", "lm_eval")
 WITH_THE_EXTRA = (
     "epi_ds.train",
     "epi_ds.own_rows",
@@ -181,7 +181,7 @@ def test_the_core_installs_without_the_trainer(module: str) -> None:
 
 
 def test_a_verb_that_needs_the_extra_names_it() -> None:
-    absent = f"import sys; sys.modules.update(dict.fromkeys({('trl', 'datasets', 'matplotlib', 'scipy')!r}))"
+    absent = f"import sys; sys.modules.update(dict.fromkeys({('trl', 'datasets', 'matplotlib', 'scipy', 'lm_eval')!r}))"
     run = f"{absent}; from epi_ds.cli.main import main; sys.argv = ['epi-ds', *sys.argv[1:]]; main()"
 
     def said(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -194,6 +194,9 @@ def test_a_verb_that_needs_the_extra_names_it() -> None:
     )
     assert said("study", "table", "smoke").stderr == (
         "error: epi-ds study needs scipy, which is not installed here: pip install 'epi-ds[study]'\n"
+    )
+    assert said("eval", "nowhere", "--tasks", "piqa").stderr == (
+        "error: epi-ds eval needs lm_eval, which is not installed here: pip install 'epi-ds[eval]'\n"
     )
     assert said("configs", "list").returncode == 0
     assert said("checkpoints", "list", "nowhere").stderr == "error: there is no folder nowhere\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch.distributed as dist
@@ -14,13 +14,20 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
 from epi_ds import ds_configs
+from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.data.conversation import conversation_of
 from epi_ds.data.skills import Split, get_skill, rows
-from epi_ds.evaluation.evaluator import Evaluator, Score, Scored
+from epi_ds.evaluation.evaluator import Evaluator
+from epi_ds.evaluation.scores import Score, Scored
 from epi_ds.evaluation.tasks import Task
+from epi_ds.recipe.harness import HarnessSection
 from epi_ds.train.accelerate_setup import prepare_accelerate
+from tests.support.harness_tasks import ALL, SAMPLED, write_tasks
 from tests.support.ranks import run_ranks
 from tests.support.tables import prompts_and_completions
+
+if TYPE_CHECKING:
+    from epi_ds.evaluation.harness.harness import Harness
 
 pytestmark = pytest.mark.zero3
 
@@ -34,6 +41,8 @@ CASES = {
     "two batches of answers, one of losses": (4, 2),
     "one of answers, three of losses": (2, 5),
 }
+# Their scores stand among those of the cases.
+HARNESS = "tasks of lm-evaluation-harness"
 
 
 def tasks_of(answers: int, losses: int) -> list[Task]:
@@ -51,8 +60,9 @@ def tasks_of(answers: int, losses: int) -> list[Task]:
 class Evaluate(TrainerCallback):
     """Scores every case before the first step, when ZeRO-3 knows no order of submodules, and after the second."""
 
-    def __init__(self) -> None:
+    def __init__(self, harness: Harness) -> None:
         self.trainer: Any = None
+        self.harness = harness
         self.scores: dict[tuple[str, str, int], dict[str, Score]] = {}
         self.shown: dict[tuple[str, str], list[Scored]] = {}
 
@@ -63,6 +73,11 @@ class Evaluate(TrainerCallback):
                     self.trainer, tasks_of(*sizes), batch_size=BATCH_SIZE, max_new_tokens=4, weights=weights
                 )
                 self.scores[name, weights, step] = evaluator.evaluate(self.shown.setdefault((name, weights), []).append)
+        for weights in WEIGHTS:
+            evaluator = Evaluator(
+                self.trainer, [], batch_size=BATCH_SIZE, max_new_tokens=4, weights=weights, harness=self.harness
+            )
+            self.scores[HARNESS, weights, step] = evaluator.evaluate()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._evaluate(0)
@@ -72,9 +87,13 @@ class Evaluate(TrainerCallback):
             self._evaluate(2)
 
 
-def score(base: str, folder: str) -> tuple[dict[tuple[str, str, int], dict[str, Score]], list[float]]:
+def score(base: str, own_tasks: str, folder: str) -> tuple[dict[tuple[str, str, int], dict[str, Score]], list[float]]:
     """Train three steps; return the scores and the losses."""
-    evaluate = Evaluate()
+    from epi_ds.evaluation.harness.harness import Harness
+
+    # One question with three choices, which make two batches, and one batch of each other kind.
+    section = HarnessSection(tasks=(*ALL, SAMPLED), include_path=own_tasks, limit=1)
+    evaluate = Evaluate(Harness(section, once=on_first_rank))
     data = [row.messages for row in rows("dialogue", split=Split.TRAIN, size=24, seed=0)]
     try:
         args = SFTConfig(
@@ -119,9 +138,15 @@ def check_shown(shown: dict[tuple[str, str], list[Scored]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of tasks for lm-evaluation-harness."""
+    return str(write_tasks(tmp_path_factory.mktemp("tasks")))
+
+
+@pytest.fixture(scope="module")
+def alone(small_base: Path, own_tasks: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The scores of one rank, which has all batches."""
-    return run_ranks(score, 1, str(small_base), str(tmp_path_factory.mktemp("alone")))[0][0]
+    return run_ranks(score, 1, str(small_base), own_tasks, str(tmp_path_factory.mktemp("alone")))[0][0]
 
 
 @pytest.mark.slow
@@ -140,14 +165,22 @@ def test_one_rank_scores_every_row_with_either_weights(alone: Any) -> None:
                 assert len(solved) == answers
                 assert solved.count("1") / answers == scores["answers"].value
             assert not losses or scores["losses"].solved is None
+    for step in (0, 2):
+        scores = alone[HARNESS, "gathered", step]
+        assert scores == alone[HARNESS, "partitioned", step]
+        assert list(scores) == [f"lm_eval/{name}" for name in (*ALL, SAMPLED)]
+        assert scores[f"lm_eval/{SAMPLED}"].value > 0
+        assert all(math.isfinite(own.value) and own.num_rows == 1 for own in scores.values())
+    # It has learnt.
+    assert alone[HARNESS, "gathered", 0] != alone[HARNESS, "gathered", 2]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_fewer_batches_than_ranks_end_with_the_same_scores(
-    world_size: int, small_base: Path, tmp_path: Path, alone: Any
+    world_size: int, small_base: Path, own_tasks: str, tmp_path: Path, alone: Any
 ) -> None:
-    found = run_ranks(score, world_size, str(small_base), str(tmp_path), timeout=120)
+    found = run_ranks(score, world_size, str(small_base), own_tasks, str(tmp_path), timeout=120)
     scores, losses = found[0]
     assert all(own == found[0] for own in found)
     assert len(losses) == 3
