@@ -26,9 +26,9 @@ class Demo(NamedTuple):
         return DemoFolder(self.folder).protected
 
 
-# A sixth of the shipped demo's steps; its windows are shorter too, so that a mask is active in as many of them.
+# A tenth of the shipped demo's steps; its windows are shorter too, so that a mask is active in as many of them.
 SHORT_DEMO = (
-    "stages.arithmetic.data.rows=1120",
+    "stages.arithmetic.data.rows=640",
     *(f"method.keep.data.{source}.rows=16" for source in range(2)),
     "method.epi.refresh_interval=5",
     "train.save_steps=3",
@@ -41,7 +41,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """Run the demo into a folder of its own, all of its ways, with fewer rows than are shipped."""
     folder = tmp_path_factory.mktemp("demo") / "run"
     return Demo(
-        folder, checked(run_epi_ds("demo", *SHORT_DEMO, "--base-steps", "150", "--output", str(folder), timeout=900))
+        folder, checked(run_epi_ds("demo", *SHORT_DEMO, "--base-steps", "60", "--output", str(folder), timeout=900))
     )
 
 

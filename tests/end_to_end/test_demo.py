@@ -79,7 +79,8 @@ def test_both_ways_learn_and_the_protected_one_keeps_more(whole_demo: Demo) -> N
 
 def table_of(output: str) -> dict[str, list[int]]:
     """Percentages of the demo's last table, by row."""
-    rows = re.findall(r"^│ +([a-z][a-z ]*?) +│((?: +\d+% +│)+)", output, re.MULTILINE)
+    last = output[output.index("┃ plain") :]
+    rows = re.findall(r"^│ +([a-z][a-z ]*?) +│((?: +\d+% +│)+)", last, re.MULTILINE)
     return {name: [int(value) for value in re.findall(r"(\d+)%", values)] for name, values in rows}
 
 
