@@ -1,4 +1,4 @@
-# make demo     installs what is missing, then shows the whole of it: under 3 minutes more on two quiet cores
+# make demo     installs what is missing, then shows the whole of it, in some minutes on two cores
 # make test     lints, builds the docs and runs the first tier of the tests: CONTRIBUTING.md says what is in it
 # make test-all lints, builds the docs and runs all tests, as CI does
 # make docs     builds the site of docs/ into build/site, and fails where a link or an anchor leads nowhere

@@ -70,7 +70,7 @@ def test_the_ratio_that_is_reported_is_the_achieved_one(metrics: dict[str, list[
 
 @pytest.mark.slow
 def test_both_ways_learn_and_the_protected_one_keeps_more(whole_demo: Demo) -> None:
-    """Of one rounding of the processor the numbers are others; the distance that is asked for is half of that here."""
+    """Scores depend on the rounding of the processor: less than half of what was seen is asked for."""
     shown = table_of(whole_demo.output)
     (_, plain, protected), (_, plain_kept, protected_kept) = shown["learnt"], shown["kept"]
     assert min(plain, protected) > 30
