@@ -23,7 +23,7 @@ def demo(
     ),
     base_steps: Annotated[int, typer.Option(min=1, help="Steps that the small model is pretrained.")] = 600,
 ) -> None:
-    """Show the whole of it on this machine: a small model learns new tasks, plainly and protected, side by side.
+    """Show the whole of it on this machine: a small model learns a new task, plainly and protected.
 
     The protected run is stopped on the way, resumes, and keeps isolated weights to the bit.
     """

@@ -49,15 +49,13 @@ def run(
 
     prepare_environment()
     from epi_ds.launch.stop_signals import ending_when_told
-    from epi_ds.study.cells import WorkFolder, cells_of
+    from epi_ds.study.cells import WorkFolder
     from epi_ds.study.result_lines import Status
-    from epi_ds.study.run import Progress, pending, run_cells
+    from epi_ds.study.run import Progress, run_cells
 
     found = _found(study, results)
-    cells = list(cells_of(found.study, seeds=_numbers(seeds), arms=_names(arms), targets=_names(targets)))
-    open_cells = pending(found.study, cells, found.results)
     console = Console(soft_wrap=True, highlight=False)
-    console.print(f"{found.study.name}: {len(cells)} cells, {len(cells) - len(open_cells)} of them finished")
+    open_cells = _open_cells(found, seeds=seeds, arms=arms, targets=targets)
     if not open_cells:
         return
     done = 0
@@ -106,15 +104,12 @@ def slurm(
     Each task is `epi-ds study run` of one cell. Folders are to be on a disk that all nodes share.
     """
     from epi_ds.launch import slurm as jobs
-    from epi_ds.study.cells import WorkFolder, cells_of, validated
-    from epi_ds.study.run import pending
+    from epi_ds.study.cells import WorkFolder, validated
     from epi_ds.study.slurm_array import array_of
 
     found = _found(study, results)
     work_folder = WorkFolder(_work_folder(found, work))
-    cells = list(cells_of(found.study, seeds=_numbers(seeds), arms=_names(arms), targets=_names(targets)))
-    open_cells = pending(found.study, cells, found.results)
-    typer.echo(f"{found.study.name}: {len(cells)} cells, {len(cells) - len(open_cells)} of them finished")
+    open_cells = _open_cells(found, seeds=seeds, arms=arms, targets=targets)
     if not open_cells:
         return
     for cell in open_cells:
@@ -212,6 +207,17 @@ def _found(study: str, results: Path | None) -> Found:
 
     found = load_study(study)
     return found if results is None else found._replace(results=results)
+
+
+def _open_cells(found: Found, *, seeds: str | None, arms: str | None, targets: str | None) -> list[Cell]:
+    """Return the cells of those that are asked for which are not finished, and say how many are."""
+    from epi_ds.study.cells import cells_of
+    from epi_ds.study.run import pending
+
+    cells = list(cells_of(found.study, seeds=_numbers(seeds), arms=_names(arms), targets=_names(targets)))
+    open_cells = pending(found.study, cells, found.results)
+    typer.echo(f"{found.study.name}: {len(cells)} cells, {len(cells) - len(open_cells)} of them finished")
+    return open_cells
 
 
 def _work_folder(found: Found, work: Path | None) -> Path:

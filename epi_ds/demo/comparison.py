@@ -10,6 +10,7 @@ from typing import NamedTuple
 from safetensors.torch import load_file
 
 from epi_ds.checkpoint.weights_folder import SINGLE
+from epi_ds.errors import UserError
 from epi_ds.recipe.models import Recipe
 from epi_ds.train.metrics import read_metrics
 from epi_ds.train.run_folder import RunFolder
@@ -44,11 +45,16 @@ class Point(NamedTuple):
 
 
 def compare(recipe: Recipe, *, base: Path, plain: Path, protected: Path) -> Comparison:
-    """Read both runs of a recipe, which are finished, and the base that they began with."""
+    """Read both runs of a recipe, which are finished, and the base that they began with.
+
+    Raises UserError where overrides of the recipe left a task without its accuracy.
+    """
     runs = RunFolder(plain), RunFolder(protected)
     (before, plain_scores), (_, protected_scores) = (_first_and_last(run.metrics) for run in runs)
 
     def scores_of(name: str) -> TaskScores:
+        if name not in before:
+            raise UserError(f"the demo compares accuracies, and {name} has none; leave the evaluation of it as it is")
         return TaskScores(name, before[name], plain_scores[name], protected_scores[name])
 
     distances = [_distance(base, run.export) for run in runs]
@@ -77,7 +83,10 @@ def points_of(comparison: Comparison) -> tuple[Point, Point, Point]:
 def _first_and_last(metrics: Path) -> list[dict[str, float]]:
     """Return the accuracies before training and at a run's end, by task."""
     lines = [line for line in read_metrics(metrics) if line["event"] == "evaluation"]
-    return [{name: float(score["value"]) for name, score in line["scores"].items()} for line in (lines[0], lines[-1])]
+    return [
+        {name: float(score["value"]) for name, score in line["scores"].items() if score["higher_is_better"]}
+        for line in (lines[0], lines[-1])
+    ]
 
 
 def _distance(base: Path, other: Path) -> float:

@@ -1,4 +1,4 @@
-"""The demonstration: a small model learns new tasks plainly, and again protected, stopped and resumed on the way."""
+"""The demonstration: a small model learns a new task plainly, and again protected, stopped and resumed on the way."""
 
 from __future__ import annotations
 

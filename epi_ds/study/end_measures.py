@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,15 +46,14 @@ class Finished(NamedTuple):
         return tuple(dict.fromkeys(skill for skill in (*earlier, *self.base_skills) if skill is not None))
 
 
-def measures_of(finished: Finished, metrics: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def measures_of(finished: Finished, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what explains a run's scores, by the names of a result's fields.
 
     metrics  the run's lines
 
     Raises RemedyError where a checkpoint of the run cannot be read.
     """
-    lines = list(metrics)
-    found: dict[str, Any] = {"mask_drift": mask_drift_of(lines)}
+    found: dict[str, Any] = {"mask_drift": mask_drift_of(metrics)}
     new, run = finished.new, finished.run
     if new is not None:
         rows = finished.recipe.evaluation.rows
@@ -67,7 +66,7 @@ def measures_of(finished: Finished, metrics: Iterable[Mapping[str, Any]]) -> dic
         of_trained = {skill: meter.of(skill, batches=_BATCHES) for skill in (new, *finished.kept)}
         found["conflict"] = conflicts_of(Ends(of_base, of_trained), new=new, kept=finished.kept)
     try:
-        importance = last_importance(run.checkpoints, step=lines[-1]["step"])
+        importance = last_importance(run.checkpoints, step=metrics[-1]["step"])
     except CheckpointError as error:
         raise RemedyError(f"the importance that the run ended with cannot be read: {error}") from error
     if importance is not None:

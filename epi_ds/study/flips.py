@@ -12,7 +12,7 @@ from epi_ds.study.measures import Flips
 def flips_between(before: str | None, after: str | None) -> Flips | None:
     """Return how answers changed; None where either evaluation did not write which rows were solved.
 
-    before, after  a character for every row, 1 where it was solved, see `evaluation.evaluator.Score`
+    before, after  a character for every row, 1 where it was solved, see `evaluation.scores.Score`
 
     Raises RemedyError where they are of different numbers of rows.
     """

@@ -150,14 +150,15 @@ class _MadeHere:
         run = RunFolder(self._work.cell(cell) / "run")
         recipe = validated(study, cell, self._work)
         kept = study.kept_skills(cell.target)
+        metrics = list(read_metrics(run.metrics))
         found = scores_of(
-            read_metrics(run.metrics),
+            metrics,
             protocol=study.protocol,
             stages=[stage.name for stage in recipe.stages],
             kept=kept,
         )._asdict()
         finished = Finished(run, recipe, base, is_made=study.base.pretrain is not None, base_skills=kept)
-        found |= measures_of(finished, read_metrics(run.metrics))
+        found |= measures_of(finished, metrics)
         # The scores are taken, and a study has hundreds of runs.
         shutil.rmtree(run.checkpoints, ignore_errors=True)
         shutil.rmtree(run.export, ignore_errors=True)

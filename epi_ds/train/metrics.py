@@ -5,7 +5,7 @@ before training, once: `own_rows.file.Written`), ``run`` (a start or a resume, w
 the settings that it changed), ``step`` (with the mean loss of each source's tokens since the line before, over all
 ranks, under ``source_losses``), ``drift`` (a look at the mask under ``refresh_interval: adaptive``),
 ``refresh``, ``evaluation`` (every task's score, and under ``solved`` which of its rows were; they are the same ones
-every time: `evaluation.evaluator.Score`), ``summary``, ``end`` (everything is on the disk, the exported model too).
+every time: `evaluation.scores.Score`), ``summary``, ``end`` (everything is on the disk, the exported model too).
 """
 
 from __future__ import annotations

@@ -106,8 +106,10 @@ def set_moments(
         if not changed[start // 8 : -(-stop // 8)].any():
             continue
         first[start:stop].masked_fill_(unpack_bits(changed, start, stop), 0.0)
+        if importance is None and pull is None:
+            continue
         released = unpack_bits(before, start, stop) & ~unpack_bits(now, start, stop)
-        if (importance is None and pull is None) or not released.any():
+        if not released.any():
             continue
         kept = second[start:stop]
         rebuilt = kept.float() if importance is None else importance(start, stop) * importance_scale

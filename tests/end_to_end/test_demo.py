@@ -14,8 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from epi_ds.data.skills import Split, get_skill, rows
-from epi_ds.demo.comparison import Point
+from epi_ds.demo.comparison import Point, compare
 from epi_ds.demo.plane import plane_figure, text_plane
+from epi_ds.demo.run import DemoFolder
+from epi_ds.errors import UserError
 from epi_ds.evaluation.tasks import TEST_SEED
 from epi_ds.recipe.loading import load_recipe
 from tests.end_to_end.conftest import SHORT_DEMO, Demo
@@ -123,6 +125,13 @@ def test_the_plane_shows_where_each_model_is() -> None:
     assert lines[6] == f"     |{' ' * 25}*"
     assert lines[11] == f"  0% |{' ' * 50}x"
     assert "plain" in plane_figure(points)
+
+
+def test_a_task_without_an_accuracy_is_told(demo: Demo) -> None:
+    recipe = load_recipe("demo", [*SHORT_DEMO, "evaluation.skills=[logic]"])
+    folder = DemoFolder(demo.folder)
+    with pytest.raises(UserError, match="compares accuracies, and logic has none"):
+        compare(recipe, base=folder.base, plain=folder.plain, protected=folder.protected)
 
 
 def test_either_run_leaves_its_files_and_its_table(demo: Demo) -> None:
