@@ -26,11 +26,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/epi-ds demo
 
-# Unit and kernel tests share the machine, two processes of them; ranks, clusters and browsers have it to themselves.
+# Two processes of tests; a file stays in one of them, and files begin in the order of their names: unlike the last of
+# tests/zero3, those of tests/slurm take minutes, which the other process would otherwise wait for at the end.
+PYTEST = $(BIN)/pytest -m "$(TIER)" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: TIER := not slow
 test test-all: install lint docs
-	$(BIN)/pytest -m "$(TIER)" --numprocesses 2 --dist loadfile tests/unit tests/kernels
-	$(BIN)/pytest -m "$(TIER)" --ignore tests/unit --ignore tests/kernels
+	$(PYTEST) tests/unit tests/kernels
+	$(PYTEST) --ignore tests/unit --ignore tests/kernels
 
 # On the day there is a GPU: the Triton kernels' bits and speed, and steps of ZeRO-3 in bf16 with isolation off and on.
 gpu: install

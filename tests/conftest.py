@@ -52,7 +52,9 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama with its tokenizer that has learnt next to nothing, for runs whose scores do not matter."""
     from epi_ds.data.skills import SKILLS
     from epi_ds.demo.base_model import pretrain_small_model
+    from tests.support.once import made_once
 
-    folder = tmp_path_factory.mktemp("small_base")
-    pretrain_small_model(folder, skills=tuple(SKILLS), steps=10, batch_size=8)
-    return folder
+    def make(folder: Path) -> None:
+        pretrain_small_model(folder / "model", skills=tuple(SKILLS), steps=10, batch_size=8)
+
+    return made_once(tmp_path_factory, "small_base", make) / "model"

@@ -1,4 +1,4 @@
-"""Runs that several tests only look at, once per session: the demo, a short recipe, a plain script."""
+"""Runs that several tests only look at, once for all of them: the demo, a short recipe, a plain script."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from epi_ds.demo.run import DemoFolder
 from tests.end_to_end.recipes import RANKS, write_recipe
 from tests.support.forks import epi_ds, run_module
+from tests.support.once import made_once
 from tests.support.processes import checked, run_epi_ds
 
 
@@ -39,17 +40,24 @@ SHORT_DEMO = (
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """Run the demo into a folder of its own, all of its ways, with fewer rows than are shipped."""
-    folder = tmp_path_factory.mktemp("demo") / "run"
-    return Demo(
-        folder, checked(run_epi_ds("demo", *SHORT_DEMO, "--base-steps", "60", "--output", str(folder), timeout=900))
-    )
+    return demo_of(tmp_path_factory, "demo", *SHORT_DEMO, "--base-steps", "60")
 
 
 @pytest.fixture(scope="session")
 def whole_demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """Run the demo as the Makefile does."""
-    folder = tmp_path_factory.mktemp("whole_demo") / "run"
-    return Demo(folder, checked(run_epi_ds("demo", "--output", str(folder), timeout=900)))
+    return demo_of(tmp_path_factory, "whole_demo")
+
+
+def demo_of(factory: pytest.TempPathFactory, name: str, *arguments: str) -> Demo:
+    """Return the demo of some arguments, which is run once. To be read only."""
+
+    def make(folder: Path) -> None:
+        output = checked(run_epi_ds("demo", *arguments, "--output", str(folder / "run"), timeout=900))
+        (folder / "output").write_text(output)
+
+    folder = made_once(factory, name, make)
+    return Demo(folder / "run", (folder / "output").read_text())
 
 
 @pytest.fixture(scope="session")
@@ -67,14 +75,18 @@ def recipe_of(small_base: Path) -> Callable[[Path], Path]:
 @pytest.fixture(scope="session")
 def undisturbed(recipe_of: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the short recipe that nobody stops. To be read only."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    checked(epi_ds("train", str(recipe_of(folder)), num_ranks=RANKS))
-    return folder / "run"
+
+    def make(folder: Path) -> None:
+        checked(epi_ds("train", str(recipe_of(folder)), num_ranks=RANKS))
+
+    return made_once(tmp_path_factory, "undisturbed", make) / "run"
 
 
 @pytest.fixture(scope="session")
 def plain_script(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of plain_sft.py, which nobody stops. To be read only."""
-    folder = tmp_path_factory.mktemp("plain_script")
-    checked(run_module("tests.end_to_end.plain_sft", str(small_base), str(folder), num_ranks=2))
-    return folder
+
+    def make(folder: Path) -> None:
+        checked(run_module("tests.end_to_end.plain_sft", str(small_base), str(folder), num_ranks=2))
+
+    return made_once(tmp_path_factory, "plain_script", make)

@@ -68,7 +68,7 @@ def write_recipe(folder: Path, base: Path, **changes: Any) -> Path:
             "seed": 3,
         },
         # Three batches of each of two skills, and three of a loss: every rank but one has one less.
-        "evaluation": {"skills": ["code"], "rows": 24, "batch_size": 8, "max_new_tokens": 24, "weights": "gathered"},
+        "evaluation": {"skills": ["logic"], "rows": 24, "batch_size": 8, "max_new_tokens": 24, "weights": "gathered"},
         "output": str(folder / "run"),
         "ranks": RANKS,
     }

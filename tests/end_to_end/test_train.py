@@ -18,12 +18,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from epi_ds.demo.base_model import pretrain_small_model
 from epi_ds.evaluation.tasks import load_conversations
 from epi_ds.launch.local import free_port, remove_buffers
 from epi_ds.recipe.loading import load_recipe
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.stages import StageRows, plan_stages, row_order
-from tests.end_to_end.conftest import Demo
 from tests.end_to_end.recipes import (
     ACCUMULATION,
     MICRO_BATCH,
@@ -69,9 +69,11 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def base(demo: Demo) -> Path:
-    """The demo's small model: it knows something, so scores are not all zero."""
-    return demo.folder / "base"
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that chooses among four answers, so that it solves some of the recipe's questions and not all."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    pretrain_small_model(folder, skills=("logic",), steps=60, batch_size=8)
+    return folder
 
 
 @pytest.fixture(scope="module")
