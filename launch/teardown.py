@@ -1,7 +1,8 @@
 """The end of a rank.
 
 While Python is torn down, threads of gloo may still hold what is Python's, and the first to give it back aborts the
-process: a run that went well ends with SIGABRT (torch 2.13; 5 of 21 stops). So ranks end before that.
+process: a run that went well ends with SIGABRT (torch 2.13; 5 of 21 stops), and so does one whose mistake was told. So
+ranks end before that.
 """
 
 from __future__ import annotations

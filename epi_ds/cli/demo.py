@@ -38,7 +38,7 @@ def demo(
     comparison = run_demo(output, console, overrides=overrides or (), base_steps=base_steps)
     console.print(_table(comparison))
     console.print(text_plane(points_of(comparison)), highlight=False, markup=False)
-    console.print(f"as a picture: {folder.plane}", highlight=False)
+    console.print(f"as a picture: {folder.plane}", highlight=False, soft_wrap=True)
     console.print("the audit of the protected run:")
     audit([folder.protected])
 

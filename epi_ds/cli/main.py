@@ -32,6 +32,7 @@ from epi_ds.cli import (
     train,
 )
 from epi_ds.errors import CheckpointError, DiskError, LostRankError, RemedyError, UserError
+from epi_ds.launch.teardown import skip_teardown
 
 # Packages that only training by a recipe and its report need, and only a study or general ability, with their extras.
 _OF_EXTRAS = {
@@ -128,6 +129,9 @@ def main() -> None:
             raise
         if speaks is not _Speaks.RANK_0 or rank in (None, "0"):
             print(f"error: {error}", file=sys.stderr)
+        if rank is not None:
+            # Else a mistake that was told may end as an abort, see teardown.py, and its exit code is another one.
+            skip_teardown(code)
         sys.exit(code)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]

@@ -38,7 +38,7 @@ def show_run(run: Path) -> None:
     console.print("written:")
     for path in (folder.own_rows, folder.metrics, folder.checkpoints, folder.export, folder.report):
         if path.exists():
-            console.print(f"  {path}{'/' if path.is_dir() else ''}", highlight=False)
+            console.print(f"  {path}{'/' if path.is_dir() else ''}", highlight=False, soft_wrap=True)
 
 
 def _rendered(scores: ScoreTable) -> Table:

@@ -60,12 +60,12 @@ class ProgressDisplay:
         """Print a line where there is no bar, unless the one before is too near; the last one in any case."""
         if self._console is not None and (time.monotonic() - self._last_line > _LINE_SECONDS or is_last):
             self._last_line = time.monotonic()
-            self._console.print(text, highlight=False, markup=False)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Print a line of its own, above the bar where there is one."""
         if self._console is not None:
-            self._console.print(text, highlight=False, markup=False)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Take the bar down."""

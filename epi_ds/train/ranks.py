@@ -72,11 +72,11 @@ def train_as_rank(recipe: Recipe, start: Start, *, show: Callable[[Path], None])
         dist.destroy_process_group()
         skip_teardown(0)
     except Exception as error:
+        # Of whoever catches nothing; main() has codes of its own for what it tells.
+        skip_teardown(1)
         if problem := disk_problem(error, place=place):
             # What trackers cannot write while this process ends either follows from it, and has nothing to add.
             sys.unraisablehook = threading.excepthook = _say_nothing
-            # The others are in a collective, whose threads may outlive Python.
-            skip_teardown(1)
             raise DiskError(f"rank {os.environ['RANK']}: {problem}. {_remedy(recipe)}") from error
         if isinstance(error, RuntimeError) and (reason := lost_rank(error)):
             raise LostRankError(f"rank {os.environ['RANK']}: {reason}. {_remedy(recipe)}") from error

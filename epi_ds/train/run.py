@@ -143,7 +143,7 @@ def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
     if run.resume is None or stop_step is None or run.resume.step < stop_step:
         _train(run, trainer, isolation, tasks, harness)
     elif run.console is not None:
-        run.console.print(f"stage {until} has ended already: {run.resume.path}", highlight=False)
+        run.console.print(f"stage {until} has ended already: {run.resume.path}", highlight=False, soft_wrap=True)
     if until is None:
         if isolation.epi.stats().counters.applied_steps == 0:
             raise RemedyError(
@@ -276,7 +276,7 @@ def _train(
     )
     if run.console is not None:
         message = f"resuming {resume.path}" if resume else f"starting {run.recipe.output}"
-        run.console.print(message, highlight=False)
+        run.console.print(message, highlight=False, soft_wrap=True)
     first_step = resume.step if resume else 0
     with ProgressDisplay(run.console, total_steps=trainer.spans[-1].stop_step, first_step=first_step) as progress:
         metrics = MetricsCallback(

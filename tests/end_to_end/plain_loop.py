@@ -20,6 +20,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
 import epi_ds
+from epi_ds.launch.teardown import skip_teardown
 
 STEPS = 40
 SECONDS = 0.15
@@ -62,3 +63,5 @@ if rank == 0:
     (folder / "result.json").write_text(json.dumps({"digest": digest.hexdigest()}))
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+# On a busy machine a thread of gloo may still hold something of Python here, and aborts the process.
+skip_teardown(0)

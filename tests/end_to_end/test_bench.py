@@ -115,7 +115,7 @@ def test_kernel_rows_hold_every_operation_and_backend() -> None:
 
 @pytest.mark.slow
 def test_step_rows_say_what_isolation_adds() -> None:
-    rows = bench("step", "--states", "u16", "--layers", "1", "--pairs", "4")
+    rows = bench("step", "--states", "u16", "--layers", "1", "--pairs", "2")
     settings = [("reduction", ""), ("update", ""), ("reduction", "update"), ("reduction", "gradient")]
     assert [(row["apply"], row["pull"], row["offload"]) for row in rows] == [
         (*one, offload) for offload in (False, True) for one in settings

@@ -138,7 +138,7 @@ def test_either_run_leaves_its_files_and_its_table(demo: Demo) -> None:
     recipe = load_recipe("demo", [])
     for run in ("plain", "protected"):
         for name in ("metrics.jsonl", "export", "report.html"):
-            assert f"{run}/{name}" in demo.output.replace("\n", "")
+            assert f"{run}/{name}" in demo.output
             assert (demo.folder / run / name).exists()
     for name in [*(stage.name for stage in recipe.stages), *recipe.evaluation.skills]:
         # Of either run, with what was forgotten, and of both.
