@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
+from epi_ds.data.conversation import Message
 from epi_ds.data.rendering import Learnt
-from epi_ds.data.skills import Message, Split, load_tokenizer, rows
+from epi_ds.data.skills import Split, load_tokenizer, rows
 
 _IGNORED = -100
 # Batches whose rows are sorted by length together.

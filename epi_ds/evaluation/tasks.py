@@ -52,7 +52,7 @@ def load_conversations(source: DataSource, *, seed: int) -> list[Conversation]:
 
 
 def build_tasks(recipe: Recipe) -> list[Task]:
-    """Return everything that is evaluated: stages that can be, then the other skills the recipe names.
+    """Return everything that is evaluated: stages that can be, then the other skills and rows the recipe names.
 
     But for what is kept, see `kept_tasks`: its skills are among these, and not scored twice.
     """
@@ -64,18 +64,21 @@ def build_tasks(recipe: Recipe) -> list[Task]:
     tasks += [
         skill_task(skill, skill, recipe.evaluation.rows) for skill in recipe.evaluation.skills if skill not in scored
     ]
-    return tasks
+    return [*tasks, *(_task_of(name, source) for name, source in recipe.evaluation.tasks.items())]
 
 
 def _stage_task(stage: Stage, recipe: Recipe) -> Task | None:
     if stage.evaluation is not None:
-        source = stage.evaluation
-        if source.skill is not None:
-            return skill_task(stage.name, source.skill, source.rows or 0, split=Split(source.split))
-        return _table_task(stage.name, source)
+        return _task_of(stage.name, stage.evaluation)
     if stage.skill is not None:
         return skill_task(stage.name, stage.skill, recipe.evaluation.rows)
     return None
+
+
+def _task_of(name: str, source: EvaluationData) -> Task:
+    if source.skill is not None:
+        return skill_task(name, source.skill, source.rows or 0, split=Split(source.split))
+    return _table_task(name, source)
 
 
 def skill_task(name: str, skill_name: str, size: int, *, split: Split = Split.TEST) -> Task:

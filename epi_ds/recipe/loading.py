@@ -21,6 +21,7 @@ from epi_ds.recipe.arguments import argument_problems, deepspeed_config, preset_
 from epi_ds.recipe.harness import harness_problems
 from epi_ds.recipe.lora import lora_problems
 from epi_ds.recipe.models import Recipe
+from epi_ds.recipe.sources import Files
 
 
 def shipped_names() -> list[str]:
@@ -72,7 +73,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(values, place=f"the recipe {path}")
 
 
-def parse_recipe(values: Mapping[str, Any], *, place: str) -> Recipe:
+def parse_recipe(values: Mapping[str, Any], *, place: str, files: Files = Files.MUST_BE_THERE) -> Recipe:
     """Validate the values of a recipe; raise one ValueError that lists every problem found."""
     added = _added_by_preset(values)
     if added:
@@ -84,7 +85,7 @@ def parse_recipe(values: Mapping[str, Any], *, place: str) -> Recipe:
     problems: list[str] = []
     recipe = None
     try:
-        recipe = Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values, context=files)
     except ValidationError as error:
         problems += problems_of(error, Recipe)
     train, stages = values.get("train"), values.get("stages")

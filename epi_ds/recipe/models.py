@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Literal
@@ -99,6 +100,9 @@ class EvaluationSection(BaseModel):
 
     skills: tuple[str, ...] = ()
     """Skills to evaluate besides those of the stages."""
+    tasks: dict[str, EvaluationData] = {}
+    """Held-out rows of anything else to evaluate, by the names that scores have: what the model can before training,
+    and no stage trains. ``{chat: {path: chat.jsonl, metric: loss}}``."""
     every: int | None = Field(None, ge=1)
     """Steps of the run from one evaluation to the next, besides those at the ends of stages."""
     rows: int = Field(64, ge=1)
@@ -118,6 +122,14 @@ class EvaluationSection(BaseModel):
     @classmethod
     def _known_skills(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(get_skill(name).name for name in names)
+
+    @field_validator("tasks")
+    @classmethod
+    def _names_of_scores(cls, tasks: dict[str, EvaluationData]) -> dict[str, EvaluationData]:
+        for name in tasks:
+            if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+                raise UserError(f"task {name!r} is to be named by letters, digits and _.- alone; give it such a name")
+        return tasks
 
 
 class MethodSection(BaseModel):
@@ -203,6 +215,15 @@ class Recipe(BaseModel):
         repeated = {name for name in names if names.count(name) > 1}
         if repeated:
             raise UserError(f"stage names must differ, repeated: {', '.join(sorted(repeated))}")
+        return self
+
+    @model_validator(mode="after")
+    def _distinct_scores(self) -> Recipe:
+        for kind, names in (("stage", [stage.name for stage in self.stages]), ("skill", self.evaluation.skills)):
+            if both := sorted(set(names) & self.evaluation.tasks.keys()):
+                raise UserError(
+                    f"evaluation.tasks.{both[0]} has the name of a {kind} that is scored, too; give it another name"
+                )
         return self
 
     @model_validator(mode="after")

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from epi_ds.data.formats import Columns, Format
 from epi_ds.data.skills import get_skill
@@ -23,6 +32,13 @@ class Metric(StrEnum):
     EXACT_MATCH = "exact_match"
     FINAL_NUMBER = "final_number"
     LOSS = "loss"
+
+
+class Files(Enum):
+    """Whether validation looks for the files that a recipe names: the context of pydantic's ``model_validate``."""
+
+    MUST_BE_THERE = auto()
+    ARE_NOT_LOOKED_FOR = auto()
 
 
 class DataSource(BaseModel):
@@ -62,7 +78,7 @@ class DataSource(BaseModel):
         return None if name is None else get_skill(name).name
 
     @model_validator(mode="after")
-    def _one_source(self) -> DataSource:
+    def _one_source(self, info: ValidationInfo) -> DataSource:
         if [self.skill, self.path, self.glob].count(None) != 2:
             raise UserError("give one of skill, path and glob")
         if self.skill is not None:
@@ -88,7 +104,8 @@ class DataSource(BaseModel):
         elif self.path is None or is_local(self.path):
             if self.subset is not None:
                 raise UserError(f"subset {self.subset!r} is of a data set of the hub, and these are files; remove it")
-            self._files()
+            if info.context is not Files.ARE_NOT_LOOKED_FOR:
+                self._files()
         return self
 
     def _files(self) -> tuple[Path, ...]:

@@ -14,6 +14,7 @@ from epi_ds.errors import UserError, nearest
 from epi_ds.policy_rules import REFRESHING, UNMEASURED
 from epi_ds.recipe.loading import parse_recipe, set_key
 from epi_ds.recipe.models import Recipe
+from epi_ds.recipe.sources import Files
 from epi_ds.study.models import Study
 
 _BASE_SKILLS = "base_skills"
@@ -102,6 +103,8 @@ def recipe_of(study: Study, cell: Cell, work: WorkFolder) -> dict[str, Any]:
     values["ranks"] = 1
     values["output"] = str(work.cell(cell) / "run")
     set_key(values, "evaluation.skills", list(kept))
+    if study.base.kept:
+        set_key(values, "evaluation.tasks", copy.deepcopy(study.base.kept))
     set_key(values, "train.seed", cell.seed)
     for key, value in study.arms[cell.arm].items():
         set_key(values, key, _with_base_skills(copy.deepcopy(value), kept))
@@ -126,9 +129,9 @@ def run_of(study: Study, cell: Cell, work: WorkFolder) -> dict[str, Any]:
     return values
 
 
-def validated(study: Study, cell: Cell, work: WorkFolder) -> Recipe:
+def validated(study: Study, cell: Cell, work: WorkFolder, *, files: Files = Files.MUST_BE_THERE) -> Recipe:
     """Return a cell's recipe. Raises one UserError that names the arm and all that is wrong with it."""
-    return parse_recipe(recipe_of(study, cell, work), place=f"arm {cell.arm} of the study {study.name}")
+    return parse_recipe(recipe_of(study, cell, work), place=f"arm {cell.arm} of the study {study.name}", files=files)
 
 
 def digest_of(study: Study, cell: Cell) -> str:
@@ -136,13 +139,17 @@ def digest_of(study: Study, cell: Cell) -> str:
 
     Scores under other settings are not taken for these.
     """
-    recipe = validated(study, cell, WorkFolder(Path("/"))).model_dump(mode="json")
+    # Tables are made without the data.
+    recipe = validated(study, cell, WorkFolder(Path("/")), files=Files.ARE_NOT_LOOKED_FOR).model_dump(mode="json")
     del recipe["output"]
     recipe["model"]["path"] = base_settings(study, cell)
     if own := (recipe["method"]["keep"] or {}).get("self"):
         own["file"] = None
     # Scored beside what a study compares.
     del recipe["evaluation"]["lm_eval"]
+    # Lines of before there were any have a digest without.
+    if not recipe["evaluation"]["tasks"]:
+        del recipe["evaluation"]["tasks"]
     return hashlib.sha256(_canonical(recipe).encode()).hexdigest()
 
 

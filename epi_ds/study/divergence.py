@@ -5,31 +5,32 @@ It predicts forgetting better than the distance of weights does (RL's Razor, arX
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_BATCH = 32
+from epi_ds.data.conversation import Message
+
+# Small: of every token of an answer there are two distributions over the vocabulary, in float64.
+_BATCH = 8
 
 
-def kl_to_base(base: Path, trained: Path, skill: str, *, rows: int) -> float:
-    """Return KL(base || trained) in nats, the mean over the tokens of the reference answers to a skill's test prompts.
+def kl_to_base(base: Path, trained: Path, conversations: Sequence[Sequence[Message]]) -> float:
+    """Return KL(base || trained) in nats, the mean over the tokens of the reference answers to a task's test prompts.
 
     base, trained  folders of models in Hugging Face format with one tokenizer
+    conversations  test rows that end with the reference answer
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from epi_ds.data.skills import Split
-    from epi_ds.data.skills import rows as rows_of
     from epi_ds.demo.base_model import collate, encode
-    from epi_ds.evaluation.tasks import TEST_SEED
 
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(trained)
     models = [AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32).eval() for path in (base, trained)]
-    drawn = rows_of(skill, split=Split.TEST, size=rows, seed=TEST_SEED)
-    encoded = encode(tokenizer, [row.messages for row in drawn])
+    encoded = encode(tokenizer, conversations)
     total, count = 0.0, 0
     with torch.no_grad():
         for first in range(0, len(encoded), _BATCH):

@@ -7,7 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from epi_ds.data.conversation import Message
+from epi_ds.data.skills import Split, rows
 from epi_ds.errors import CheckpointError, RemedyError
+from epi_ds.evaluation.tasks import TEST_SEED, build_tasks
 from epi_ds.recipe.models import Recipe
 from epi_ds.study.conflict import Ends, conflicts_of
 from epi_ds.study.divergence import kl_to_base
@@ -55,9 +58,8 @@ def measures_of(finished: Finished, metrics: Sequence[Mapping[str, Any]]) -> dic
     """
     found: dict[str, Any] = {"mask_drift": mask_drift_of(metrics)}
     new, run = finished.new, finished.run
-    if new is not None:
-        rows = finished.recipe.evaluation.rows
-        found["kl_to_base"] = kl_to_base(finished.base, run.export, new, rows=rows)
+    if conversations := _new_task(finished):
+        found["kl_to_base"] = kl_to_base(finished.base, run.export, conversations)
     if not finished.is_made or not finished.kept:
         return found
     of_base = _gradients_of_base(finished.base, (*finished.kept, *((new,) if new is not None else ())))
@@ -72,6 +74,17 @@ def measures_of(finished: Finished, metrics: Sequence[Mapping[str, Any]]) -> dic
     if importance is not None:
         found["sensitivity"] = sensitivities_of(importance, {skill: of_base[skill] for skill in finished.kept})
     return found
+
+
+def _new_task(finished: Finished) -> list[tuple[Message, ...]]:
+    """Return test rows of what the last stage trains; none where it has none, or texts without prompts."""
+    recipe = finished.recipe
+    if finished.new is not None:
+        drawn = rows(finished.new, split=Split.TEST, size=recipe.evaluation.rows, seed=TEST_SEED)
+        return [tuple(row.messages) for row in drawn]
+    tasks = [task for task in build_tasks(recipe) if task.name == recipe.stages[-1].name]
+    found = [row.messages for task in tasks for row in task.conversations[: recipe.evaluation.rows]]
+    return [messages for messages in found if messages]
 
 
 @lru_cache(maxsize=_BASES)

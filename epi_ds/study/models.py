@@ -45,9 +45,12 @@ class Base(BaseModel):
 
     model_config = _FROZEN
 
-    skills: tuple[str, ...]
+    skills: tuple[str, ...] = ()
     """Skills that it knows, and of which ``kept`` is the mean. Those that a target trains are left out: of the
     pretraining under ``one_new_task``, of ``kept`` under both protocols."""
+    kept: dict[str, dict[str, Any]] = {}
+    """Name -> held-out rows of what else it can, which count in ``kept`` as much as a skill does: the recipe's
+    ``evaluation.tasks``."""
     pretrain: Pretraining | None = None
     """Make a small Llama, one for every seed and set of skills."""
     path: str | None = None
@@ -169,8 +172,11 @@ class Study(BaseModel):
                 raise UserError(f"targets.{name} has {len(stages)} stages, and one_new_task is one; use stages")
             if self.protocol is Protocol.STAGES and len(stages) < 2:
                 raise UserError(f"targets.{name} has {len(stages)} stage, and an order has two or more")
-            if self.protocol is Protocol.ONE_NEW_TASK and not self.kept_skills(name):
-                raise UserError(f"targets.{name} trains every skill of base, so nothing is left that could be kept")
+            if self.protocol is Protocol.ONE_NEW_TASK and not self.kept_tasks(name):
+                raise UserError(
+                    f"targets.{name} trains every skill of base, and base.kept has no rows, so nothing is left that "
+                    "could be kept; add either"
+                )
         return self
 
     def trained_skills(self, target: str) -> set[str]:
@@ -181,6 +187,10 @@ class Study(BaseModel):
         """Return the base's skills that a target does not train: what it may forget, and cannot learn anew."""
         trained = self.trained_skills(target)
         return tuple(skill for skill in self.base.skills if skill not in trained)
+
+    def kept_tasks(self, target: str) -> tuple[str, ...]:
+        """Return the names of all that ``kept`` is the mean of, but for earlier stages."""
+        return (*self.kept_skills(target), *self.base.kept)
 
     def pretrained_skills(self, target: str) -> tuple[str, ...]:
         """Return what the base of a target is pretrained on."""

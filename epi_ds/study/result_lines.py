@@ -60,7 +60,7 @@ class Result(BaseModel):
     """Of the base's distribution to the trained model's, nats a token of the new task's answers."""
     path: tuple[PathPoint, ...] = ()
     scores: dict[str, tuple[float, ...]] = {}
-    """Of every task, before training and at the end of every stage."""
+    """Of every task, before training and at the end of every stage: accuracies, or losses of a token."""
     flips: dict[str, Flips] = {}
     """Of every task, the answers that changed between before training and the run's end. This and the following are
     missing in lines of before they were measured."""

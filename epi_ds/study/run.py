@@ -149,15 +149,16 @@ class _MadeHere:
             raise RemedyError(f"the run ended with exit code {ended.exit_code}")
         run = RunFolder(self._work.cell(cell) / "run")
         recipe = validated(study, cell, self._work)
-        kept = study.kept_skills(cell.target)
         metrics = list(read_metrics(run.metrics))
         found = scores_of(
             metrics,
             protocol=study.protocol,
             stages=[stage.name for stage in recipe.stages],
-            kept=kept,
+            kept=study.kept_tasks(cell.target),
         )._asdict()
-        finished = Finished(run, recipe, base, is_made=study.base.pretrain is not None, base_skills=kept)
+        finished = Finished(
+            run, recipe, base, is_made=study.base.pretrain is not None, base_skills=study.kept_skills(cell.target)
+        )
         found |= measures_of(finished, metrics)
         # The scores are taken, and a study has hundreds of runs.
         shutil.rmtree(run.checkpoints, ignore_errors=True)

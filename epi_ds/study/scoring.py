@@ -3,10 +3,15 @@
 Under ``one_new_task`` ``new`` is the accuracy on the new task, and ``kept`` the mean accuracy on the base's skills,
 both at the run's end. Under ``stages`` ``new`` is the mean over stages of the accuracy right after the own stage, and
 ``kept`` the mean, at the run's end, over all stages but the last and the base's skills.
+
+A task that is scored by its loss of a token counts as a likelihood, so that every score is in [0, 1]: in ``new`` as
+exp(-loss), the geometric mean of what the model gives the tokens of the reference, and among what the base could as
+exp(loss before training - loss), the share that is left of it, at most 1.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -33,10 +38,24 @@ class Scored(NamedTuple):
     flips: dict[str, Flips]
 
 
+class _Score(NamedTuple):
+    value: float
+    is_accuracy: bool
+    solved: str | None
+
+    @property
+    def worth(self) -> float:
+        """In [0, 1]."""
+        return self.value if self.is_accuracy else math.exp(-self.value)
+
+    def left_of(self, before: _Score) -> float:
+        """Return what is left of what the base could, in [0, 1]."""
+        return self.value if self.is_accuracy else math.exp(min(0.0, before.value - self.value))
+
+
 class _Evaluation(NamedTuple):
     step: int
-    scores: dict[str, float]
-    solved: dict[str, str | None]
+    scores: dict[str, _Score]
 
 
 def scores_of(
@@ -46,7 +65,7 @@ def scores_of(
 
     metrics  its lines
     stages   names of its stages, in order
-    kept     the base's skills that they do not train
+    kept     names of what the base can that they do not train
 
     Raises RemedyError where an evaluation is missing, or a task in it.
     """
@@ -60,44 +79,45 @@ def scores_of(
         )
     for name in (*stages, *kept):
         if any(name not in found.scores for found in evaluations):
-            raise RemedyError(f"{name} was not scored by its accuracy; give its stage an evaluation that is")
+            raise RemedyError(f"{name} was not scored; give it an evaluation")
     before, *after = ends
-    last = after[-1].scores
-    own = [found.scores[name] for name, found in zip(stages, after, strict=True)]
-    remembered = [*stages[:-1], *kept] if protocol is Protocol.STAGES else list(kept)
+    earlier = stages[:-1] if protocol is Protocol.STAGES else ()
+
+    def base_left(at: _Evaluation) -> list[float]:
+        return [at.scores[name].left_of(before.scores[name]) for name in kept]
+
+    def kept_at(at: _Evaluation) -> float:
+        return fmean([*(at.scores[name].worth for name in earlier), *base_left(at)])
+
     path: tuple[PathPoint, ...] = ()
     if protocol is Protocol.ONE_NEW_TASK:
-        path = tuple(
-            PathPoint(step=one.step, new=one.scores[stages[0]], kept=fmean(one.scores[name] for name in kept))
-            for one in evaluations
-        )
-    transfers = [last[name] - score for name, score in zip(stages[:-1], own, strict=False)]
-    lost = [(before.scores[name] - last[name]) / before.scores[name] for name in kept if before.scores[name] > 0]
+        path = tuple(PathPoint(step=at.step, new=at.scores[stages[0]].worth, kept=kept_at(at)) for at in evaluations)
+    last = after[-1]
+    own = [at.scores[name].worth for name, at in zip(stages, after, strict=True)]
+    transfers = [last.scores[name].worth - score for name, score in zip(stages[:-1], own, strict=False)]
+    lost = [(had - left) / had for had, left in zip(base_left(before), base_left(last), strict=True) if had > 0]
     return Scored(
         new=fmean(own),
-        kept=fmean(last[name] for name in remembered),
-        new_before=fmean(before.scores[name] for name in stages),
-        kept_before=fmean(before.scores[name] for name in remembered),
+        kept=kept_at(last),
+        new_before=fmean(before.scores[name].worth for name in stages),
+        kept_before=kept_at(before),
         forgetting_rate=fmean(lost) if lost else None,
         backward_transfer=fmean(transfers) if transfers else None,
         path=path,
-        scores={name: tuple(found.scores[name] for found in ends) for name in (*stages, *kept)},
+        scores={name: tuple(at.scores[name].value for at in ends) for name in (*stages, *kept)},
         flips={
             name: flips
             for name in (*stages, *kept)
-            if (flips := flips_between(before.solved[name], after[-1].solved[name])) is not None
+            if (flips := flips_between(before.scores[name].solved, last.scores[name].solved)) is not None
         },
     )
 
 
 def _evaluation(line: Mapping[str, Any]) -> _Evaluation:
-    """Return the accuracies of a line. A skill that is given to be kept is scored as one of ``base/``."""
+    """Return the scores of a line. A skill that is given to be kept is scored as one of ``base/``."""
     scores = {
-        name.removeprefix(f"{BASE}/"): score for name, score in line["scores"].items() if score["higher_is_better"]
-    }
-    return _Evaluation(
-        line["step"],
-        {name: float(score["value"]) for name, score in scores.items()},
         # Earlier commits did not write which rows were solved.
-        {name: score.get("solved") for name, score in scores.items()},
-    )
+        name.removeprefix(f"{BASE}/"): _Score(float(one["value"]), one["higher_is_better"], one.get("solved"))
+        for name, one in line["scores"].items()
+    }
+    return _Evaluation(line["step"], scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,17 @@ import pytest
 import yaml
 
 from epi_ds.errors import RemedyError, UserError
-from epi_ds.study.cells import Cell, WorkFolder, base_settings, cells_of, digest_of, own_rows_of, recipe_of, run_of
+from epi_ds.study.cells import (
+    Cell,
+    WorkFolder,
+    base_settings,
+    cells_of,
+    digest_of,
+    own_rows_of,
+    recipe_of,
+    run_of,
+    validated,
+)
 from epi_ds.study.loading import load_study, shipped_names
 from epi_ds.study.models import Protocol, Study
 from epi_ds.study.result_lines import Result, Status, append_result, check_writable, newest, read_results
@@ -59,6 +70,18 @@ def test_shipped_studies_are_valid_and_so_is_every_cell(name: str) -> None:
     assert study.name == name
     digests = [digest_of(study, cell) for cell in cells_of(study)]
     assert len(set(digests)) == len(digests), "two arms are the same"
+
+
+def test_a_base_that_there_is_keeps_rows_of_files_that_tables_do_without(tmp_path: Path) -> None:
+    rows = {"path": "not/here/text.jsonl", "metric": "loss"}
+    study = study_of(base={"path": "a_model", "kept": {"text": rows}})
+    cell = Cell("full_lr_1", 0, "code")
+    assert study.kept_tasks("code") == ("text",)
+    assert recipe_of(study, cell, WORK)["evaluation"] == {"skills": [], "tasks": {"text": rows}}
+    with pytest.raises(UserError, match=r"there is no data file not/here/text\.jsonl"):
+        validated(study, cell, WORK)
+    others = study_of(base={"path": "a_model", "kept": {"text": {**rows, "rows": 8}}})
+    assert digest_of(study, cell) != digest_of(others, cell)
 
 
 def test_problems_are_told_at_once_with_the_nearest_names(tmp_path: Path) -> None:
@@ -306,6 +329,22 @@ def test_scores_of_one_new_task() -> None:
     assert found.forgetting_rate == pytest.approx((0.5 + 0.8) / 2)
     assert found.backward_transfer is None
     assert found.scores == {"new": (0.0, 0.9), "code": (1.0, 0.5), "logic": (0.5, 0.1)}
+
+
+def test_losses_count_as_likelihoods() -> None:
+    """One halves what the model gives a token that it knew, the other one is not better than before it was trained."""
+    before, after = (evaluation(step, new=0.0, code=0.5, text=0.0, chat=0.0) for step in (0, 9))
+    losses = {"new": (3.0, 1.0), "text": (2.0, 2.0 + math.log(2)), "chat": (1.5, 1.0)}
+    for name, values in losses.items():
+        for line, value in zip((before, after), values, strict=True):
+            line["scores"][name] = {"value": value, "higher_is_better": False}
+    kept = ["code", "text", "chat"]
+    found = scores_of([before, after], protocol=Protocol.ONE_NEW_TASK, stages=["new"], kept=kept)
+    assert (found.new_before, found.new) == pytest.approx((math.exp(-3), math.exp(-1)))
+    assert (found.kept_before, found.kept) == pytest.approx(((0.5 + 1 + 1) / 3, (0.5 + 0.5 + 1) / 3))
+    assert found.path[-1].kept == found.kept
+    assert found.forgetting_rate == pytest.approx((0 + 0.5 + 0) / 3)
+    assert {name: found.scores[name] for name in losses} == losses
 
 
 def test_scores_of_stages() -> None:

@@ -61,3 +61,21 @@ def test_a_skill_that_is_named_for_the_evaluation_brings_its_check() -> None:
     # Another working, and the same result.
     assert task.check(0, f"It is {number}")
     assert not task.check(0, f"It is {number}0")
+
+
+def test_rows_that_no_stage_trains_are_scored_by_their_own_names(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [{"prompt": "1+1?", "completion": "2"}] * 3)
+    values: dict[str, Any] = {
+        "model": {"path": "m"},
+        "stages": [{"name": "a", "data": {"path": str(path)}}],
+        "evaluation": {"tasks": {"chat": {"path": str(path), "metric": "loss", "rows": 2}}},
+        "output": "o",
+    }
+    (task,) = build_tasks(parse_recipe(values, place="a test"))
+    assert (task.name, len(task.conversations), task.higher_is_better) == ("chat", 2, False)
+    values["evaluation"]["tasks"] = {"a": {"path": str(path)}}
+    with pytest.raises(UserError, match=r"evaluation\.tasks\.a has the name of a stage"):
+        parse_recipe(values, place="a test")
+    values["evaluation"]["tasks"] = {"a b": {"path": str(path)}}
+    with pytest.raises(UserError, match="task 'a b' is to be named by letters"):
+        parse_recipe(values, place="a test")
