@@ -6,6 +6,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -247,6 +248,9 @@ def _encoded_by_processes(rows: Iterator[PlacedRow], renderer: Renderer, num_pro
                 yield from waiting.popleft().result()
                 waiting.extend(pool.submit(_encode_chunk, chunk) for chunk in itertools.islice(chunks, 1))
         except BrokenProcessPool as error:
+            if sys.version_info < (3, 11, 5):
+                # Else the pool waits for ever for its thread that is writing rows which nobody reads (gh-94777).
+                pool._call_queue._reader.close()  # type: ignore[attr-defined]
             raise RemedyError(
                 "a process that tokenises was killed; look for the kernel's out-of-memory killer (dmesg), and set "
                 "train.dataset_num_proc lower"
