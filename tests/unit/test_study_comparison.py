@@ -246,3 +246,18 @@ def test_the_committed_tables_and_picture_are_what_the_command_writes(tmp_path: 
     report("tiny", output=tmp_path)
     for name in ("study.md", "plane.svg"):
         assert (tmp_path / name).read_text() == (ROOT / "docs/measured/tiny" / name).read_text(), name
+
+
+def test_what_pages_say_of_arms_stands_in_the_tables() -> None:
+    """Rows of pages that are written by hand name their arm, and give its scores as the committed table has them."""
+    of_arms = {cells[0]: tuple(cells[2:4]) for cells in cells_of(ROOT / "docs/measured/tiny/study.md")}
+    quoted = [cells for cells in cells_of(ROOT / "docs/measured/does-it-help.md") if cells[1][:1] == "`"]
+    assert len(quoted) > 8
+    for _, arm, new, kept in quoted:
+        assert (new, kept) == of_arms[arm.strip("`")], arm
+
+
+def cells_of(page: Path) -> list[list[str]]:
+    """Return the cells of all rows of a page's tables."""
+    rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows]
