@@ -259,5 +259,5 @@ def test_what_pages_say_of_arms_stands_in_the_tables() -> None:
 
 def cells_of(page: Path) -> list[list[str]]:
     """Return the cells of all rows of a page's tables."""
-    rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows]
