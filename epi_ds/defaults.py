@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-from epi_ds.errors import nested_model
+from epi_ds.errors import is_mapping, nested_model
 
 
 def with_defaults(model: type[BaseModel], saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,6 +29,8 @@ def _filled(model: type[BaseModel], name: str, value: Any) -> Any:
     nested = None if field is None else nested_model(field.annotation)
     if nested is None:
         return value
+    if field is not None and is_mapping(field.annotation):
+        return {key: with_defaults(nested, part) for key, part in value.items()}
     if isinstance(value, Mapping):
         return with_defaults(nested, value)
     if isinstance(value, list):

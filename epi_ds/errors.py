@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -71,22 +72,29 @@ def unknown_keys(error: ValidationError) -> list[str]:
 
 def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
     """Return the fields valid at ``path``, following nested models by field name."""
+    # Of a value in a mapping: it is the user's.
+    is_name = False
     for part in path:
-        if isinstance(part, int):
+        if isinstance(part, int) or is_name:
+            is_name = False
             continue
         field = model.model_fields.get(part)
-        nested = None if field is None else nested_model(field.annotation)
-        if nested is None:
+        if field is None or (nested := nested_model(field.annotation)) is None:
             return []
-        model = nested
+        model, is_name = nested, is_mapping(field.annotation)
     return list(model.model_fields)
 
 
 def nested_model(annotation: object) -> type[BaseModel] | None:
-    """Return the model inside an annotation such as ``M``, ``M | None`` or ``tuple[M, ...]``."""
+    """Return the model inside an annotation such as ``M``, ``M | None``, ``tuple[M, ...]`` or ``dict[str, M]``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for argument in getattr(annotation, "__args__", ()):
         if (found := nested_model(argument)) is not None:
             return found
     return None
+
+
+def is_mapping(annotation: object) -> bool:
+    """Whether a field holds values by names that the user gives: ``dict[str, M]``."""
+    return get_origin(annotation) is dict

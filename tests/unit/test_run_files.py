@@ -17,6 +17,7 @@ from epi_ds.errors import RemedyError, UserError
 from epi_ds.own_rows.file import write_rows, written_in
 from epi_ds.recipe.loading import parse_recipe
 from epi_ds.recipe.models import MethodSection, Recipe
+from epi_ds.recipe.sources import EvaluationData
 from epi_ds.report.page import write_report
 from epi_ds.report.scores import score_history, score_table
 from epi_ds.train.metrics import MetricsWriter, read_metrics
@@ -190,10 +191,13 @@ def test_a_run_that_has_ended_says_so_and_refuses_other_settings(tmp_path: Path)
 
 def test_a_recipe_of_an_earlier_release_differs_in_no_setting_that_came_later(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    saved = json.loads(RECIPE.model_dump_json())
+    tasks = {"chat": EvaluationData(skill="code", rows=2)}
+    recipe = RECIPE.model_copy(update={"evaluation": RECIPE.evaluation.model_copy(update={"tasks": tasks})})
+    saved = json.loads(recipe.model_dump_json())
     del saved["evaluation"]["weights"], saved["method"]["epi"]["hysteresis"], saved["stages"][0]["moments"]
+    del saved["evaluation"]["tasks"]["chat"]["where"]
     folder.recipe.write_text(json.dumps(saved))
-    assert changes_since(folder, RECIPE) == []
+    assert changes_since(folder, recipe) == []
 
 
 def evaluation(step: int, stage: str, **values: float) -> dict[str, Any]:

@@ -79,3 +79,6 @@ def test_rows_that_no_stage_trains_are_scored_by_their_own_names(tmp_path: Path)
     values["evaluation"]["tasks"] = {"a b": {"path": str(path)}}
     with pytest.raises(UserError, match="task 'a b' is to be named by letters"):
         parse_recipe(values, place="a test")
+    values["evaluation"]["tasks"] = {"chat": {"path": str(path), "metrc": "loss"}}
+    with pytest.raises(UserError, match=r"evaluation\.tasks\.chat\.metrc: unknown key; did you mean 'metric'\?"):
+        parse_recipe(values, place="a test")
