@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -25,6 +26,10 @@ _Results = Annotated[
     Path | None, typer.Option(help="File of results; default beside the study, of a shipped one in the package.")
 ]
 _SeedsOption = Annotated[str | None, typer.Option(help="These seeds only, e.g. 0,1; default all.")]
+_ReportedSeeds = Annotated[
+    str | None,
+    typer.Option(help="These seeds only; default those under `report`, or under `choose` while none of them has run."),
+]
 _ArmsOption = Annotated[str | None, typer.Option(help="These arms only, separated by commas.")]
 _TargetsOption = Annotated[str | None, typer.Option(help="These targets only, separated by commas.")]
 _Work = Annotated[Path | None, typer.Option(help="Folder of the runs; default runs/study/NAME.")]
@@ -36,7 +41,7 @@ def run(
     seeds: _SeedsOption = None,
     arms: _ArmsOption = None,
     targets: _TargetsOption = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Cells side by side; default one per core.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Cells side by side; default one per core, of several ranks one.")] = None,
     work: _Work = None,
     results: _Results = None,
 ) -> None:
@@ -76,7 +81,7 @@ def run(
             open_cells,
             work=WorkFolder(folder),
             results=found.results,
-            side_by_side=jobs or len(os.sched_getaffinity(0)),
+            side_by_side=jobs or (len(os.sched_getaffinity(0)) if found.study.ranks == 1 else 1),
             progress=Progress(lambda name: console.print(f"started: {name}", markup=False), ended),
         )
     console.print(f"results are in {found.results}")
@@ -160,12 +165,14 @@ def status(study: _Study, results: _Results = None) -> None:
 @app.command("table")
 def table(
     study: _Study,
-    seeds: _SeedsOption = None,
+    seeds: _ReportedSeeds = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="For documentation.")] = False,
     results: _Results = None,
 ) -> None:
     """Print the tables of a study from its results alone; the runs are not needed."""
-    for one in _compared(_found(study, results), seeds).tables:
+    compared = _compared(_found(study, results), seeds)
+    typer.echo(f"{compared.seeds}\n")
+    for one in compared.tables:
         if markdown:
             typer.echo(f"{one.title}\n\n{one.markdown}\n")
             continue
@@ -181,7 +188,7 @@ def table(
 @app.command("report")
 def report(
     study: _Study,
-    seeds: _SeedsOption = None,
+    seeds: _ReportedSeeds = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write to; default runs/study/NAME.")
     ] = None,
@@ -197,7 +204,7 @@ def report(
     page, plane = folder / "study.md", folder / "plane.svg"
     plane.write_text(plane_figure(found.study, compared.arms))
     sections = "\n\n".join(f"## {one.title}\n\n{one.markdown}" for one in compared.tables)
-    page.write_text(f"# {found.study.name}\n\n![new against kept](plane.svg)\n\n{sections}\n")
+    page.write_text(f"# {found.study.name}\n\n![new against kept](plane.svg)\n\n{compared.seeds}\n\n{sections}\n")
     for path in (page, plane):
         typer.echo(f"written {path}")
 
@@ -225,6 +232,8 @@ def _work_folder(found: Found, work: Path | None) -> Path:
 
 
 class _Compared(NamedTuple):
+    seeds: str
+    """Which they are, in a sentence."""
     arms: list[ArmRow]
     tables: list[TextTable]
 
@@ -235,7 +244,8 @@ def _compared(found: Found, seeds: str | None) -> _Compared:
     from epi_ds.study.measure_tables import measure_tables
     from epi_ds.study.tables import arms_table, levels_table
 
-    present, wanted = _present(found), _wanted(found, seeds)
+    present = _present(found)
+    wanted = _wanted(found, seeds, present)
     arms = arm_rows(found.study, present, wanted)
     if not arms:
         raise UserError(
@@ -246,7 +256,11 @@ def _compared(found: Found, seeds: str | None) -> _Compared:
     if found.study.sweeps:
         tables.append(levels_table(level_rows(found.study, present, wanted), best=found.study.best))
     tables += measure_tables(found.study, present, wanted)
-    return _Compared(arms, tables)
+    fresh = set(wanted) <= set(found.study.seeds.report)
+    told = f"Seeds {', '.join(map(str, wanted))}: " + (
+        "fresh ones, on which nothing was chosen." if fresh else "settings were chosen on some of them."
+    )
+    return _Compared(told, arms, tables)
 
 
 def _present(found: Found) -> dict[Cell, Result]:
@@ -257,9 +271,13 @@ def _present(found: Found) -> dict[Cell, Result]:
     return newest(read_results(found.results), digests)
 
 
-def _wanted(found: Found, seeds: str | None) -> list[int]:
+def _wanted(found: Found, seeds: str | None, present: Iterable[Cell]) -> list[int]:
+    """Return the seeds that are asked for. What was chosen on a seed is not confirmed by it: fresh ones come first."""
     from epi_ds.study.cells import cells_of
 
+    if seeds is None:
+        ran = {cell.seed for cell in present}
+        return [seed for seed in found.study.seeds.report if seed in ran] or list(found.study.seeds.choose)
     return list(dict.fromkeys(cell.seed for cell in cells_of(found.study, seeds=_numbers(seeds))))
 
 

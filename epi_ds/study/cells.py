@@ -98,9 +98,9 @@ def recipe_of(study: Study, cell: Cell, work: WorkFolder) -> dict[str, Any]:
     """Return the values of a cell's recipe: the study's, changed by the arm. Raises UserError for a wrong key."""
     kept = study.kept_skills(cell.target)
     values: dict[str, Any] = copy.deepcopy(study.recipe)
-    values["model"] = {"path": str(work.base(study, cell)), "dtype": "float32"}
+    values["model"] = {"path": str(work.base(study, cell)), "dtype": study.base.dtype}
     values["stages"] = copy.deepcopy(list(study.targets[cell.target]))
-    values["ranks"] = 1
+    values["ranks"] = study.ranks
     values["output"] = str(work.cell(cell) / "run")
     set_key(values, "evaluation.skills", list(kept))
     if study.base.kept:

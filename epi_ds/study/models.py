@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -55,6 +55,8 @@ class Base(BaseModel):
     """Make a small Llama, one for every seed and set of skills."""
     path: str | None = None
     """Or a model that there is: a folder, or a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Precision of its weights as they are loaded; ``train.bf16`` of ``recipe`` decides what they are trained in."""
 
     @field_validator("skills")
     @classmethod
@@ -113,6 +115,8 @@ class Study(BaseModel):
     recipe: dict[str, Any] = {}
     """Keys of a recipe that all cells share: ``train``, ``evaluation``, ``method``. ``model``, ``stages``, ``output``
     and ``ranks`` are the study's."""
+    ranks: int = Field(1, ge=1)
+    """Of every cell, on one machine. With more than one, cells run one after another unless ``--jobs`` says otherwise."""
     targets: dict[str, tuple[dict[str, Any], ...]]
     """Name of a target -> the recipe's ``stages`` that train it: one of them under ``one_new_task``."""
     seeds: Seeds

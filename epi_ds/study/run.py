@@ -1,4 +1,4 @@
-"""Run the cells of a study on this machine: bases first, each cell one rank in a process of its own."""
+"""Run the cells of a study on this machine: bases first, each cell a run of its own, of one rank or of several."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run_cells(
 
     Raises UserError before anything runs for an arm whose recipe is wrong, and where results cannot be written.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // side_by_side)
+    threads = max(1, len(os.sched_getaffinity(0)) // (side_by_side * study.ranks))
     check_writable(results)
     for cell in cells:
         validated(study, cell, work)
@@ -108,9 +108,9 @@ class _MadeHere:
         own_rows, base = own_rows_of(values), self._work.base(self._study, cell)
         return Job(
             name=cell.name,
-            # As the one rank that it is: a launcher would be two more processes.
+            # One rank as it is: a launcher would be two more processes. Several are started by the command itself.
             command=[sys.executable, "-u", "-m", "epi_ds.cli.main", "train", str(file)],
-            environment=lambda: {**self._environment, **_only_rank()},
+            environment=lambda: {**self._environment, **(_only_rank() if self._study.ranks == 1 else {})},
             log=folder / "log.txt",
             begins=begins,
             ended=lambda ended: self._record(self._result(cell, ended)),
