@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from epi_ds.launch.local import remove_buffers
+from epi_ds.launch.teardown import skip_teardown
 
 # A rank that fails leaves the others waiting in a collective; they give up after this long.
 _TIMEOUT = timedelta(minutes=5)
@@ -51,3 +52,4 @@ def _run(rank: int, world_size: int, folder: str, function: Callable[..., Any], 
         torch.save(function(*args), _result_path(folder, rank))
     finally:
         dist.destroy_process_group()
+    skip_teardown(0)

@@ -118,8 +118,27 @@ _TOLD: dict[type[Exception], tuple[int, _Speaks]] = {
 
 
 def main() -> None:
-    """Run the command; an error of `_TOLD` is a message and an exit code, and no traceback."""
+    """Run the command; an error of `_TOLD` is a message and an exit code, and no traceback.
+
+    A rank ends with its exit code, and not with what threads of its process group make of it (teardown.py).
+    """
     _quieten()
+    try:
+        _run()
+    except SystemExit as end:
+        _end_rank(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+    except Exception:
+        _end_rank(1)
+        raise
+
+
+def _end_rank(exit_code: int) -> None:
+    if "RANK" in os.environ:
+        skip_teardown(exit_code)
+
+
+def _run() -> None:
     try:
         app(standalone_mode=True)
     except tuple(_TOLD) as error:
@@ -129,9 +148,6 @@ def main() -> None:
             raise
         if speaks is not _Speaks.RANK_0 or rank in (None, "0"):
             print(f"error: {error}", file=sys.stderr)
-        if rank is not None:
-            # Else a mistake that was told may end as an abort, see teardown.py, and its exit code is another one.
-            skip_teardown(code)
         sys.exit(code)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]

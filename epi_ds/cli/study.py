@@ -41,7 +41,9 @@ def run(
     seeds: _SeedsOption = None,
     arms: _ArmsOption = None,
     targets: _TargetsOption = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Cells side by side; default one per core, of several ranks one.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Cells side by side; default one per core, of several ranks one.")
+    ] = None,
     work: _Work = None,
     results: _Results = None,
 ) -> None:

@@ -116,7 +116,7 @@ class Study(BaseModel):
     """Keys of a recipe that all cells share: ``train``, ``evaluation``, ``method``. ``model``, ``stages``, ``output``
     and ``ranks`` are the study's."""
     ranks: int = Field(1, ge=1)
-    """Of every cell, on one machine. With more than one, cells run one after another unless ``--jobs`` says otherwise."""
+    """Of every cell, on one machine. Of several ranks, cells run one after another unless ``--jobs`` says otherwise."""
     targets: dict[str, tuple[dict[str, Any], ...]]
     """Name of a target -> the recipe's ``stages`` that train it: one of them under ``one_new_task``."""
     seeds: Seeds

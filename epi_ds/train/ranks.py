@@ -42,7 +42,7 @@ def start_ranks(recipe: Recipe, arguments: Sequence[str], *, num_ranks: int | No
 
 
 def train_as_rank(recipe: Recipe, start: Start, *, show: Callable[[Path], None]) -> None:
-    """Train as one of the ranks, and have this process end where Python would be torn down.
+    """Train as one of the ranks.
 
     show  called on rank 0 with the folder of a run that was trained
 
@@ -58,7 +58,6 @@ def train_as_rank(recipe: Recipe, start: Start, *, show: Callable[[Path], None])
     from epi_ds.checkpoint.verdict import on_first_rank
     from epi_ds.launch.local import remove_buffers
     from epi_ds.launch.lost_ranks import die_with_launcher, lost_rank
-    from epi_ds.launch.teardown import skip_teardown
     from epi_ds.train.run import run_recipe
 
     die_with_launcher()
@@ -70,10 +69,7 @@ def train_as_rank(recipe: Recipe, start: Start, *, show: Callable[[Path], None])
             root = folder.root
             on_first_rank(lambda: show(root))
         dist.destroy_process_group()
-        skip_teardown(0)
     except Exception as error:
-        # Of whoever catches nothing; main() has codes of its own for what it tells.
-        skip_teardown(1)
         if problem := disk_problem(error, place=place):
             # What trackers cannot write while this process ends either follows from it, and has nothing to add.
             sys.unraisablehook = threading.excepthook = _say_nothing

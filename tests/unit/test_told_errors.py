@@ -33,9 +33,7 @@ def test_an_error_is_one_message_and_an_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run_raising(error, rank, monkeypatch)
-    codes_of_ranks: list[int] = []
-    monkeypatch.setattr(command, "skip_teardown", codes_of_ranks.append)
+    codes_of_ranks = run_raising(error, rank, monkeypatch)
     with pytest.raises(SystemExit) as ended:
         command.main()
     assert ended.value.code == code
@@ -48,13 +46,14 @@ def test_an_error_is_one_message_and_an_exit_code(
 def test_what_may_be_a_bug_keeps_its_traceback(
     error: type[Exception], rank: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_raising(error, rank, monkeypatch)
+    codes_of_ranks = run_raising(error, rank, monkeypatch)
     with pytest.raises(error):
         command.main()
+    assert codes_of_ranks == ([] if rank is None else [1])
 
 
-def run_raising(error: type[Exception], rank: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prepare a command that fails, in a rank or outside."""
+def run_raising(error: type[Exception], rank: str | None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Prepare a command that fails, in a rank or outside; return where the codes will be that a rank ends with."""
 
     def fail(**_: object) -> None:
         raise error("what, and the remedy")
@@ -65,3 +64,6 @@ def run_raising(error: type[Exception], rank: str | None, monkeypatch: pytest.Mo
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
+    codes_of_ranks: list[int] = []
+    monkeypatch.setattr(command, "skip_teardown", codes_of_ranks.append)
+    return codes_of_ranks
