@@ -57,8 +57,8 @@ def levels_table(rows: Sequence[LevelRow], *, best: str) -> TextTable:
                 told(row.kept),
                 told(row.plain),
                 told(row.difference, signed=True),
-                _NOTHING if row.difference is None or row.difference.p is None else f"{row.difference.p:.3f}",
-                _NOTHING if row.p_corrected is None else f"{row.p_corrected:.3f}",
+                _probability(None if row.difference is None else row.difference.p),
+                _probability(row.p_corrected),
                 f"{row.reached} of {row.pairs}",
                 str(row.open_cells),
             )
@@ -73,6 +73,12 @@ def _above(row: ArmRow) -> str:
         return told(row.above, signed=True)
     beyond_told = f"learns more in {beyond} of {row.cells}"
     return beyond_told if row.above is None else f"{told(row.above, signed=True)}, {beyond_told}"
+
+
+def _probability(p: float | None) -> str:
+    if p is None:
+        return _NOTHING
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def told(interval: Interval | None, *, signed: bool = False) -> str:
