@@ -56,7 +56,7 @@ def build_tasks(recipe: Recipe) -> list[Task]:
 
     But for what is kept, see `kept_tasks`: its skills are among these, and not scored twice.
     """
-    tasks = [task for stage in recipe.stages if (task := _stage_task(stage, recipe)) is not None]
+    tasks = [task for stage in recipe.stages if (task := stage_task(stage, recipe)) is not None]
     keep = recipe.method.keep
     scored = {stage.skill for stage in recipe.stages}
     if keep is not None and keep.evaluation:
@@ -67,7 +67,8 @@ def build_tasks(recipe: Recipe) -> list[Task]:
     return [*tasks, *(_task_of(name, source) for name, source in recipe.evaluation.tasks.items())]
 
 
-def _stage_task(stage: Stage, recipe: Recipe) -> Task | None:
+def stage_task(stage: Stage, recipe: Recipe) -> Task | None:
+    """Return what a stage is scored by; None where it trains rows of a file and names none that are held out."""
     if stage.evaluation is not None:
         return _task_of(stage.name, stage.evaluation)
     if stage.skill is not None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from epi_ds.data.conversation import Message
-from epi_ds.data.skills import Split, rows
 from epi_ds.errors import CheckpointError, RemedyError
-from epi_ds.evaluation.tasks import TEST_SEED, build_tasks
+from epi_ds.evaluation.tasks import stage_task
 from epi_ds.recipe.models import Recipe
 from epi_ds.study.conflict import Ends, conflicts_of
 from epi_ds.study.divergence import kl_to_base
@@ -58,7 +57,7 @@ def measures_of(finished: Finished, metrics: Sequence[Mapping[str, Any]]) -> dic
     """
     found: dict[str, Any] = {"mask_drift": mask_drift_of(metrics)}
     new, run = finished.new, finished.run
-    if conversations := _new_task(finished):
+    if conversations := _new_task(finished.recipe):
         found["kl_to_base"] = kl_to_base(finished.base, run.export, conversations)
     if not finished.is_made or not finished.kept:
         return found
@@ -76,15 +75,11 @@ def measures_of(finished: Finished, metrics: Sequence[Mapping[str, Any]]) -> dic
     return found
 
 
-def _new_task(finished: Finished) -> list[tuple[Message, ...]]:
+def _new_task(recipe: Recipe) -> list[tuple[Message, ...]]:
     """Return test rows of what the last stage trains; none where it has none, or texts without prompts."""
-    recipe = finished.recipe
-    if finished.new is not None:
-        drawn = rows(finished.new, split=Split.TEST, size=recipe.evaluation.rows, seed=TEST_SEED)
-        return [tuple(row.messages) for row in drawn]
-    tasks = [task for task in build_tasks(recipe) if task.name == recipe.stages[-1].name]
-    found = [row.messages for task in tasks for row in task.conversations[: recipe.evaluation.rows]]
-    return [messages for messages in found if messages]
+    task = stage_task(recipe.stages[-1], recipe)
+    found = [] if task is None else task.conversations[: recipe.evaluation.rows]
+    return [row.messages for row in found if row.messages]
 
 
 @lru_cache(maxsize=_BASES)

@@ -77,6 +77,9 @@ def test_a_base_that_there_is_keeps_rows_of_files_that_tables_do_without(tmp_pat
     study = study_of(base={"path": "a_model", "kept": {"text": rows}})
     cell = Cell("full_lr_1", 0, "code")
     assert study.kept_tasks("code") == ("text",)
+    several = study.model_copy(update={"ranks": 4, "base": study.base.model_copy(update={"dtype": "bfloat16"})})
+    assert recipe_of(several, cell, WORK)["ranks"] == 4
+    assert recipe_of(several, cell, WORK)["model"]["dtype"] == "bfloat16"
     assert recipe_of(study, cell, WORK)["evaluation"] == {"skills": [], "tasks": {"text": rows}}
     with pytest.raises(UserError, match=r"there is no data file not/here/text\.jsonl"):
         validated(study, cell, WORK)

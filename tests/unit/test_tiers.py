@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -112,3 +113,11 @@ def test_make_runs_both_tiers_and_ci_all_of_it() -> None:
     # The same commands without the choice, which therefore run what the first tier runs.
     assert recipe("test-all") == [lint, *(line.replace('"not slow"', '""') for line in first)]
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test-all"
+
+
+def test_late_tests_of_the_second_tier_are_skipped_and_counted() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/unit/test_hub.py"]
+    late = {**os.environ, "SLOW_TESTS_BEGIN_UNTIL": "0"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=late)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    assert re.search(r"SKIPPED \[\d+\] .*SLOW_TESTS_BEGIN_UNTIL had passed", done.stdout)
