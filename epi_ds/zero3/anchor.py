@@ -5,12 +5,13 @@ of the host's, and without it may be a view of the accumulation buffer. A parame
 then stepped with what an earlier one left there, and a pull that was left there too would act twice. So where the
 buffer lives on, the optimizer is shown a copy with the pull in it, which takes the room of one sub-group's gradient.
 On the host the room is kept, that of the largest one: its pages, fresh in every step, took three times as long as all
-else that an anchor does. A device's allocator keeps it by itself, for others too.
+else that an anchor does. It is filled part by part, each pulled while it is in the cache. A device's allocator keeps
+such room by itself, for others too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from epi_ds.errors import UserError
 from epi_ds.isolation.anchor.omega import omega_of
 from epi_ds.isolation.anchor.scale import GradientScale
 from epi_ds.isolation.anchor.strength import PullStrength, share_of
-from epi_ds.isolation.anchor.values import AnchorValues, is_bf16
+from epi_ds.isolation.anchor.values import AnchoredSpan, AnchorValues, is_bf16
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.importance.mean import Divided
 from epi_ds.isolation.layout import Segment, parts_within
@@ -69,7 +70,7 @@ class Anchor:
         """What is pulled towards, where it lies in a folder."""
         if config.is_folder:
             self.folder = FolderAnchor(WeightsFolder(Path(config.to)), self._placement, dtype=dtype)
-        self._host_copy: Tensor | None = None
+        self._host_room: Tensor | None = None
         """Room for a gradient. See [Note: pulled gradient]."""
         self._compared: set[int] = set()
         """With ``device: disk``, sub-groups that are known to have begun as the folder has them."""
@@ -116,23 +117,24 @@ class Anchor:
         else:
             size = self.strength.per_rate(group) * self._scale(zero3).rms
             gradient = weights.grad
-            if gradient is not None and size:
-                weights.grad = self._copy_of(gradient) if _outlives_step(zero3, gradient) else gradient
-                self._pull(sub_group, weights.grad, weights.data, size)
+            if gradient is not None and self._acts(size):
+                outlives = _outlives_step(zero3, gradient)
+                weights.grad = self._room_for(gradient) if outlives else gradient
+                self._pull(sub_group, weights.grad, weights.data, size, copied=gradient if outlives else None)
             try:
                 yield
             finally:
                 weights.grad = gradient
 
-    def _copy_of(self, gradient: Tensor) -> Tensor:
-        """Return a copy that holds until the next one is made. See [Note: pulled gradient]."""
+    def _room_for(self, gradient: Tensor) -> Tensor:
+        """Return room for a copy that holds until the next one is made, as it was left. See [Note: pulled gradient]."""
         if gradient.device.type != "cpu":
-            return gradient.clone()
-        if self._host_copy is None or self._host_copy.numel() < gradient.numel():
+            return torch.empty_like(gradient)
+        if self._host_room is None or self._host_room.numel() < gradient.numel():
             # The smaller one first: never the room of both.
-            self._host_copy = None
-            self._host_copy = torch.empty_like(gradient)
-        return self._host_copy[: gradient.numel()].copy_(gradient)
+            self._host_room = None
+            self._host_room = torch.empty_like(gradient)
+        return self._host_room[: gradient.numel()]
 
     def in_gradient(self, zero3: Any, sub_group: int) -> Tensor | None:
         """Return what a step adds to the gradients of a flat partition, as of now; None where nothing is added.
@@ -161,20 +163,41 @@ class Anchor:
             self._scale_of_step = self.scale.after(clipped, self._num_entries - self._controller.isolated)
         return self._scale_of_step
 
-    def _pull(self, sub_group: int, target: Tensor, weights: Tensor, size: float) -> None:
-        """Pull a tensor by the exponent of a decoupled pull, or the factor of one in the gradient, at omega 1."""
-        # A factor of zero would still make a negative zero positive.
-        if not size or (self._omega is None and self.config.weight is AnchorWeight.IMPORTANCE):
+    def _acts(self, size: float) -> bool:
+        """Whether a pull of this size changes a bit: a factor of zero would still make a negative zero positive."""
+        return size != 0.0 and (self._omega is not None or self.config.weight is AnchorWeight.UNIFORM)
+
+    def _pull(
+        self, sub_group: int, target: Tensor, weights: Tensor, size: float, *, copied: Tensor | None = None
+    ) -> None:
+        """Pull a tensor by the exponent of a decoupled pull, or the factor of one in the gradient, at omega 1.
+
+        ``target`` becomes a copy of ``copied`` first, where that is given.
+        """
+        if not self._acts(size):
             return
-        source = self.folder if self.folder is not None and self._reads_disk else self._values
-        for start, stop, anchor in source.spans(sub_group):
-            if self._omega is None:
-                pull_(target[start:stop], weights[start:stop], anchor, self._factor(size))
-                continue
-            for segment, first, last in parts_within(self._placement.layout.by_sub_group[sub_group], start, stop):
-                for a, b in chunks(first, last):
-                    omega = self._omega.read(segment, a - segment.start, b - segment.start)
-                    pull_(target[a:b], weights[a:b], anchor[a - start : b - start], self._factors(omega.mul_(size)))
+        omega, end_of_copied = self._omega, 0
+        for span in (self.folder if self.folder is not None and self._reads_disk else self._values).spans(sub_group):
+            for segment, first, last in self._parts(sub_group, span):
+                for start, stop in chunks(first, last):
+                    if copied is not None:
+                        target[end_of_copied:stop].copy_(copied[end_of_copied:stop])
+                        end_of_copied = stop
+                    factor: float | Tensor = self._factor(size)
+                    if omega is not None and segment is not None:
+                        read = omega.read(segment, start - segment.start, stop - segment.start)
+                        factor = self._factors(read.mul_(size))
+                    anchor = span.anchor[start - span.start : stop - span.start]
+                    pull_(target[start:stop], weights[start:stop], anchor, factor)
+        if copied is not None:
+            # What no anchor covers, such as padding.
+            target[end_of_copied:].copy_(copied[end_of_copied:])
+
+    def _parts(self, sub_group: int, span: AnchoredSpan) -> Iterable[tuple[Segment | None, int, int]]:
+        """Return what is pulled with one factor: by segments where each entry has its own."""
+        if self._omega is None:
+            return [(None, span.start, span.stop)]
+        return parts_within(self._placement.layout.by_sub_group[sub_group], span.start, span.stop)
 
     def _factor(self, size: float) -> float:
         """Return what the way to the anchor is multiplied by. See [Note: strength] in epi_ds/isolation/anchor."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -312,13 +313,13 @@ def check_stale(offload: bool) -> None:
         engine.epi.plan_stage([TOTAL])
         zero3 = engine.optimizer
         anchor = zero3._epi_context.anchor
-        pull = anchor._pull
+        pulling = anchor.pulling
 
-        def recording(sub_group: int, target: Tensor, weights: Tensor, factor: float) -> None:
-            seen.append(target.clone())
-            pull(sub_group, target, weights, factor)
+        def recording(zero3: Any, sub_group: int) -> AbstractContextManager[None]:
+            seen.append(zero3.fp32_partitioned_groups_flat[sub_group].grad.clone())
+            return pulling(zero3, sub_group)
 
-        anchor._pull = recording
+        anchor.pulling = recording
         for step in range(3):
             train_step(engine, step, late_batch)
             if offload:
@@ -366,8 +367,39 @@ def check_excluded() -> None:
     assert torch.equal(*embeddings)
 
 
+def check_shown_gradients() -> list[bool]:
+    """The copy that the optimizer is shown is the gradient wherever no anchor is; return whether it differs elsewhere."""
+    section = section_of("gradient") | {"exclude": ["embed", "norm"]}
+    with engine_of(OddNet, ds_config(epi=section, offload=True)) as engine:
+        engine.epi.plan_stage([TOTAL])
+        zero3 = engine.optimizer
+        context = zero3._epi_context
+        pulling = context.anchor.pulling
+        differs: list[bool] = []
+
+        @contextmanager
+        def comparing(zero3: Any, sub_group: int) -> Iterator[None]:
+            flat = zero3.fp32_partitioned_groups_flat[sub_group]
+            original = flat.grad.clone()
+            with pulling(zero3, sub_group):
+                differing = flat.grad != original
+                differs.append(bool(differing.any()))
+                for segment in context.controller.placement.layout.by_sub_group[sub_group]:
+                    differing[segment.start : segment.stop] = False
+                assert not differing.any()
+                yield
+
+        context.anchor.pulling = comparing
+        for step in range(3):
+            train_step(engine, step, odd_batch)
+        return differs
+
+
 def test_what_is_not_covered_is_not_pulled() -> None:
     run_ranks(check_excluded, 3)
+    for pulled in run_ranks(check_shown_gradients, 3):
+        # Nothing has moved before the first step.
+        assert not pulled[0] and pulled[-1]
 
 
 def write_folder(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
