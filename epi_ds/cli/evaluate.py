@@ -1,10 +1,8 @@
-"""``epi-ds eval``: general ability of a model in a folder, by the tasks of lm-evaluation-harness."""
+"""``epi-ds eval``: what a model in a folder can, by a recipe or by tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
-import gc
 import json
-import os
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -12,11 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    import torch
-
-    from epi_ds.evaluation.harness.harness import Harness
     from epi_ds.evaluation.scores import Score
     from epi_ds.recipe.harness import HarnessSection
+    from epi_ds.train.score_folder import Wanted
+
+_ROWS = 200
+_BATCH = 32
+# What options are called, where settings are called otherwise.
+_OPTIONS = {"apply_chat_template": "chat_template"}
 
 
 class _Scores(NamedTuple):
@@ -28,44 +29,100 @@ class _Scores(NamedTuple):
 
 def evaluate(
     folder: Annotated[str, typer.Argument(help="Folder of a Hugging Face model, such as RUN/export, or a hub id.")],
-    tasks: Annotated[str, typer.Option(help="Names of tasks, groups or tags, with commas between them.")],
+    recipe: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="Score it by what this recipe evaluates; or give --tasks.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Names of tasks of lm-evaluation-harness, groups or tags, with commas.")
+    ] = None,
     against: Annotated[str | None, typer.Option(metavar="BASE", help="Score this model too; show both.")] = None,
     include_path: Annotated[str | None, typer.Option(help="Folder of task files of your own.")] = None,
-    limit: Annotated[int, typer.Option(min=0, help="First rows of every task; 0 for all of them.")] = 200,
+    limit: Annotated[
+        int | None, typer.Option(min=0, help="First rows of every task; 0 for all of them.", show_default="200")
+    ] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Solved examples; default what a task says.")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Most tokens; default the model's.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Most rows of a batch.")] = 32,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Most rows of a batch; default the recipe's, or 32.")
+    ] = None,
     chat_template: Annotated[bool, typer.Option("--chat-template", help="Ask in the model's chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Score a model by tasks of lm-evaluation-harness, as `evaluation.lm_eval` of a recipe does within a run.
+    """Score a model by what a recipe evaluates, or by tasks of lm-evaluation-harness, as a run does.
 
-    One process on one device: the accelerator, or the CPU where there is none. It needs the extra eval.
+    `epi-ds eval MERGED --recipe my.yaml --against BASE` says what a merged model learnt and kept. One process on one
+    device: the accelerator, or the CPU where there is none. Tasks of lm-evaluation-harness need the extra eval.
     """
     from epi_ds.launch.environment import prepare_environment
 
     prepare_environment()
-    section = _section(
-        tasks=tuple(filter(None, (name.strip() for name in tasks.split(",")))),
-        include_path=include_path,
-        limit=limit or None,
-        num_fewshot=num_fewshot,
-        max_length=max_length,
-        apply_chat_template=chat_template,
-    )
-    from epi_ds.evaluation.harness.harness import Harness
     from epi_ds.evaluation.harness.surroundings import disable_loading_bars
 
     disable_loading_bars()
+    of_tasks = {
+        "include_path": include_path,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "max_length": max_length,
+        "apply_chat_template": chat_template or None,
+    }
     # The cheap things first: a task that there is not is told before a large model is read.
-    harness = Harness(section)
-    scored = [_scored(folder, harness, what="FOLDER", batch_size=batch_size)]
+    wanted = _wanted(recipe, tasks, {key: value for key, value in of_tasks.items() if value is not None}, batch_size)
+    scored = [_scored(folder, wanted, what="FOLDER")]
     if against is not None:
-        scored.append(_scored(against, harness, what="--against", batch_size=batch_size))
+        scored.append(_scored(against, wanted, what="--against"))
     if as_json:
         typer.echo(json.dumps(_as_values(scored)))
     else:
         Console().print(_rendered(scored))
+
+
+def _wanted(recipe: str | None, tasks: str | None, options: dict[str, Any], batch_size: int | None) -> Wanted:
+    """Return what is scored. Raises UserError where both or neither can say it, and for what nobody would read."""
+    from epi_ds.errors import UserError
+
+    if recipe is not None and tasks is None:
+        if options:
+            given = ", ".join(f"--{_OPTIONS.get(key, key).replace('_', '-')}" for key in options)
+            raise UserError(f"{given}: of a recipe, evaluation.lm_eval says it; remove it here, or set it there")
+        return _of_recipe(recipe, batch_size)
+    if tasks is not None and recipe is None:
+        return _of_tasks(tasks, options, batch_size)
+    raise UserError(
+        "a model is scored by what a recipe evaluates (--recipe) or by tasks of lm-evaluation-harness (--tasks), and "
+        f"{'neither is' if recipe is None else 'both are'} given; give one of them"
+    )
+
+
+def _of_recipe(recipe: str, batch_size: int | None) -> Wanted:
+    from epi_ds.errors import UserError
+    from epi_ds.recipe.loading import load_recipe
+    from epi_ds.train.score_folder import wanted_by
+
+    found = wanted_by(load_recipe(recipe))
+    if not found.tasks and found.harness is None:
+        raise UserError(
+            f"the recipe {recipe} evaluates nothing: its stages have no evaluation, and evaluation.tasks, skills and "
+            "lm_eval name none; add one of them, or give --tasks"
+        )
+    return found if batch_size is None else found._replace(batch_size=batch_size)
+
+
+def _of_tasks(tasks: str, options: dict[str, Any], batch_size: int | None) -> Wanted:
+    from epi_ds.train.score_folder import Wanted
+
+    # A name that there is not is told before torch is imported.
+    section = _section(
+        **{
+            **options,
+            "tasks": tuple(filter(None, (name.strip() for name in tasks.split(",")))),
+            # 0 is all rows.
+            "limit": options.get("limit", _ROWS) or None,
+        }
+    )
+    from epi_ds.evaluation.harness.harness import Harness
+
+    return Wanted(None, (), Harness(section), batch_size or _BATCH)
 
 
 def _section(**values: Any) -> HarnessSection:
@@ -81,50 +138,17 @@ def _section(**values: Any) -> HarnessSection:
         raise UserError(summarize(problems_of(error, HarnessSection), place="the options of epi-ds eval")) from error
 
 
-def _scored(path: str, harness: Harness, *, what: str, batch_size: int) -> _Scores:
-    """Load a model, score it and let it go."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from epi_ds.evaluation.harness.held import HeldModel
-    from epi_ds.evaluation.room import most_scored_tokens
+def _scored(path: str, wanted: Wanted, *, what: str) -> _Scores:
+    """Score one model, and say how far it has come."""
     from epi_ds.evaluation.scores import Scored
-    from epi_ds.recipe.models import ModelSection
-    from epi_ds.train.model import load_model, told
+    from epi_ds.train.score_folder import score_folder
 
-    console = Console(stderr=True)
-    with console.status(f"loading {path}") as status, torch.inference_mode():
-        with told(path, what=what):
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        device = _device()
-        model = load_model(ModelSection(path=path), what=what).to(device).eval()
+    with Console(stderr=True).status(f"loading {path}") as status:
 
         def show(scored: Scored) -> None:
-            status.update(f"{path}: {scored.done}/{scored.total} requests, {scored.seconds:.0f} s")
+            status.update(f"{path}: {scored.task} {scored.done}/{scored.total}, {scored.seconds:.0f} s")
 
-        held = HeldModel(
-            model,
-            tokenizer,
-            device,
-            gathered=True,
-            batch_size=batch_size,
-            batch_tokens=most_scored_tokens(model.config),
-            show=show,
-        )
-        scores = harness.score(held)
-    # Before the next one is read.
-    del model, held
-    gc.collect()
-    return _Scores(path, scores)
-
-
-def _device() -> torch.device:
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or os.environ.get("DS_ACCELERATOR") == "cpu":
-        return torch.device("cpu")
-    return accelerator
+        return _Scores(path, score_folder(path, wanted, what=what, show=show))
 
 
 def _as_values(scored: list[_Scores]) -> dict[str, Any]:
@@ -149,8 +173,9 @@ def _rendered(scored: list[_Scores]) -> Table:
         values = [_shown(found.tasks[name].value, score) for found in scored]
         if len(scored) > 1:
             values.append(_shown(_difference(scored, name), score, sign="+"))
-        metric = f"{score.metric}{'' if score.higher_is_better else ', less is better'}"
-        table.add_row(name.partition("/")[2], metric, str(score.num_rows), *values)
+        metric = score.metric or ("accuracy" if score.higher_is_better else "loss of a token")
+        metric += "" if score.higher_is_better else ", less is better"
+        table.add_row(name.removeprefix("lm_eval/"), metric, str(score.num_rows), *values)
     return table
 
 

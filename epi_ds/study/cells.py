@@ -15,7 +15,7 @@ from epi_ds.policy_rules import REFRESHING, UNMEASURED
 from epi_ds.recipe.loading import parse_recipe, set_key
 from epi_ds.recipe.models import Recipe
 from epi_ds.recipe.sources import Files
-from epi_ds.study.models import Study
+from epi_ds.study.models import MERGE, Study
 
 _BASE_SKILLS = "base_skills"
 _NEVER = "no"
@@ -107,12 +107,19 @@ def recipe_of(study: Study, cell: Cell, work: WorkFolder) -> dict[str, Any]:
         set_key(values, "evaluation.tasks", copy.deepcopy(study.base.kept))
     set_key(values, "train.seed", cell.seed)
     for key, value in study.arms[cell.arm].items():
+        if key == MERGE:
+            continue
         set_key(values, key, _with_base_skills(copy.deepcopy(value), kept))
     keep = values.get("method", {}).get("keep") or {}
     if isinstance(keep, dict) and keep.get("self") is not None:
         own = keep["self"] if isinstance(keep["self"], dict) else {"rows": keep["self"]}
         keep["self"] = {**own, "file": str(work.own_rows(study, cell, own))}
     return values
+
+
+def merge_of(study: Study, cell: Cell) -> float | None:
+    """Return how much of what was trained is in the model that is scored; None where it is all of it."""
+    return study.arms[cell.arm].get(MERGE)
 
 
 def run_of(study: Study, cell: Cell, work: WorkFolder) -> dict[str, Any]:
@@ -150,6 +157,8 @@ def digest_of(study: Study, cell: Cell) -> str:
     # Lines of before there were any have a digest without.
     if not recipe["evaluation"]["tasks"]:
         del recipe["evaluation"]["tasks"]
+    if (alpha := merge_of(study, cell)) is not None:
+        recipe[MERGE] = alpha
     return hashlib.sha256(_canonical(recipe).encode()).hexdigest()
 
 

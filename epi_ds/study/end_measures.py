@@ -31,6 +31,8 @@ class Finished(NamedTuple):
     run: RunFolder
     recipe: Recipe
     base: Path
+    trained: Path
+    """The model that is scored."""
     is_made: bool
     """Whether the study made the base: of larger models gradients are not measured here."""
     base_skills: tuple[str, ...]
@@ -58,12 +60,12 @@ def measures_of(finished: Finished, metrics: Sequence[Mapping[str, Any]]) -> dic
     found: dict[str, Any] = {"mask_drift": mask_drift_of(metrics)}
     new, run = finished.new, finished.run
     if conversations := _new_task(finished.recipe):
-        found["kl_to_base"] = kl_to_base(finished.base, run.export, conversations)
+        found["kl_to_base"] = kl_to_base(finished.base, finished.trained, conversations)
     if not finished.is_made or not finished.kept:
         return found
     of_base = _gradients_of_base(finished.base, (*finished.kept, *((new,) if new is not None else ())))
     if new is not None:
-        meter = GradientMeter(run.export)
+        meter = GradientMeter(finished.trained)
         of_trained = {skill: meter.of(skill, batches=_BATCHES) for skill in (new, *finished.kept)}
         found["conflict"] = conflicts_of(Ends(of_base, of_trained), new=new, kept=finished.kept)
     try:

@@ -14,6 +14,10 @@ from epi_ds.errors import UserError, nearest
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+MERGE = "merge"
+"""The key of an arm that is no recipe's."""
+
+
 class Protocol(StrEnum):
     """What a run is, and so what its two scores are."""
 
@@ -123,7 +127,8 @@ class Study(BaseModel):
     """Which seeds there are."""
     arms: dict[str, dict[str, Any]]
     """Name of an arm -> what it changes in the recipe: dotted keys, as ``epi-ds train`` takes them. Where a key wants
-    sources of data, ``{base_skills: {rows: 64}}`` stands for so many rows of every skill that ``kept`` is of."""
+    sources of data, ``{base_skills: {rows: 64}}`` stands for so many rows of every skill that ``kept`` is of. The key
+    ``merge: 0.5`` has the model scored that is halfway between the base and what was trained (`epi-ds merge`)."""
     frontier: tuple[str, ...]
     """Arms of plain fine-tuning, whose scores, those within runs too, are what protection must beat."""
     best: str = "full_lr_1"
@@ -165,6 +170,21 @@ class Study(BaseModel):
             )
         if primary is not None and primary.level not in self.levels:
             raise UserError(f"primary is compared at {primary.level}, which levels do not hold; add it there")
+        return self
+
+    @model_validator(mode="after")
+    def _merges_have_one_end(self) -> Study:
+        for name, arm in self.arms.items():
+            if MERGE not in arm:
+                continue
+            alpha = arm[MERGE]
+            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < 1:
+                raise UserError(f"arms.{name}.{MERGE} is {alpha!r}, and a share of what was trained lies in (0, 1)")
+            if self.protocol is not Protocol.ONE_NEW_TASK:
+                raise UserError(
+                    f"arms.{name}.{MERGE} merges at the run's end, and under stages each has an end of its own that "
+                    "counts; leave it out"
+                )
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,16 @@ import yaml
 import epi_ds
 from epi_ds.errors import RemedyError
 from epi_ds.launch.local import free_port
-from epi_ds.study.cells import Cell, WorkFolder, base_settings, digest_of, own_rows_of, run_of, validated
+from epi_ds.study.cells import (
+    Cell,
+    WorkFolder,
+    base_settings,
+    digest_of,
+    merge_of,
+    own_rows_of,
+    run_of,
+    validated,
+)
 from epi_ds.study.jobs import Ended, Job, run_jobs
 from epi_ds.study.models import Study
 from epi_ds.study.result_lines import Result, Status, append_result, check_writable, newest, read_results
@@ -140,6 +149,7 @@ class _MadeHere:
         """Return what a finished cell's run is worth. Raises RemedyError where it did not finish."""
         # It takes torch, which a study whose cells are all finished does not need.
         from epi_ds.study.end_measures import Finished, measures_of
+        from epi_ds.study.merged import Merged, merged
 
         study = self._study
         base = self._work.base(study, cell)
@@ -150,19 +160,28 @@ class _MadeHere:
         run = RunFolder(self._work.cell(cell) / "run")
         recipe = validated(study, cell, self._work)
         metrics = list(read_metrics(run.metrics))
+        scored = Merged(run.export, metrics)
+        if (alpha := merge_of(study, cell)) is not None:
+            scored = merged(run, recipe, base, alpha=alpha, metrics=metrics)
         found = scores_of(
-            metrics,
+            scored.lines,
             protocol=study.protocol,
             stages=[stage.name for stage in recipe.stages],
             kept=study.kept_tasks(cell.target),
         )._asdict()
         finished = Finished(
-            run, recipe, base, is_made=study.base.pretrain is not None, base_skills=study.kept_skills(cell.target)
+            run,
+            recipe,
+            base,
+            scored.folder,
+            is_made=study.base.pretrain is not None,
+            base_skills=study.kept_skills(cell.target),
         )
         found |= measures_of(finished, metrics)
         # The scores are taken, and a study has hundreds of runs.
         shutil.rmtree(run.checkpoints, ignore_errors=True)
-        shutil.rmtree(run.export, ignore_errors=True)
+        for folder in {run.export, scored.folder}:
+            shutil.rmtree(folder, ignore_errors=True)
         return found
 
 

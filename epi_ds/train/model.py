@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +12,11 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
+from epi_ds.data.rendering import Learnt, Renderer
 from epi_ds.errors import RemedyError, UserError
 from epi_ds.recipe.models import ModelSection
+
+logger = logging.getLogger(__name__)
 
 _SHOWN = 5
 # What transformers and torch say of weights that have other shapes than the model.
@@ -62,6 +67,25 @@ def check_vocabulary(model: Any, tokenizer: Any, *, path: str) -> None:
             f"the tokenizer of {path} has {len(tokenizer)} tokens, and the model an embedding of {rows}; use the "
             "model's own tokenizer, or resize its embedding and save it"
         )
+
+
+def stop_at_the_end_of_a_turn(model: Any, tokenizer: Any) -> None:
+    """Have a model's generation stop, in evaluation and as exported, at the token that the rows end an answer with."""
+    end = Renderer(tokenizer, learnt=Learnt.LAST_TURN).end_of_turn()
+    config = model.generation_config
+    # All ranks find the same.
+    tells = os.environ.get("RANK", "0") == "0"
+    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if end is None:
+        if tells:
+            logger.warning(
+                "the chat template ends an answer with no special token, so the model will not learn to stop"
+            )
+    elif end not in (*stops, tokenizer.eos_token_id):
+        config.eos_token_id = [*(stop for stop in stops if stop is not None), end]
+        if tells:
+            name = tokenizer.convert_ids_to_tokens(end)
+            logger.warning("answers end with %s, at which the model did not stop; it does now, also as exported", name)
 
 
 @contextmanager

@@ -77,12 +77,14 @@ def row_arguments_of(recipe: Recipe) -> RowArguments:
     return found
 
 
-def load_tokenizer(model: ModelSection, arguments: RowArguments) -> Any:
+def load_tokenizer(model: ModelSection, arguments: RowArguments, *, what: str = "model.path") -> Any:
     """Return the tokenizer that a run trains with: the model's, with the template and the end mark of ``arguments``.
+
+    what  names the path in messages
 
     Raises UserError for one without a chat template, and what `told` raises.
     """
-    with told(model.path):
+    with told(model.path, what=what):
         tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision)
     template = arguments.chat_template_path
     if template is not None and Path(template).is_file():

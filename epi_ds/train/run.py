@@ -21,7 +21,6 @@ from epi_ds.checkpoint.loading import AUTO
 from epi_ds.checkpoint.run import run_id_of
 from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.config import SECTION
-from epi_ds.data.rendering import Learnt, Renderer
 from epi_ds.errors import RemedyError, UserError
 from epi_ds.evaluation.evaluator import Evaluator
 from epi_ds.evaluation.kept import KeptSource, kept_sources, kept_tasks
@@ -39,7 +38,7 @@ from epi_ds.train.export import export_model
 from epi_ds.train.kept_rows import KeptRows
 from epi_ds.train.metrics import BEFORE, MetricsWriter
 from epi_ds.train.metrics_callback import MetricsCallback
-from epi_ds.train.model import check_vocabulary, load_model
+from epi_ds.train.model import check_vocabulary, load_model, stop_at_the_end_of_a_turn
 from epi_ds.train.own_rows import write_before_training
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.refusals import refused_by_libraries
@@ -232,25 +231,8 @@ def _make_trainer(
     if run.resume is not None:
         check_steps(run.resume, trainer.spans, global_batch=trainer.global_batch)
     trainer.remove_callback(PrinterCallback)
-    _stop_at_the_end_of_a_turn(trainer)
+    stop_at_the_end_of_a_turn(trainer.model, trainer.processing_class)
     return trainer
-
-
-def _stop_at_the_end_of_a_turn(trainer: StageTrainer) -> None:
-    """Have generation stop, in evaluation and in the export, at the token that the rows end an answer with."""
-    end = Renderer(trainer.processing_class, learnt=Learnt.LAST_TURN).end_of_turn()
-    config = trainer.model.generation_config
-    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if end is None:
-        if dist.get_rank() == 0:
-            logger.warning(
-                "the chat template ends an answer with no special token, so the model will not learn to stop"
-            )
-    elif end not in (*stops, trainer.processing_class.eos_token_id):
-        config.eos_token_id = [*(stop for stop in stops if stop is not None), end]
-        if dist.get_rank() == 0:
-            name = trainer.processing_class.convert_ids_to_tokens(end)
-            logger.warning("answers end with %s, at which the model did not stop; it does now, also as exported", name)
 
 
 def _harness_of(recipe: Recipe) -> Harness | None:

@@ -17,6 +17,15 @@ pytestmark = pytest.mark.end_to_end
 NAMES = [f"lm_eval/{name}" for name in ALL]
 
 
+def write_chat(file: Path) -> Path:
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"Here: {n}."}]}
+        for n in range(5)
+    ]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return file
+
+
 @pytest.mark.slow
 def test_an_export_scores_what_its_run_scored_last(small_base: Path, tmp_path: Path) -> None:
     tasks = write_tasks(tmp_path / "tasks")
@@ -25,7 +34,8 @@ def test_an_export_scores_what_its_run_scored_last(small_base: Path, tmp_path: P
         small_base,
         stages=[{"name": "a", "data": {"skill": "arithmetic", "rows": 24}, "learning_rate": 1e-2}],
         evaluation={
-            "skills": [],
+            "skills": ["dialogue"],
+            "tasks": {"chat": {"path": str(write_chat(tmp_path / "chat.jsonl")), "metric": "loss"}},
             "rows": 4,
             "max_new_tokens": 4,
             "weights": "partitioned",
@@ -37,7 +47,7 @@ def test_an_export_scores_what_its_run_scored_last(small_base: Path, tmp_path: P
     assert NAMES[0] in told
     run = tmp_path / "run"
     before, last = (line["scores"] for line in lines_of(run, "evaluation"))
-    assert list(last) == ["a", *NAMES]
+    assert list(last) == ["a", "dialogue", "chat", *NAMES]
     assert all(name in (run / "report.html").read_text() for name in NAMES)
     options = ("--tasks", ",".join(ALL), "--include-path", str(tasks), "--limit", "5", "--batch-size", "8")
     output = checked(epi_ds("eval", str(run / "export"), *options, "--against", str(small_base), "--json"))
@@ -47,6 +57,20 @@ def test_an_export_scores_what_its_run_scored_last(small_base: Path, tmp_path: P
         assert found["against"]["tasks"][name] == before[name]
         assert found["difference"][name] == last[name]["value"] - before[name]["value"]
     assert any(found["difference"].values())
+    by_recipe = ("--recipe", str(recipe), "--against", str(small_base), "--json")
+    output = checked(epi_ds("eval", str(run / "export"), *by_recipe))
+    found = json.loads(output.splitlines()[-1])
+    # Whole weights here and partitioned ones there: losses are sums in another order.
+    for scores, written in ((found["tasks"], last), (found["against"]["tasks"], before)):
+        assert list(scores) == list(written)
+        assert {name: one | {"value": 0} for name, one in scores.items()} == {
+            name: one | {"value": 0} for name, one in written.items()
+        }
+        for name, one in scores.items():
+            assert one["value"] == pytest.approx(written[name]["value"], rel=1e-6)
+    assert found["difference"]["chat"] != 0
+    shown = checked(epi_ds("eval", str(run / "export"), "--recipe", str(recipe), "--batch-size", "3"))
+    assert "loss of a token" in shown
 
 
 @pytest.mark.slow
@@ -60,7 +84,11 @@ def test_what_is_wrong_is_one_message(small_base: Path, tmp_path: Path) -> None:
     assert "error: the rows of task piqa would have to be fetched, and the hub cannot be reached" in absent
     nothing = checked(epi_ds("eval", str(tmp_path / "nothing"), "--tasks", ALL[0], *options), exit_code=2)
     assert "error: FOLDER" in nothing
+    neither = checked(epi_ds("eval", str(small_base)), exit_code=2)
+    assert "(--recipe) or by tasks of lm-evaluation-harness (--tasks), and neither is given" in neither
     recipe = write_recipe(tmp_path, small_base, evaluation={"lm_eval": {"tasks": ["piqa"]}})
+    ignored = checked(epi_ds("eval", str(small_base), "--recipe", str(recipe), "--limit", "3"), exit_code=2)
+    assert "--limit: of a recipe, evaluation.lm_eval says it" in ignored
     refused = checked(epi_ds("train", str(recipe), num_ranks=RANKS), exit_code=1)
     assert refused.count("the rows of task piqa would have to be fetched") == 1
     assert "Traceback" not in refused

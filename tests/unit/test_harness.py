@@ -51,8 +51,8 @@ def both(model_and_tokenizer: tuple[Any, Any]) -> tuple[Any, Any]:
     """The model behind our class, and behind that of lm-evaluation-harness."""
     from lm_eval.models.huggingface import HFLM
 
-    from epi_ds.evaluation.harness.held import HeldModel
     from epi_ds.evaluation.harness.language_model import HarnessModel
+    from epi_ds.evaluation.held import HeldModel
 
     model, tokenizer = model_and_tokenizer
     device = torch.device("cpu")

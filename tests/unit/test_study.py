@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from epi_ds.errors import RemedyError, UserError
 from epi_ds.study.cells import (
@@ -17,6 +18,7 @@ from epi_ds.study.cells import (
     base_settings,
     cells_of,
     digest_of,
+    merge_of,
     own_rows_of,
     recipe_of,
     run_of,
@@ -108,6 +110,8 @@ def test_problems_are_told_at_once_with_the_nearest_names(tmp_path: Path) -> Non
         ({"targets": {}}, "at least one target"),
         ({"base": {"skills": ["code"], "pretrain": {"steps": 1}}}, "nothing is left that could be kept"),
         ({"base": {"skills": ["code"]}}, "neither is given"),
+        ({"arms": {**STUDY["arms"], "wise_ft": {"merge": 1}}}, "a share of what was trained lies in (0, 1)"),
+        ({"arms": {**STUDY["arms"], "wise_ft": {"merge": True}}}, "arms.wise_ft.merge is True"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -182,6 +186,18 @@ def test_a_digest_changes_with_any_setting_and_with_no_path() -> None:
     base = {"skills": ["code", "logic", "dialogue"], "pretrain": {"steps": 11}}
     others.add(digest_of(study_of(base=base), cell))
     assert len(others) == 9
+
+
+def test_a_merge_is_of_an_arm_s_run_and_in_its_digest_alone() -> None:
+    study = study_of(arms={**STUDY["arms"], "wise_ft": {"train.learning_rate": 5e-4, "merge": 0.5}})
+    plain, merged = Cell("full_lr_2", 0, "code"), Cell("wise_ft", 0, "code")
+    assert merge_of(study, plain) is None
+    assert merge_of(study, merged) == 0.5
+    assert {**recipe_of(study, merged, WORK), "output": 0} == {**recipe_of(study, plain, WORK), "output": 0}
+    assert digest_of(study, merged) != digest_of(study, plain)
+    orders = {"order": [{**STUDY["targets"]["code"][0], "name": str(number)} for number in (1, 2)]}
+    with pytest.raises(ValidationError, match="each has an end of its own"):
+        study_of(protocol="stages", targets=orders, arms=study.arms)
 
 
 def test_a_run_with_importance_leaves_its_last_checkpoint() -> None:

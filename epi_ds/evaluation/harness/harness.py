@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from lm_eval.evaluator import evaluate
 
-from epi_ds.evaluation.harness.held import HeldModel
 from epi_ds.evaluation.harness.language_model import NAME, HarnessModel
 from epi_ds.evaluation.harness.loading import FEWSHOT_SEED, Once, alone, load_tasks
 from epi_ds.evaluation.harness.results import score_of
 from epi_ds.evaluation.harness.surroundings import quiet, seeded
+from epi_ds.evaluation.held import HeldModel
 from epi_ds.evaluation.scores import Score
 from epi_ds.recipe.harness import HarnessSection
 

@@ -29,8 +29,8 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from epi_ds.errors import UserError
-from epi_ds.evaluation.harness.held import HeldModel
 from epi_ds.evaluation.harness.rows import Continuation, batches_of, padded, rows_of
+from epi_ds.evaluation.held import HeldModel
 from epi_ds.evaluation.scores import Scored
 from epi_ds.evaluation.turns import turns_of
 
