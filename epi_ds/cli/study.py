@@ -244,7 +244,8 @@ def _compared(found: Found, seeds: str | None) -> _Compared:
     from epi_ds.errors import UserError
     from epi_ds.study.comparison import arm_rows, level_rows
     from epi_ds.study.measure_tables import measure_tables
-    from epi_ds.study.tables import arms_table, levels_table
+    from epi_ds.study.rates import rates_rows
+    from epi_ds.study.tables import arms_table, levels_table, rates_table
 
     present = _present(found)
     wanted = _wanted(found, seeds, present)
@@ -257,6 +258,8 @@ def _compared(found: Found, seeds: str | None) -> _Compared:
     tables = [arms_table(arms)]
     if found.study.sweeps:
         tables.append(levels_table(level_rows(found.study, present, wanted), best=found.study.best))
+    if harmless := rates_rows(found.study, present, wanted):
+        tables.append(rates_table(harmless))
     tables += measure_tables(found.study, present, wanted)
     fresh = set(wanted) <= set(found.study.seeds.report)
     told = f"Seeds {', '.join(map(str, wanted))}: " + (

@@ -41,6 +41,11 @@ class WorkFolder(NamedTuple):
 
     root: Path
 
+    @classmethod
+    def nowhere(cls) -> WorkFolder:
+        """Return one for settings alone, which nothing is run in."""
+        return cls(Path("/"))
+
     def base(self, study: Study, cell: Cell) -> Path:
         """Return the folder of the model that a cell begins with, or the id of one that there is."""
         if study.base.path is not None:
@@ -147,7 +152,7 @@ def digest_of(study: Study, cell: Cell) -> str:
     Scores under other settings are not taken for these.
     """
     # Tables are made without the data.
-    recipe = validated(study, cell, WorkFolder(Path("/")), files=Files.ARE_NOT_LOOKED_FOR).model_dump(mode="json")
+    recipe = validated(study, cell, WorkFolder.nowhere(), files=Files.ARE_NOT_LOOKED_FOR).model_dump(mode="json")
     del recipe["output"]
     recipe["model"]["path"] = base_settings(study, cell)
     if own := (recipe["method"]["keep"] or {}).get("self"):

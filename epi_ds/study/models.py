@@ -137,6 +137,9 @@ class Study(BaseModel):
     """Name of a protection -> its arms, at least three, from weak to strong."""
     levels: tuple[float, ...] = (0.8, 0.9)
     """Shares of the gain of ``best`` at which what is kept is compared."""
+    rates: dict[str, tuple[str, ...]] = {}
+    """Name of a protection -> its arms at several values of ``train.learning_rate``: how wide the rates are at which
+    it learns and keeps as much as at its best."""
     primary: Primary | None = None
     """All other comparisons are corrected for their number (Holm)."""
     drawn: tuple[str, ...] | None = None
@@ -154,6 +157,7 @@ class Study(BaseModel):
     def _names_are_of_arms(self) -> Study:
         named = {"frontier": self.frontier, "best": (self.best,), "drawn": self.drawn or ()}
         named |= {f"sweeps.{name}": arms for name, arms in self.sweeps.items()}
+        named |= {f"rates.{name}": arms for name, arms in self.rates.items()}
         for place, arms in named.items():
             for arm in arms:
                 if arm not in self.arms:
@@ -163,6 +167,12 @@ class Study(BaseModel):
         for name, arms in self.sweeps.items():
             if len(set(arms)) < 3:
                 raise UserError(f"sweeps.{name} has {len(set(arms))} arms, and a curve takes at least three strengths")
+        for name, arms in self.rates.items():
+            if len(set(arms)) < 3:
+                raise UserError(f"rates.{name} has {len(set(arms))} arms, and a width takes at least three rates")
+            for arm in arms:
+                if "learning_rate" not in self.recipe.get("train", {}) and "train.learning_rate" not in self.arms[arm]:
+                    raise UserError(f"rates.{name}: {arm} has no train.learning_rate of its own; give it, or in recipe")
         primary = self.primary
         if primary is not None and primary.sweep not in self.sweeps:
             raise UserError(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from epi_ds.study.comparison import ArmRow, LevelRow
 from epi_ds.study.intervals import CONFIDENCE, Interval
+from epi_ds.study.rates import TOLERANCE, RatesRow
 
 _NOTHING = "-"
 
@@ -63,6 +64,17 @@ def levels_table(rows: Sequence[LevelRow], *, best: str) -> TextTable:
                 str(row.open_cells),
             )
             for row in rows
+        ),
+    )
+
+
+def rates_table(rows: Sequence[RatesRow]) -> TextTable:
+    """Return how much the rate matters under each protection."""
+    return TextTable(
+        f"Rates that do no harm: both scores within {TOLERANCE:.0%} of the best at any rate",
+        ("protection", "cells", "best new", "kept there", "doublings of the rate"),
+        tuple(
+            (row.protection, str(row.cells), told(row.best_new), told(row.kept_there), told(row.width)) for row in rows
         ),
     )
 

@@ -110,6 +110,8 @@ def test_problems_are_told_at_once_with_the_nearest_names(tmp_path: Path) -> Non
         ({"targets": {}}, "at least one target"),
         ({"base": {"skills": ["code"], "pretrain": {"steps": 1}}}, "nothing is left that could be kept"),
         ({"base": {"skills": ["code"]}}, "neither is given"),
+        ({"rates": {"plain": ["full_lr_1", "full_lr_2"]}}, "at least three rates"),
+        ({"rates": {"plain": ["full_lr_1", "full_lr_2", "full_lr_3"]}}, "rates.plain names the arm 'full_lr_3'"),
         ({"arms": {**STUDY["arms"], "wise_ft": {"merge": 1}}}, "a share of what was trained lies in (0, 1)"),
         ({"arms": {**STUDY["arms"], "wise_ft": {"merge": True}}}, "arms.wise_ft.merge is True"),
     ],

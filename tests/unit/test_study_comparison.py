@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,8 +19,9 @@ from epi_ds.study.intervals import Interval, holm, interval_of
 from epi_ds.study.measure_tables import measure_tables
 from epi_ds.study.models import Study
 from epi_ds.study.plane import plane_figure
+from epi_ds.study.rates import RatePoint, rates_rows, width_of
 from epi_ds.study.result_lines import Result
-from epi_ds.study.tables import arms_table, levels_table
+from epi_ds.study.tables import arms_table, levels_table, rates_table
 from tests.unit.test_study import STUDY, result_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -261,3 +264,49 @@ def cells_of(page: Path) -> list[list[str]]:
     """Return the cells of all rows of a page's tables."""
     rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows]
+
+
+# --- rates ---
+
+
+@given(st.lists(st.tuples(score, score), min_size=3, max_size=7))
+def test_a_width_is_that_of_the_widest_stretch(scores: list[tuple[float, float]]) -> None:
+    found = [RatePoint(2.0**octave, new, kept) for octave, (new, kept) in enumerate(scores)]
+    per_octave = 200
+    at = (np.arange((len(scores) - 1) * per_octave) + 0.5) / per_octave
+    both = np.ones(len(at), dtype=bool)
+    for values in zip(*scores, strict=True):
+        both &= np.interp(at, np.arange(len(scores)), values) >= 0.95 * max(values)
+    widest = max((len(list(run)) for inside, run in groupby(both) if inside), default=0)
+    # A stretch is known to a step at either end.
+    assert width_of(found) == pytest.approx(widest / per_octave, abs=2.5 / per_octave)
+    assert width_of(list(reversed(found))) == width_of(found)
+
+
+def test_a_flat_protection_is_as_wide_as_its_rates() -> None:
+    assert width_of([RatePoint(rate, 0.8, 0.9) for rate in (1e-4, 2e-4, 8e-4)]) == pytest.approx(3)
+    assert width_of([RatePoint(rate, new, 1 - new) for rate, new in ((1e-4, 0.1), (2e-4, 0.5), (4e-4, 0.9))]) == 0
+
+
+def test_rates_are_compared_where_all_of_them_have_run() -> None:
+    arms = {f"lr_{rate}": {"train.learning_rate": rate} for rate in (1e-4, 2e-4, 4e-4)}
+    study = Study.model_validate(
+        {
+            **STUDY,
+            "arms": {**STUDY["arms"], **arms},
+            "targets": {"code": STUDY["targets"]["code"]},
+            "rates": {"x": list(arms)},
+        }
+    )
+    results = {
+        cell: result_of(cell, new=0.8, kept=0.5 if arm == "lr_0.0004" else 0.9)
+        for arm in arms
+        for cell in (Cell(arm, 0, "code"), Cell(arm, 1, "code"))
+        if cell != Cell("lr_0.0001", 1, "code")
+    }
+    (row,) = rates_rows(study, results, seeds=[0, 1])
+    assert (row.protection, row.cells) == ("x", 1)
+    # One doubling, and the part of the second in which what is kept falls by 5 % of .9, to .855, of .4.
+    assert row.width.mean == pytest.approx(1 + 0.045 / 0.4)
+    assert "| x | 1 | 0.800 | 0.900 | 1.113 |" in rates_table([row]).markdown
+    assert rates_rows(study, results, seeds=[1]) == []
