@@ -16,13 +16,14 @@ class Preset(StrEnum):
     DATA_FREE = "data_free"
 
 
+# Anchors are pulled towards where a stage began: to the run's first weights, a later stage would undo the earlier ones.
 _SETTINGS: Mapping[Preset, Mapping[str, Any]] = {
     # arXiv 2604.14010, section 5.1.
     Preset.PAPER: {"epi": {"policy": "evolving", "ratio": 0.01, "refresh_interval": 500, "ema_decay": 0.99}},
     # A few own rows in every batch, and a pull that leaves about half of the way.
     Preset.BALANCED: {
         "keep": {"self": 512, "importance": False, "replay": 0.05},
-        "epi": {"policy": "none", "anchor": {"strength": 2}},
+        "epi": {"policy": "none", "anchor": {"strength": 2, "to": "stage"}},
     },
     # More of both, the pull by importance on own rows, and its most important entries held.
     Preset.STRONG: {
@@ -32,11 +33,11 @@ _SETTINGS: Mapping[Preset, Mapping[str, Any]] = {
             "ratio": 0.05,
             "memory": "stage_max",
             "protects": "past",
-            "anchor": {"strength": 4, "weight": "importance"},
+            "anchor": {"strength": 4, "to": "stage", "weight": "importance"},
         },
     },
     # The weights alone: no rows are written, read or measured.
-    Preset.DATA_FREE: {"epi": {"policy": "none", "anchor": {"strength": 2}}},
+    Preset.DATA_FREE: {"epi": {"policy": "none", "anchor": {"strength": 2, "to": "stage"}}},
 }
 
 

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from epi_ds.anchor_config import RUN, STAGE
 from epi_ds.choices import StateFormat
 from epi_ds.errors import UserError, nearest
 from epi_ds.policy_rules import REFRESHING, UNMEASURED
+from epi_ds.recipe.keep import Keep, ReplayLoss
 from epi_ds.recipe.loading import parse_recipe, set_key
 from epi_ds.recipe.models import Recipe
 from epi_ds.recipe.sources import Files
@@ -152,11 +154,18 @@ def digest_of(study: Study, cell: Cell) -> str:
     Scores under other settings are not taken for these.
     """
     # Tables are made without the data.
-    recipe = validated(study, cell, WorkFolder.nowhere(), files=Files.ARE_NOT_LOOKED_FOR).model_dump(mode="json")
+    parsed = validated(study, cell, WorkFolder.nowhere(), files=Files.ARE_NOT_LOOKED_FOR)
+    recipe = parsed.model_dump(mode="json")
     del recipe["output"]
     recipe["model"]["path"] = base_settings(study, cell)
     if own := (recipe["method"]["keep"] or {}).get("self"):
         own["file"] = None
+    if _replays_several(parsed.method.keep):
+        # Earlier lines are of one mean over all that is replayed.
+        recipe["method"]["keep"]["replay_loss"] = "share of every source"
+    if (anchor := recipe["method"]["epi"]["anchor"]) and anchor["to"] == STAGE and len(parsed.stages) == 1:
+        # The same weights.
+        anchor["to"] = RUN
     # Scored beside what a study compares.
     del recipe["evaluation"]["lm_eval"]
     # Lines of before there were any have a digest without.
@@ -165,6 +174,13 @@ def digest_of(study: Study, cell: Cell) -> str:
     if (alpha := merge_of(study, cell)) is not None:
         recipe[MERGE] = alpha
     return hashlib.sha256(_canonical(recipe).encode()).hexdigest()
+
+
+def _replays_several(keep: Keep | None) -> bool:
+    """Whether several sources are replayed, each with its share of the loss."""
+    if keep is None or not keep.replay or keep.replay_loss is not ReplayLoss.SHARE:
+        return False
+    return len(keep.sources) + (keep.self is not None) + keep.replay_stages > 1
 
 
 def own_rows_of(recipe: dict[str, Any]) -> Path | None:

@@ -47,6 +47,16 @@ class PlannedRows(torch.utils.data.Dataset[dict[str, Any]]):
         """Whether their rows are replayed."""
         self._numbers = [self.sources.index(part.name) for part in parts]
 
+    def rows_by_source(self, start: int, stop: int) -> list[int]:
+        """Return how many rows of every source there are from one position to another, by their numbers."""
+        counts = [0] * len(self.sources)
+        for index in self._order[start:stop].tolist():
+            counts[self._number_of(index)] += 1
+        return counts
+
+    def _number_of(self, index: int) -> int:
+        return self._numbers[bisect_right(self._ends, index)]
+
     def __len__(self) -> int:
         return len(self._order)
 
@@ -57,10 +67,7 @@ class PlannedRows(torch.utils.data.Dataset[dict[str, Any]]):
         """Return several rows at once, as torch's loader asks for them."""
         indices = self._order[positions].tolist()
         rows = self._rows.__getitems__(indices)
-        return [
-            {**row, SOURCE: self._numbers[bisect_right(self._ends, index)]}
-            for row, index in zip(rows, indices, strict=True)
-        ]
+        return [{**row, SOURCE: self._number_of(index)} for row, index in zip(rows, indices, strict=True)]
 
 
 class SourceCollator:

@@ -116,10 +116,11 @@ class StageTrainer(SFTTrainer):
                     f"{type(self.model).__name__} averages its loss in every micro-batch by itself, so the share of "
                     "replayed rows in it cannot be set; set method.keep.replay_loss: token"
                 )
+            first = self.state.global_step * self.global_batch
             self._token_weights = share_weights(
                 batches,
                 self._rows.is_replayed,
-                replayed_share=replayed / self.global_batch,
+                rows=self._rows.rows_by_source(first, first + self.global_batch),
                 num_tokens=num_tokens,
                 device=device,
             )

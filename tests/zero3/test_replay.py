@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +161,11 @@ def oracle(batches: list[Any], *, replay_loss: str, loss_type: str) -> list[Step
         loss = torch.cat(list(tokens.values())).mean()
         if replay_loss == "share":
             replayed = [name for name in tokens if name.endswith("(replayed)")]
-            share = sum(source in replayed for source, _ in batch) / len(batch)
+            rows = Counter(source for source, _ in batch)
             new = torch.cat([found for name, found in tokens.items() if name not in replayed])
-            loss = (1 - share) * new.mean() + share * torch.cat([tokens[name] for name in replayed]).mean()
+            loss = sum(rows[name] for name in tokens if name not in replayed) * new.mean()
+            # Every replayed source has a mean of its own: short answers of one are not drowned by another's long ones.
+            loss = (loss + sum(rows[name] * tokens[name].mean() for name in replayed)) / len(batch)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
