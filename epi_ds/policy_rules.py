@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from epi_ds.choices import ADAPTIVE, AnchorWeight, Apply, Memory, PolicyName, Redraw, Selection, StateFormat
+from epi_ds.choices import ADAPTIVE, Apply, Memory, PolicyName, Redraw, Selection, StateFormat
 
 # What a policy begins from where that is not the default of every other; it holds for settings that are not given.
 _DEFAULTS: Mapping[PolicyName, Mapping[str, Any]] = {
@@ -153,18 +153,12 @@ def adaptive_problem(config: Any, name: str) -> str | None:
 
 
 def memory_problem(config: Any) -> str | None:
-    """Return what to say of ``memory`` under a policy that cannot select by it; None where it works, or an anchor does.
+    """Return what to say of ``memory`` under a policy that cannot have it; None where it can.
 
-    ``none`` and ``static`` may have it too: what must be kept is remembered before the first step.
+    Policies that select by something else, or nothing, may: what must be kept is remembered before the first step.
     """
     if config.memory is Memory.NONE:
         return None
-    pulls = config.anchor is not None and config.anchor.weight is AnchorWeight.IMPORTANCE
-    if config.policy in UNMEASURED and not pulls:
-        return (
-            f"memory changes what later masks isolate, and policy: {config.policy.value} selects none by importance; "
-            "remove it"
-        )
     if config.policy is PolicyName.INVERTED and config.memory is Memory.PER_TASK:
         return (
             "memory: per_task deals the most important entries to tasks, and policy: inverted isolates the least "

@@ -121,6 +121,8 @@ class SavedAnchor(BaseModel):
     """Of `GradientScale`."""
     stage: int | None = None
     """How many stages had ended; None where an earlier release saved."""
+    settings: dict[str, Any] | None = None
+    """How it pulled, by the names of `AnchorConfig`; None where an earlier release saved."""
 
 
 class EngineState(BaseModel):

@@ -21,7 +21,7 @@ OWN_ROWS = "own_rows"
 """What messages and scores call the rows that the model wrote itself."""
 
 # One row in so many is held out.
-_HELD_OUT_SHARE = 10
+HELD_OUT_SHARE = 10
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,17 @@ def _num_held_out(source: TrainingData, most: int) -> int:
     if isinstance(found, SkillRows):
         # Its test rows are others than those that are generated for training.
         return 0
-    enough = most * _HELD_OUT_SHARE
+    enough = most * HELD_OUT_SHARE
     limit = enough if found.limit is None else min(found.limit, enough)
     num_rows = sum(1 for _ in read_table(found._replace(limit=limit), Reading()))
-    if num_rows < _HELD_OUT_SHARE and os.environ.get("RANK", "0") == "0":
+    if num_rows < HELD_OUT_SHARE and os.environ.get("RANK", "0") == "0":
         logger.warning(
             "%s has %d rows to keep, of which none is held out and scored: one in %d is, and there are fewer",
             source.label,
             num_rows,
-            _HELD_OUT_SHARE,
+            HELD_OUT_SHARE,
         )
-    return num_rows // _HELD_OUT_SHARE
+    return num_rows // HELD_OUT_SHARE
 
 
 def kept_tasks(kept: Sequence[KeptSource], recipe: Recipe) -> list[Task]:

@@ -50,12 +50,17 @@ def standing_in(file: Path, settings: Mapping[str, Any]) -> Standing | None:
 
     settings  what would be written now is written with, as JSON has it
 
-    Raises UserError where the rows were written with other settings, and nobody has edited them since: they would be
-    taken for what they are not.
+    Raises UserError for a file without rows, and where the rows were written with other settings and nobody has edited
+    them since: they would be taken for what they are not.
     """
     if not file.exists():
         return None
     num_rows = _count(file)
+    if not num_rows:
+        raise UserError(
+            f"{file} holds no row, and what stands there is used as it is; remove it to have rows written, or put "
+            "some there"
+        )
     record = record_of(file)
     written = json.loads(record.read_text()) if record.exists() else {}
     if written.get("sha256") != digest_of(file):

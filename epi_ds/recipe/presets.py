@@ -41,16 +41,42 @@ _SETTINGS: Mapping[Preset, Mapping[str, Any]] = {
 }
 
 
+# What belongs to the policy of a preset, and says nothing of another one.
+_OF_THE_POLICY = ("ratio", "refresh_interval", "ema_decay")
+# What a preset has because importance is kept.
+_OF_WHAT_IS_REMEMBERED = ("memory", "protects")
+
+
 def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of ``method`` with those of its preset below them: a key that is given is as it is given.
 
-    A section that is given as null is left out. An unknown preset is left to the validation, which names those there
-    are.
+    A section that is given as null is left out, and so is what the preset sets for the sake of a setting that is given
+    otherwise: ``ratio`` of another policy, ``strength`` beside ``decay``, memory where nothing is kept. An unknown
+    preset is left to the validation, which names those there are.
     """
     name = values.get("preset")
     if name not in list(Preset):
         return dict(values)
-    return _over(_SETTINGS[Preset(name)], values)
+    return _over(_without_what_given_replaces(_SETTINGS[Preset(name)], values), values)
+
+
+def _without_what_given_replaces(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what a preset sets for the sake of another of its settings that is given otherwise."""
+    epi, given_epi = dict(preset.get("epi", {})), given.get("epi", {})
+    if not isinstance(given_epi, Mapping):
+        return dict(preset)
+    anchor, given_anchor = dict(epi.get("anchor", {})), given_epi.get("anchor", {})
+    if given_epi.get("policy", epi.get("policy")) != epi.get("policy"):
+        for name in _OF_THE_POLICY:
+            epi.pop(name, None)
+    if isinstance(given_anchor, Mapping) and given_anchor.get("decay") is not None:
+        anchor.pop("strength", None)
+    keep = given.get("keep", preset.get("keep"))
+    if keep is None or (isinstance(keep, Mapping) and keep.get("importance") is False):
+        for name in _OF_WHAT_IS_REMEMBERED:
+            epi.pop(name, None)
+        anchor.pop("weight", None)
+    return {**preset, "epi": {**epi, **({"anchor": anchor} if anchor else {})}}
 
 
 def _over(below: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

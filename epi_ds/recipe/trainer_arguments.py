@@ -1,12 +1,14 @@
 """The arguments that the installed TRL takes, known without importing it a second time.
 
 Importing TRL takes seconds, and every command that reads a recipe wants to know its arguments before a rank starts.
-They change with its release only, so they are kept in the cache by release.
+They change with its release only, so they are kept in the cache by release, and by what reads them: an upgrade may read
+more.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -42,7 +44,9 @@ def trainer_arguments() -> TrainerArguments:
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     releases = "-".join(f"{name}-{importlib.metadata.version(name)}" for name in _PACKAGES)
-    kept = cache_folder() / f"arguments-{releases}.json"
+    # What is read, and how it is kept, changes with this file.
+    reader = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    kept = cache_folder() / f"arguments-{releases}-{reader}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         values = json.loads(kept.read_text())
         types = {name: tuple(kinds) for name, kinds in values["types"].items()}

@@ -10,6 +10,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 
 from epi_ds.errors import UserError
+from epi_ds.evaluation.kept import HELD_OUT_SHARE
 from epi_ds.recipe.keep import BASE, Keep
 from epi_ds.train.stages import StageRows, StageSpan, row_order
 from epi_ds.train.streams import SourceShare
@@ -37,14 +38,8 @@ def kept_windows(keep: Keep, data: Sequence[Dataset], *, global_batch: int, seed
     Raises UserError where the rows do not fill the windows that are asked for, or not one.
     """
     num_rows = sum(map(len, data))
-    filled = num_rows // global_batch
-    if filled < (keep.windows or 1):
-        asked = "one global batch" if keep.windows is None else f"method.keep.windows: {keep.windows}, global batches"
-        raise UserError(
-            f"what is kept has {num_rows} rows to measure, fewer than {asked} of {global_batch} (micro-batch x "
-            "accumulation x ranks); keep more rows, measure less, or use a smaller batch"
-        )
-    num_windows = keep.windows or min(filled, _MOST_WINDOWS)
+    _check_filled(keep, num_rows, global_batch=global_batch)
+    num_windows = keep.windows or min(num_rows // global_batch, _MOST_WINDOWS)
     shares = tuple(
         SourceShare(len(rows), source.share)
         for rows, source in zip(data, keep.sources, strict=False)
@@ -53,6 +48,26 @@ def kept_windows(keep: Keep, data: Sequence[Dataset], *, global_batch: int, seed
     plan = StageRows(BASE, num_rows, epochs=1, shares=shares, steps=num_windows)
     order = row_order([plan], [StageSpan(BASE, 0, num_windows)], global_batch=global_batch, seed=seed)
     return Measured(concatenate_datasets(list(data)).select(order), num_windows, BASE)
+
+
+def _check_filled(keep: Keep, num_rows: int, *, global_batch: int) -> None:
+    if num_rows // global_batch < (keep.windows or 1):
+        asked = "one global batch" if keep.windows is None else f"method.keep.windows: {keep.windows}, global batches"
+        raise UserError(
+            f"what is kept has {num_rows} rows to measure, fewer than {asked} of {global_batch} (micro-batch x "
+            "accumulation x ranks); keep more rows, measure less, or use a smaller batch"
+        )
+
+
+def check_own_rows_fill(keep: Keep, *, evaluated: int, global_batch: int) -> None:
+    """Raise UserError where the rows that a model is to write are too few to be measured, before it writes them.
+
+    evaluated  the most rows of a source that are held out to be scored
+    """
+    if keep.self is None or not keep.importance or keep.data is not None:
+        return
+    held_out = min(keep.self.rows // HELD_OUT_SHARE, evaluated) if keep.evaluation else 0
+    _check_filled(keep, keep.self.rows - held_out, global_batch=global_batch)
 
 
 def losses_of(trainer: Any, measured: Measured) -> Iterator[Tensor]:

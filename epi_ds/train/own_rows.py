@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -17,8 +18,9 @@ from epi_ds.errors import UserError
 from epi_ds.own_rows.writing import WritingProgress, stands_already, write
 from epi_ds.recipe.keep import OwnRows, Written
 from epi_ds.recipe.models import Recipe
+from epi_ds.train.measuring import check_own_rows_fill
 from epi_ds.train.model import load_model
-from epi_ds.train.rows import RowArguments
+from epi_ds.train.rows import RowArguments, global_batch_of
 from epi_ds.train.run_folder import RunFolder
 
 # Seconds between two lines.
@@ -45,7 +47,7 @@ def write_before_training(
     """Have the model write its rows, where it has not yet, and return their file; None where none are wanted.
 
     Collective, after the training arguments were made: they partition the model that is loaded for it, and thrown away.
-    Raises UserError where a run goes on and its rows are gone.
+    Raises UserError where a run goes on and its rows are gone, and for rows that would be too few to be measured.
     """
     file, keep = own_rows_file(recipe, folder), recipe.method.keep
     if file is None or keep is None or keep.self is None:
@@ -58,6 +60,11 @@ def write_before_training(
             )
         # What they say is compared with what was trained on, as of every source.
         return file
+    check_own_rows_fill(
+        keep,
+        evaluated=recipe.evaluation.rows,
+        global_batch=global_batch_of(recipe, ranks=dist.get_world_size() if dist.is_initialized() else 1),
+    )
     settings = _of_kind(keep.self, recipe, arguments)
     if not stands_already(file, settings, model=recipe.model.path):
         model = load_model(recipe.model)

@@ -16,7 +16,7 @@ from epi_ds.train.own_rows import own_rows_file
 from epi_ds.train.replay import NOTHING, exact_share, new_rows
 from epi_ds.train.rows import (
     SourceRows,
-    argument_of,
+    global_batch_of,
     load_tokenizer,
     prepare_here,
     row_arguments_of,
@@ -114,14 +114,6 @@ def _preview_of(
     shown = range(min(num_samples, len(found.rows)))
     samples = tuple(tuple(stretches(tokenizer, found.rows[index])) for index in shown)
     return SourcePreview(source.label, found.summary, len(found.rows), samples)
-
-
-def global_batch_of(recipe: Recipe, *, ranks: int) -> int:
-    """Return how many rows a step of a recipe trains."""
-    micro_batch, accumulation = (
-        int(argument_of(recipe, name)) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
-    )
-    return micro_batch * accumulation * ranks
 
 
 def stretches(tokenizer: Any, row: dict[str, Sequence[int]]) -> Iterator[Stretch]:

@@ -66,6 +66,14 @@ def argument_of(recipe: Recipe, name: str) -> Any:
     return recipe.train.get(name, defaults[name])
 
 
+def global_batch_of(recipe: Recipe, *, ranks: int) -> int:
+    """Return how many rows a step of a recipe trains."""
+    micro_batch, accumulation = (
+        int(argument_of(recipe, name)) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    return micro_batch * accumulation * ranks
+
+
 def row_arguments_of(recipe: Recipe) -> RowArguments:
     """Return what a recipe's ``train`` says of rows, and TRL's default where it says nothing.
 

@@ -28,6 +28,7 @@ from epi_ds.evaluation.tasks import Task, build_tasks
 from epi_ds.hf import EPICallback
 from epi_ds.launch.environment import accelerator_name
 from epi_ds.own_rows.file import written_in
+from epi_ds.recipe.advice import advice_on
 from epi_ds.recipe.arguments import deepspeed_config
 from epi_ds.recipe.models import Recipe
 from epi_ds.trackers import continue_runs, trackers_in
@@ -120,6 +121,9 @@ def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
     folder, until = run.folder, run.start.until
     if trackers := trackers_in(run.recipe.train.get("report_to")):
         continue_runs(trackers, folder.root, run_id=on_first_rank(lambda: run_id_of(folder.checkpoints)))
+    if run.console is not None and run.resume is None:
+        for advice in advice_on(run.recipe):
+            logger.warning("%s", advice)
     # The cheap things first: a wrong column is found before a large model is read.
     tasks = build_tasks(run.recipe)
     harness = _harness_of(run.recipe)

@@ -79,7 +79,6 @@ def test_every_field_is_documented() -> None:
         ({"policy": "random", "state": "adam", "apply": "update"}, ["state: adam", "policy: random measures none"]),
         ({"policy": "random", "ema_decay": 0.9}, ["ema_decay is about importance", "policy: random"]),
         ({"policy": "random", "hysteresis": 0.5}, ["hysteresis is about masks", "policy: random"]),
-        ({"policy": "random", "memory": "stage_max"}, ["memory changes", "policy: random selects none by importance"]),
         (
             {
                 "policy": "random",

@@ -8,6 +8,7 @@ import yaml
 
 from epi_ds import ds_configs
 from epi_ds.errors import UserError
+from epi_ds.recipe.advice import advice_on
 from epi_ds.recipe.loading import find_recipe, load_recipe, parse_recipe, shipped_names
 from epi_ds.recipe.presets import Preset
 
@@ -235,6 +236,40 @@ def test_a_preset_is_a_recipe_and_every_key_of_it_can_be_given_otherwise(name: P
         expected["anchor"] |= {"strength": 1.0}
     assert changed.epi.model_dump(mode="json") == expected
     assert changed.keep == method.keep
+
+
+def test_what_a_preset_sets_for_the_sake_of_another_setting_goes_with_it() -> None:
+    def method_of(preset: str, **given: Any) -> Any:
+        return parse_recipe({**MINIMAL, "method": {"preset": preset, **given}}, place="the recipe").method
+
+    anchor = method_of("balanced", epi={"anchor": {"decay": 10}}).epi.anchor
+    assert (anchor.strength, anchor.decay, anchor.to) == (None, 10, "stage")
+    half = method_of("strong", epi={"policy": "half"})
+    assert (half.epi.ratio, half.epi.anchor.weight, half.keep.replay) == (0.5, "importance", 0.1)
+    for keep in (None, {"importance": False}):
+        found = method_of("strong", keep=keep).epi
+        assert (found.memory, found.protects, found.anchor.weight) == ("none", "past_and_present", "uniform")
+        assert (found.ratio, found.anchor.strength) == (0.05, 4)
+
+
+def advice(method: dict[str, Any], stages: int = 1) -> list[str]:
+    several = [{**MINIMAL["stages"][0], "name": f"s{number}"} for number in range(stages)]
+    return list(advice_on(parse_recipe({**MINIMAL, "stages": several, "method": method}, place="the recipe")))
+
+
+def test_what_few_people_mean_is_told() -> None:
+    anchor = {"epi": {"policy": "none", "anchor": {"strength": 2}}}
+    assert not advice(anchor)
+    (told,) = advice(anchor, stages=2)
+    assert "a later stage undoes what an earlier one learnt, and leaves 14% of it" in told
+    for preset in Preset:
+        assert not advice({"preset": preset.value}, stages=2)
+    kept = {"keep": {"self": 64, "replay": 0.05}, "epi": {"policy": "none"}}
+    (told,) = advice(kept)
+    assert "nothing asks for it: policy: none isolates nothing by importance" in told
+    weighed = {"policy": "random", "ratio": 0.2, "anchor": {"strength": 2, "weight": "importance"}}
+    assert not advice({**kept, "epi": weighed})
+    assert not advice({**kept, "epi": {"ratio": 0.2, "refresh_interval": 5}})
 
 
 def test_a_section_of_a_preset_can_be_left_out_and_an_unknown_one_is_named() -> None:

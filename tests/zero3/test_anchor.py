@@ -138,6 +138,16 @@ def test_a_step_is_that_of_the_oracle(world_size: int, pull: str, placement: str
     run_ranks(check_oracle, world_size, pull, PLACEMENTS[placement], accumulation, OddNet)
 
 
+OTHER_PLACEMENTS = ["parameter-offload", "partial-offload", "offload-sub-groups", "all-reduce", "scattered-gradients"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pull", ["update", "gradient"])
+@pytest.mark.parametrize("placement", OTHER_PLACEMENTS)
+def test_a_step_is_that_of_the_oracle_in_other_placements(placement: str, pull: str) -> None:
+    run_ranks(check_oracle, 3, pull, PLACEMENTS[placement], 2, OddNet)
+
+
 @pytest.mark.parametrize(
     ("world_size", "pull", "memory"),
     [
@@ -173,9 +183,10 @@ def test_a_strength_of_zero_is_no_anchor(pull: str) -> None:
         run_ranks(check_bits, 2, section, section | {"anchor": {"strength": 0, "pull": pull}}, {"offload": True})
 
 
-def check_hold(pull: str, apply: str) -> None:
+def check_hold(pull: str, apply: str, placement: dict[str, Any]) -> None:
     epi = {"ratio": 0.2, "refresh_interval": 3, "ema_decay": 0.9, "apply": apply}
-    with engine_of(OddNet, ds_config(epi=epi | {"anchor": {"strength": WHOLE_PULL, "pull": pull}})) as engine:
+    epi |= {"anchor": {"strength": WHOLE_PULL, "pull": pull}}
+    with engine_of(OddNet, ds_config(epi=epi, **placement)) as engine:
         engine.epi.plan_stage([TOTAL])
         for step in range(12):
             masks, before = full_masks(engine), full_weights(engine)
@@ -188,7 +199,14 @@ def check_hold(pull: str, apply: str) -> None:
 
 @pytest.mark.parametrize(("pull", "apply"), values_first(product(["update", "gradient"], ["reduction", "update"])))
 def test_isolated_entries_are_held_whatever_the_anchor_says(pull: str, apply: str) -> None:
-    run_ranks(check_hold, 2, pull, apply)
+    run_ranks(check_hold, 2, pull, apply, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["offload", "partial-offload", "bf16", "sub-groups"])
+def test_they_are_held_in_other_placements(placement: str) -> None:
+    for pull, apply in (("update", "update"), ("gradient", "reduction")):
+        run_ranks(check_hold, 3, pull, apply, PLACEMENTS[placement])
 
 
 def check_storage(section: dict[str, Any], placement: dict[str, Any]) -> int:
@@ -264,6 +282,86 @@ def test_an_anchor_is_dealt_out_to_other_ranks(tmp_path: Path) -> None:
     saved = run_ranks(save_midway, 3, str(tmp_path), config)[0]
     for world_size in (1, 2, 4):
         assert_same(run_ranks(load_midway, world_size, str(tmp_path), config)[0], saved)
+
+
+def shared_batch(step: int, rank: int, micro_batch: int) -> tuple[Tensor, Tensor]:
+    """The two batches of a step, whether two ranks have one each or one rank has both."""
+    return odd_batch(step, rank + micro_batch, 0)
+
+
+def go_on(folder: str, config: dict[str, Any], steps: range, load: bool) -> dict[str, Tensor]:
+    """Train some steps of a stage, from a checkpoint of its middle or from its beginning; return the weights."""
+    with engine_of(OddNet, config) as engine:
+        if load:
+            engine.load_checkpoint(folder)
+        engine.epi.plan_stage([TOTAL])
+        for step in steps:
+            train_step(engine, step, shared_batch)
+        if not load:
+            engine.save_checkpoint(folder)
+        return full_weights(engine)
+
+
+@pytest.mark.parametrize("pull", ["update", "gradient"])
+def test_other_ranks_go_on_with_the_pull(pull: str, tmp_path: Path) -> None:
+    of_two, of_one = (ds_config(epi=section_of(pull), accumulation=accumulation) for accumulation in (1, 2))
+    run_ranks(go_on, 2, str(tmp_path), of_two, range(4), False)
+    whole = run_ranks(go_on, 2, str(tmp_path), of_two, range(4, 8), True)[0]
+    alone = run_ranks(go_on, 1, str(tmp_path), of_one, range(4, 8), True)[0]
+    # The gradient of a step is a sum in another order, which Adam's root carries into the weights.
+    for name, value in alone.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-6)
+
+
+def check_changes(folder: str) -> dict[str, list[str]]:
+    """Save with one anchor and load with another; return what is told of each pair."""
+    anchors: dict[str, dict[str, Any] | None] = {
+        "nothing": {"strength": 0},
+        "two": {"strength": 2},
+        "eight": {"strength": 8},
+        "gradient": {"strength": 2, "pull": "gradient"},
+        "stage": {"strength": 2, "to": "stage"},
+        "none": None,
+    }
+    configs = {name: ds_config(epi={"policy": "none", "anchor": anchor}) for name, anchor in anchors.items()}
+    told = {}
+    for before, after in (
+        ("two", "two"),
+        ("nothing", "two"),
+        ("two", "eight"),
+        ("two", "gradient"),
+        ("two", "stage"),
+        ("two", "nothing"),
+        ("two", "none"),
+        ("none", "two"),
+    ):
+        tag = f"{folder}/{before}"
+        if not Path(tag).exists():
+            with engine_of(OddNet, configs[before]) as engine:
+                if anchors[before]:
+                    engine.epi.plan_stage([TOTAL])
+                train_step(engine, 0, odd_batch)
+                engine.save_checkpoint(tag)
+        with engine_of(OddNet, configs[after]) as engine, collected_logs() as messages:
+            engine.load_checkpoint(tag)
+        told[f"{before}, {after}"] = [text.partition(": ")[2] for text in messages if "from here on" in text]
+    return told
+
+
+def test_a_load_tells_of_another_pull(tmp_path: Path) -> None:
+    told = run_ranks(check_changes, 1, str(tmp_path))[0]
+    new = "from here on the anchor is (to: run) what was loaded"
+    was = "weights were pulled towards: run when it was saved"
+    assert told == {
+        "two, two": [],
+        "nothing, two": [f"nothing was pulled when it was saved; {new}"],
+        "two, eight": ["the anchor had strength: 2.0 when it was saved; from here on it has strength: 8.0"],
+        "two, gradient": ["the anchor had pull: update when it was saved; from here on it has pull: gradient"],
+        "two, stage": [f"{was}; from here on the anchor is (to: stage) what was loaded"],
+        "two, nothing": [f"{was}; from here on nothing is pulled"],
+        "two, none": [f"{was}; from here on nothing is pulled"],
+        "none, two": [f"nothing was pulled when it was saved; {new}"],
+    }
 
 
 def check_stages(pull: str) -> None:

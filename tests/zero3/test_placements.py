@@ -94,9 +94,13 @@ def swaps_one_sub_group(engine: Any) -> None:
     assert len(swapped) > 2
 
 
-def check_nvme(folder: str, apply: str, options: dict[str, Any], changes: dict[str, Any]) -> None:
+def check_nvme(
+    folder: str, apply: str, options: dict[str, Any], changes: dict[str, Any], anchor: dict[str, Any] | None = None
+) -> None:
     """Hold, and equality with CPU offload."""
     section = _section(apply, 0.2)
+    if anchor is not None:
+        section |= {"anchor": anchor}
     swapped = ds_config(epi=section, accumulation=4, **nvme(folder, **options), **changes)
     isolated = _train(WideNet, swapped, check=swaps_one_sub_group)
     _assert_isolates(isolated)
@@ -130,6 +134,13 @@ def test_a_run_with_nvme_is_the_run_with_cpu_offload(
     tmp_path: Path, apply: str, options: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     run_ranks(check_nvme, 2, str(tmp_path), apply, options, changes)
+
+
+@pytest.mark.slow
+@needs_libaio
+@pytest.mark.parametrize("pull", ["update", "gradient"])
+def test_an_anchor_pulls_what_lies_on_nvme(tmp_path: Path, pull: str) -> None:
+    run_ranks(check_nvme, 2, str(tmp_path), "reduction", {"parameters": "nvme"}, {}, {"decay": 20.0, "pull": pull})
 
 
 def _state(engine: Any) -> dict[str, Any]:

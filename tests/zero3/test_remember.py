@@ -140,6 +140,24 @@ def check_policies() -> None:
             assert_same(full_masks(engine), masks)
 
 
+def check_other_policies() -> None:
+    """Policies that rank by something else remember too, for an anchor, and have the masks that they have without."""
+    for memory in ("stage_max", "per_task"):
+        kept = {"memory": memory, "protects": "past"}
+        for section in ({"policy": "random", "ratio": 0.2}, {"policy": "half"}, {"policy": "momentum", "ratio": 0.8}):
+            masks = []
+            for own in (section, section | kept):
+                with engine_of(OddNet, config_of(own)) as engine:
+                    if own is not section:
+                        engine.epi.remember("base", kept_losses(engine))
+                        assert "importance" not in engine.epi.memory_report().state_bytes
+                    for step in range(2):
+                        train_step(engine, step, odd_batch)
+                    assert engine.epi.stats().isolated > 0
+                    masks.append(full_masks(engine))
+            assert_same(*masks)
+
+
 def check_tasks() -> None:
     section = KEPT | {"memory": "per_task", "protects": "past_and_present"}
     with engine_of(OddNet, config_of(section)) as engine:
@@ -180,6 +198,7 @@ def check_refusals() -> None:
 
 def test_what_is_kept_is_remembered_under_every_policy_and_memory() -> None:
     run_ranks(check_policies, 2)
+    run_ranks(check_other_policies, 2)
     run_ranks(check_tasks, 2)
 
 

@@ -24,6 +24,7 @@ from epi_ds.isolation.search.exchange import Exchange
 from epi_ds.isolation.search.sketch import Extremes
 from epi_ds.isolation.search.sketches import sketch_of, sketch_of_tasks
 from epi_ds.isolation.search.threshold import SearchPlan, ThresholdSearch
+from epi_ds.policy_rules import UNMEASURED
 
 
 class Comparison(NamedTuple):
@@ -62,11 +63,14 @@ def compare(
     """
     placement, layout = masks.placement, masks.placement.layout
     tasks, extremes = None, None
-    if config.memory is Memory.PER_TASK:
+    if config.policy in UNMEASURED:
+        # What is remembered is importance, and these rank by something else: it is there for an anchor.
+        importance: Importance = measured
+    elif config.memory is Memory.PER_TASK:
         known = _tasks(measured, remembered, config)
         if len(known) > 1:
             tasks, extremes = _share(known, placement, config=config, exchange=exchange, step=step)
-            importance: Importance = tasks
+            importance = tasks
         else:
             # One task has the whole budget: selected as it would be without memory.
             nothing = Nothing(placement, code_shift=measured.code_shift)

@@ -6,11 +6,13 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from epi_ds.anchor_config import AnchorConfig
 from epi_ds.checkpoint.digest import FileRecord, problems_of_files
 from epi_ds.checkpoint.manifest import ANCHOR_STATE, SavedAnchor
 from epi_ds.checkpoint.shards import TagShards
@@ -38,7 +40,13 @@ def saved_anchor(anchor: Anchor | None) -> SavedAnchor | None:
         square_sum=scale.square_sum,
         weight=scale.weight,
         stage=anchor.ended_stages,
+        settings=_settings_of(anchor.config),
     )
+
+
+def _settings_of(config: AnchorConfig) -> dict[str, Any]:
+    """Return what a pull depends on: not where the anchor is kept, and not what it is, which is `SavedAnchor.to`."""
+    return config.model_dump(mode="json", exclude={"to", "device"})
 
 
 def anchor_states(anchor: Anchor | None) -> Mapping[str, Callable[[Segment], Stored]]:
@@ -51,25 +59,22 @@ def anchor_states(anchor: Anchor | None) -> Mapping[str, Callable[[Segment], Sto
 def load_anchor(anchor: Anchor | None, tag: Tag, layout: Layout) -> None:
     """Continue with the anchor of a verified tag, whatever number of ranks saved it. Collective.
 
-    Of a tag that was saved without one, or with one that pulled towards other weights, the loaded weights are taken.
+    Of a tag that was saved without one, or with one that pulled towards other weights, the loaded weights are taken,
+    or the folder's. Whatever pulls otherwise than before is told.
     """
-    if anchor is None:
-        return
     saved = tag.manifest.isolation.extra.anchor
+    if anchor is None:
+        if saved is not None and _pulled(saved):
+            _warn(tag, f"weights were pulled towards: {saved.to}", "nothing is pulled")
+        return
     anchor.restart()
+    _tell_of_changes(anchor, saved, tag)
     if saved is not None and saved.folder_files is not None and anchor.folder is not None:
         files = saved.folder_files
         on_first_rank(lambda: _check_folder(Path(anchor.config.to), files, tag))
         anchor.continues_with_folder()
-    elif saved is None or saved.to != anchor.config.to:
-        before = "nothing was pulled" if saved is None else f"weights were pulled towards: {saved.to}"
-        if dist.get_rank() == 0:
-            logger.warning(
-                "%s: %s when it was saved; from here on the anchor is (to: %s) what was loaded",
-                tag.path,
-                before,
-                anchor.config.to,
-            )
+    elif saved is None or saved.to != anchor.config.to or not _pulled(saved):
+        # Where nothing was pulled, nothing was kept to be pulled towards.
         return
     anchor.strength.restore(saved.totals)
     anchor.scale = GradientScale(saved.square_sum, saved.weight)
@@ -79,6 +84,38 @@ def load_anchor(anchor: Anchor | None, tag: Tag, layout: Layout) -> None:
     shards = TagShards(*tag)
     for sub_group, segments in enumerate(layout.by_sub_group):
         anchor.restore(sub_group, agree(partial(_packed, shards, segments)))
+
+
+def _pulled(saved: SavedAnchor) -> bool:
+    """Whether an anchor pulled when it was saved."""
+    # An earlier release did not say how: as what it kept tells.
+    settings = saved.settings or {"strength": 1.0}
+    return bool(settings.get("strength") or settings.get("decay"))
+
+
+def _tell_of_changes(anchor: Anchor, saved: SavedAnchor | None, tag: Tag) -> None:
+    """Warn of whatever pulls otherwise from here on than it did when a tag was saved."""
+    config = anchor.config
+    if not config.pulls:
+        if saved is not None and _pulled(saved):
+            _warn(tag, f"weights were pulled towards: {saved.to}", "nothing is pulled")
+        return
+    if saved is None or not _pulled(saved) or saved.to != config.to:
+        before = f"weights were pulled towards: {saved.to}" if saved and _pulled(saved) else "nothing was pulled"
+        towards = f"{config.to} pulls" if config.is_folder else f"the anchor is (to: {config.to}) what was loaded"
+        _warn(tag, before, towards)
+    if saved is None or saved.settings is None:
+        return
+    now = _settings_of(config)
+    changed = {name: value for name, value in now.items() if saved.settings.get(name, value) != value}
+    if changed and _pulled(saved):
+        before = ", ".join(f"{name}: {saved.settings[name]}" for name in changed)
+        _warn(tag, f"the anchor had {before}", ", ".join(f"it has {name}: {value}" for name, value in changed.items()))
+
+
+def _warn(tag: Tag, before: str, now: str) -> None:
+    if dist.get_rank() == 0:
+        logger.warning("%s: %s when it was saved; from here on %s", tag.path, before, now)
 
 
 def _check_folder(folder: Path, files: Mapping[str, FileRecord], tag: Tag) -> None:
