@@ -44,8 +44,8 @@ class AnchorConfig(BaseModel):
     @model_validator(mode="after")
     def _one_of_two(self) -> AnchorConfig:
         if (self.strength is None) == (self.decay is None):
-            given = "neither" if self.strength is None else "both"
-            raise UserError(f"anchor needs strength or decay, and {given} is given; set one of them")
+            given = "neither is" if self.strength is None else "both are"
+            raise UserError(f"anchor needs strength or decay, and {given} given; set one of them")
         return self
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from epi_ds.recipe.keep import Keep
 from epi_ds.recipe.loading import parse_recipe
 from epi_ds.recipe.models import Recipe
 from epi_ds.train import own_rows
-from epi_ds.train.measuring import kept_windows
+from epi_ds.train.measuring import check_own_rows_fill, kept_windows
 from epi_ds.train.rows import row_arguments_of
 from epi_ds.train.run_folder import RunFolder
 from tests.support.tables import write_lines
@@ -112,6 +113,23 @@ def test_fewer_rows_than_are_to_be_measured_are_refused() -> None:
         kept_windows(Keep.model_validate({"self": 7}), data, global_batch=8, seed=0)
     with pytest.raises(UserError, match=r"fewer than method\.keep\.windows: 4, global batches of 2"):
         kept_windows(Keep.model_validate({"self": 7, "windows": 4}), data, global_batch=2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("keep", "fits"),
+    [
+        ({"self": 64}, False),
+        ({"self": 64, "evaluation": False}, True),
+        ({"self": 71}, True),
+        ({"self": 64, "importance": False, "replay": 0.1}, True),
+        ({"self": 640, "windows": 10}, False),
+        ({"self": 64, "data": {"skill": "code", "rows": 64}}, True),
+    ],
+)
+def test_too_few_own_rows_are_refused_before_they_are_written(keep: dict[str, Any], fits: bool) -> None:
+    """One row in ten is held out, and a global batch has 64."""
+    with nullcontext() if fits else pytest.raises(UserError, match="rows to measure, fewer than"):
+        check_own_rows_fill(Keep.model_validate(keep), evaluated=1000, global_batch=64)
 
 
 def test_a_run_that_goes_on_needs_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,9 @@ def test_rows_stand_until_somebody_edits_or_removes_them(tmp_path: Path) -> None
     standing = standing_in(file, {**settings, "rows": 3})
     assert standing is not None
     assert (standing.num_rows, standing.is_edited) == (3, True)
+    file.write_text("\n")
+    with pytest.raises(UserError, match="holds no row, and what stands there is used as it is; remove it"):
+        standing_in(file, settings)
 
 
 def test_a_template_says_how_a_user_begins_and_ends() -> None:
