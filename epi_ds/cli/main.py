@@ -28,6 +28,7 @@ from epi_ds.cli import (
     preview_data,
     recipes,
     report,
+    schema,
     study,
     train,
 )
@@ -81,6 +82,7 @@ app.command("merge")(merge.merge)
 app.command("estimate")(estimate.estimate)
 app.command("report")(report.report)
 app.add_typer(recipes.app, name="recipes")
+app.command("schema", epilog="Example: epi-ds schema > recipe.schema.json")(schema.schema)
 app.add_typer(study.app, name="study")
 app.command("build-operators")(operators.build_operators)
 app.command("doctor")(doctor.doctor)
