@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -66,5 +67,7 @@ def init(
     write_new(output, checked_text(draft, sizes), parameter="--output")
     typer.echo(
         f"written {output}: about {sizes.num_steps} steps of {sizes.global_batch} rows, and {sizes.held_out} held out\n"
-        f"look at what will be learnt, then train:\n  epi-ds preview-data {output}\n  epi-ds train {output}"
+        "look at what will be learnt, then train:"
     )
+    for verb in ("preview-data", "train"):
+        typer.echo(f"  {shlex.join(['epi-ds', verb, str(output)])}")

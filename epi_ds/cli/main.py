@@ -80,27 +80,31 @@ def _verb(name: str, function: Callable[..., None], panel: str, *, example: str)
     app.command(name, rich_help_panel=panel, epilog=f"Example: {example}")(function)
 
 
+def _family(name: str, verbs: typer.Typer, panel: str, *, example: str) -> None:
+    app.add_typer(verbs, name=name, rich_help_panel=panel, epilog=f"Example: {example}")
+
+
 _BEFORE, _DURING, _AFTER, _MEASURED = "Before a run", "During a run", "After a run", "Studies and measurements"
 
 _verb("doctor", doctor.doctor, _BEFORE, example="epi-ds doctor /scratch/me/runs")
 _verb("build-operators", operators.build_operators, _BEFORE, example="epi-ds build-operators")
 _verb("demo", demo.demo, _BEFORE, example="epi-ds demo --output runs/demo")
 _verb("init", init.init, _BEFORE, example="epi-ds init --model Qwen/Qwen2-7B-Instruct --data train.jsonl --gpus 8")
-app.add_typer(recipes.app, name="recipes", rich_help_panel=_BEFORE)
-app.add_typer(configs.app, name="configs", rich_help_panel=_BEFORE)
+_family("recipes", recipes.app, _BEFORE, example="epi-ds recipes cp own_data mine.yaml")
+_family("configs", configs.app, _BEFORE, example="epi-ds configs cp zero3_offload mine.json")
 _verb("schema", schema.schema, _BEFORE, example="epi-ds schema > recipe.schema.json")
 _verb("preview-data", preview_data.preview_data, _BEFORE, example="epi-ds preview-data recipe.yaml --rows 5")
 _verb("estimate", estimate.estimate, _BEFORE, example="epi-ds estimate --world-size 1024 --layers 300")
 _verb("train", train.train, _DURING, example="epi-ds train recipe.yaml train.learning_rate=2e-5")
-app.add_typer(launch.app, name="launch", rich_help_panel=_DURING)
-app.add_typer(checkpoints.app, name="checkpoints", rich_help_panel=_DURING)
+_family("launch", launch.app, _DURING, example="epi-ds launch local recipe.yaml --ranks 8")
 _verb("report", report.report, _AFTER, example="epi-ds report runs/mine")
 _verb("audit", audit.audit, _AFTER, example="epi-ds audit runs/mine")
 _verb("eval", evaluate.evaluate, _AFTER, example="epi-ds eval runs/mine/export --recipe recipe.yaml --against base")
 _verb("export", export.export, _AFTER, example="epi-ds export runs/mine/checkpoints/checkpoint-40 out --verify")
 _verb("merge", merge.merge, _AFTER, example="epi-ds merge base runs/mine/export --output between --alpha 0.5")
-app.add_typer(study.app, name="study", rich_help_panel=_MEASURED)
-app.add_typer(bench.app, name="bench", rich_help_panel=_MEASURED)
+_family("checkpoints", checkpoints.app, _AFTER, example="epi-ds checkpoints list runs/mine")
+_family("study", study.app, _MEASURED, example="epi-ds study table tiny")
+_family("bench", bench.app, _MEASURED, example="epi-ds bench kernels --device cuda")
 
 
 def _quieten() -> None:

@@ -89,7 +89,9 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(draft: Draft) -> Sizes:
-    """Return how the rows are dealt out. Raises UserError where there are fewer than ranks."""
+    """Return how the rows are dealt out. Raises UserError for fewer GPUs than none, and for fewer rows than ranks."""
+    if draft.num_gpus < 0:
+        raise UserError(f"--gpus {draft.num_gpus}: give how many GPUs will train, or 0 for the CPU")
     rows, ranks = draft.data.num_rows, draft.num_gpus or 1
     held_out = min(rows // _HELD_OUT_SHARE, _MOST_HELD_OUT)
     # Where the rows that are left out lie is not looked at: at worst, all of them among those that are trained.

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from epi_ds.data.sources import find_files
 from epi_ds.data.table import Reading, Table, describe, read_table
+from epi_ds.errors import UserError
 from epi_ds.recipe.draft import DataFacts, Draft, ModelFacts, Sizes, recipe_text
 from epi_ds.recipe.loading import parse_recipe, read_yaml
 from epi_ds.train.model import told
@@ -44,8 +45,8 @@ def look_at_data(path: str, *, say: Callable[[str], None]) -> DataFacts:
     num_rows = sum(1 for _ in read_table(table, reading))
     for level, text in describe(table, reading):
         say(f"{logging.getLevelName(level).lower()}: {text}")
-    # Where there was a row, its format was found.
-    assert reading.format is not None
+    if reading.format is None:
+        raise UserError(f"{path} has no row to train on; check the file")
     num_left_out = sum(reading.left_out_counts.values())
     return DataFacts(path, reading.format.format, num_rows + num_left_out, num_left_out)
 

@@ -182,6 +182,11 @@ def test_rows_are_dealt_out(found: Draft, sizes: Sizes) -> None:
     assert sizes.global_batch <= found.data.num_rows - sizes.held_out
 
 
+def test_a_negative_number_of_gpus_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--gpus -1: give how many GPUs will train, or 0 for the CPU"):
+        sizes_of(draft(100, -1))
+
+
 def test_few_rows_are_all_trained_on() -> None:
     found = draft(9, 1)
     values = read_yaml(recipe_text(found, sizes_of(found)))

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import Result
 from typer.testing import CliRunner
 
 from epi_ds import ds_configs
@@ -49,7 +48,7 @@ def test_shipped_recipes_are_valid_and_say_what_they_are(
     assert re.search(r"\bcosts\b", head)
 
 
-def recipes_command(*arguments: str) -> Result:
+def recipes_command(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["recipes", *arguments])
 
 
