@@ -8,9 +8,6 @@ tests/unit/test_documentation.py fails where a committed page is not what this w
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -22,6 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from epi_ds.config import EPIConfig
+from epi_ds.recipe.docstrings import docstrings_of, summary_of
 from epi_ds.recipe.models import Recipe
 from epi_ds.study.models import Study
 
@@ -73,24 +71,6 @@ _HOMES = {page.model: page.name for page in PAGES}
 # Of annotated_types, and how a reader says it.
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "pattern": "matches"}
 _PLAIN = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", Any: "any value"}
-
-
-def docstrings_of(model: type[BaseModel]) -> dict[str, str]:
-    """Return the text below each field in a model's source, base classes included, as Markdown on one line."""
-    texts: dict[str, str] = {}
-    for base in reversed([base for base in model.__mro__ if issubclass(base, BaseModel) and base is not BaseModel]):
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(definition, ast.ClassDef)
-        for field, below in zip(definition.body, definition.body[1:], strict=False):
-            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
-                continue
-            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                texts[field.target.id] = _one_line(below.value.value)
-    return texts
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.replace("``", "`").split())
 
 
 def type_of(annotation: Any, *, page: Page) -> str:
@@ -175,7 +155,7 @@ def section_of(model: type[BaseModel], *, page: Page) -> str:
 def _summary_of(annotation: Any) -> str | None:
     """Return the first sentence of the model that a section is, which says what the section is for."""
     models = [part for part in _parts(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
-    return _one_line((models[0].__doc__ or "").split("\n\n")[0]) if models else None
+    return summary_of(models[0]) if models else None
 
 
 def markdown_of(page: Page) -> str:
@@ -187,7 +167,7 @@ def markdown_of(page: Page) -> str:
     ]
     for model in nested_models(page.model):
         if model is not page.model:
-            parts += [f"## {model.__name__}", str(_summary_of(model))]
+            parts += [f"## {model.__name__}", summary_of(model)]
         parts.append(section_of(model, page=page))
     return "\n\n".join(parts) + "\n"
 

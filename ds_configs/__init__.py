@@ -17,6 +17,7 @@ import hjson
 from epi_ds.ds_configs.keys import misspelt, misspelt_sentence
 from epi_ds.ds_configs.values import changed, expanded
 from epi_ds.errors import UserError, nearest, summarize
+from epi_ds.new_file import write_new
 
 # Key of the line that says when to use a configuration. DeepSpeed has no such key.
 _COMMENT = "comment"
@@ -54,16 +55,11 @@ def copy(name: str, target: Path | None = None) -> Path:
 
     Without ``target`` into the folder of now. Raises UserError for a name that is none, and where the file exists.
     """
+    content = text(name)
     path = Path(f"{name}.json") if target is None else target
     if path.is_dir():
         path /= f"{name}.json"
-    content = text(name)
-    try:
-        # Fails where there is a file by now, whoever made it.
-        with path.open("x") as file:
-            file.write(content)
-    except FileExistsError:
-        raise UserError(f"{path} exists, and is not overwritten; remove it, or give another TARGET") from None
+    write_new(path, content, parameter="TARGET")
     return path
 
 

@@ -48,6 +48,11 @@ def accelerator_name() -> str:
 
 def default_ranks() -> int:
     """Return how many ranks to start on this machine: one per accelerator, or one without any. Imports torch."""
+    return num_accelerators() or 1
+
+
+def num_accelerators() -> int:
+    """Return how many accelerators this process sees. Imports torch."""
     import torch
 
-    return torch.accelerator.device_count() if torch.accelerator.is_available() else 1
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0

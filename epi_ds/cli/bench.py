@@ -39,7 +39,7 @@ def _on_the_cpu() -> None:
     prepare_environment()
 
 
-@app.command()
+@app.command(epilog="Example: epi-ds bench memory --world-sizes 2 --ratios 0.01")
 def memory(
     world_sizes: Annotated[str, typer.Option(help="World sizes to start, separated by commas.")] = "1,2,3,4",
     ratios: Annotated[str, typer.Option(help="Isolation ratios, separated by commas.")] = "0.01,0.2,0.5",
@@ -55,7 +55,7 @@ def memory(
     _show([row._asdict() for row in rows], json=json, markdown=markdown)
 
 
-@app.command()
+@app.command(epilog="Example: epi-ds bench displacement --strength 4")
 def displacement(
     strength: Annotated[float, typer.Option(min=0, help="Of the anchor.")] = 2.0,
     steps: Annotated[int, typer.Option(min=10, help="Of the middle length.")] = 120,
@@ -71,7 +71,7 @@ def displacement(
     _show([row._asdict() for row in rows], json=json, markdown=markdown)
 
 
-@app.command()
+@app.command(epilog="Example: epi-ds bench data --rows 30000")
 def data(
     rows: Annotated[int, typer.Option(min=1000, help="Rows of the file that is prepared.")] = 300_000,
     processes: Annotated[int, typer.Option(min=1, help="Processes that tokenise.")] = 2,
@@ -86,7 +86,7 @@ def data(
     _show([measured._asdict()], json=json, markdown=markdown)
 
 
-@app.command()
+@app.command(epilog="Example: epi-ds bench sketch --steps 200")
 def sketch(
     steps: Annotated[int, typer.Option(min=1, help="Training steps before the thresholds are searched.")] = 2000,
     ema_decay: Annotated[
@@ -108,7 +108,7 @@ def sketch(
     _show([row._asdict() for row in measure_sketches(trained, world_size=world_size)], json=json, markdown=markdown)
 
 
-@app.command()
+@app.command(epilog="Example: epi-ds bench kernels --device cuda")
 def kernels(
     threads: Annotated[str, typer.Option(help="Numbers of threads, separated by commas.")] = "1,2",
     numel: Annotated[int, typer.Option(min=1, help="Entries of the tensors.")] = 33_333_331,
@@ -134,7 +134,7 @@ def kernels(
     _show([row._asdict() for row in rows], json=json, markdown=markdown)
 
 
-@app.command()
+@app.command(epilog="Example: epi-ds bench step --world-sizes 2 --states u16")
 def step(
     world_sizes: Annotated[str, typer.Option(help="World sizes to start, separated by commas.")] = "2",
     states: Annotated[str, typer.Option(help="States, separated by commas; all by default.")] = "",
@@ -160,7 +160,7 @@ def step(
     _show([row._asdict() for row in rows], json=json, markdown=markdown)
 
 
-@app.command()
+@app.command(epilog="Example: epi-ds bench save --folder /scratch/me")
 def save(
     world_size: Annotated[int, typer.Option(min=1, help="Ranks that save.")] = 2,
     states: Annotated[str, typer.Option(help="States, separated by commas.")] = "u16",

@@ -18,7 +18,7 @@ Run = Annotated[Path, typer.Argument(metavar="PATH", help="The folder of a run o
 Trust = Annotated[bool, typer.Option("--trust", help="Read a checkpoint that lies outside of its run's folder.")]
 
 
-@app.command("list")
+@app.command("list", epilog="Example: epi-ds checkpoints list runs/mine")
 def list_(path: Run) -> None:
     """List checkpoints and what interrupted saves left. Reads nothing but manifests."""
     from epi_ds.inspect.overview import lines_of
@@ -32,7 +32,7 @@ def list_(path: Run) -> None:
     Console(width=200).print(table)
 
 
-@app.command()
+@app.command(epilog="Example: epi-ds checkpoints verify runs/mine")
 def verify(
     path: Annotated[Path, typer.Argument(help="One checkpoint, or the folder of a run or of its checkpoints.")],
 ) -> None:
@@ -49,7 +49,7 @@ def verify(
     raise typer.Exit(0 if read(path, report) else 1)
 
 
-@app.command()
+@app.command(epilog="Example: epi-ds checkpoints prune runs/mine --keep-last 2 --dry-run")
 def prune(
     path: Run,
     keep_last: Annotated[int, typer.Option(min=1, help="Complete checkpoints to keep.")],
@@ -67,7 +67,7 @@ def prune(
         console.print(f"{'would remove' if dry_run else 'removed'} {one}")
 
 
-@app.command()
+@app.command(epilog="Example: epi-ds checkpoints convert runs/mine/checkpoints/checkpoint-40 universal")
 def convert(
     path: Annotated[Path, typer.Argument(help="One checkpoint.")],
     output: Annotated[Path, typer.Argument(help="Folder to write to; it must not exist.")],

@@ -14,20 +14,20 @@ app = typer.Typer(help="Look at the shipped DeepSpeed configurations, and copy t
 Name = Annotated[str, typer.Argument(help="A shipped configuration (epi-ds configs list).")]
 
 
-@app.command("list")
+@app.command("list", epilog="Example: epi-ds configs list")
 def list_() -> None:
     """List the shipped configurations, and when to use which."""
     for name in ds_configs.names():
         typer.echo(f"{name:20} {ds_configs.comment(name)}")
 
 
-@app.command()
+@app.command(epilog="Example: epi-ds configs cat zero3_offload")
 def cat(name: Name) -> None:
     """Print one as it is."""
     typer.echo(ds_configs.text(name), nl=False)
 
 
-@app.command()
+@app.command(epilog="Example: epi-ds configs cp zero3_offload mine.json")
 def cp(
     name: Name,
     target: Annotated[Path | None, typer.Argument(help="File or folder to write to; default NAME.json.")] = None,

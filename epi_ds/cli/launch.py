@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from epi_ds.cli.debugging import debug_options
 from epi_ds.launch.mpi import Starter
 from epi_ds.launch.slurm import Container, Image, SlurmJob, submit_command
 from epi_ds.launch.slurm import submit as submit_jobs
@@ -24,7 +25,7 @@ Arguments = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and run nothing.")]
 
 
-@app.command()
+@app.command(epilog="Example: epi-ds launch local recipe.yaml --ranks 8")
 def local(
     target: Target,
     arguments: Arguments = None,
@@ -41,13 +42,13 @@ def local(
     from epi_ds.recipe.launch_target import find_target
     from epi_ds.train.ranks import start_ranks
 
-    found = find_target(target, arguments or [])
+    found = find_target(target, arguments or [], options=debug_options())
     if found.recipe is not None:
         raise typer.Exit(start_ranks(found.recipe, list(found.command[2:]), num_ranks=ranks))
     raise typer.Exit(run_ranks("epi_ds.launch.rank", found.command, num_ranks=ranks or default_ranks()))
 
 
-@app.command()
+@app.command(epilog="Example: epi-ds launch mpi recipe.yaml --ranks 16 --hosts node1:8,node2:8")
 def mpi(
     target: Target,
     arguments: Arguments = None,
@@ -66,7 +67,7 @@ def mpi(
     from epi_ds.launch.mpi import mpi_command, run
     from epi_ds.recipe.launch_target import find_target
 
-    found = find_target(target, arguments or [])
+    found = find_target(target, arguments or [], options=debug_options())
     command = mpi_command(
         found.command,
         starter,
@@ -81,7 +82,7 @@ def mpi(
     raise typer.Exit(run(command))
 
 
-@app.command()
+@app.command(epilog="Example: epi-ds launch slurm recipe.yaml --nodes 2 --gpus-per-node 8 --time 12:00:00 --submit")
 def slurm(
     target: Target,
     arguments: Arguments = None,
@@ -122,7 +123,7 @@ def slurm(
     from epi_ds.recipe.launch_target import find_target
     from epi_ds.recipe.slurm_jobs import folder_of, jobs_of
 
-    found = find_target(target, arguments or [])
+    found = find_target(target, arguments or [], options=debug_options())
     given = {"time": time, "partition": partition, "account": account, "qos": qos, "mem": memory}
     job = SlurmJob(
         name=name or found.name,

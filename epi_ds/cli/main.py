@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from enum import Enum
 from typing import Annotated
 
@@ -22,15 +23,18 @@ from epi_ds.cli import (
     estimate,
     evaluate,
     export,
+    init,
     launch,
     merge,
     operators,
     preview_data,
     recipes,
     report,
+    schema,
     study,
     train,
 )
+from epi_ds.cli.debugging import OPTION, log_everything, log_traceback
 from epi_ds.errors import CheckpointError, DiskError, LostRankError, RemedyError, UserError
 from epi_ds.launch.teardown import skip_teardown
 
@@ -45,6 +49,7 @@ app = typer.Typer(
     name="epi-ds",
     help="Fine-tune large language models without making them forget.",
     no_args_is_help=True,
+    epilog="Start with: epi-ds demo, then epi-ds init",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -61,29 +66,45 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version)
     ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option(OPTION, callback=log_everything, help="Show where an error comes from, too: its traceback."),
+    ] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="Given by the deepspeed launcher.")] = 0,
 ) -> None:
     """Fine-tune large language models without making them forget."""
     # The rank is read from the environment; the launcher passes this on top unless it is told not to.
 
 
-app.command("train")(train.train)
-app.command("preview-data")(preview_data.preview_data)
-app.add_typer(launch.app, name="launch")
-app.command("demo")(demo.demo)
-app.command("audit")(audit.audit)
-app.add_typer(bench.app, name="bench")
-app.add_typer(checkpoints.app, name="checkpoints")
-app.add_typer(configs.app, name="configs")
-app.command("eval")(evaluate.evaluate)
-app.command("export")(export.export)
-app.command("merge")(merge.merge)
-app.command("estimate")(estimate.estimate)
-app.command("report")(report.report)
-app.command("recipes")(recipes.recipes)
-app.add_typer(study.app, name="study")
-app.command("build-operators")(operators.build_operators)
-app.command("doctor")(doctor.doctor)
+def _verb(name: str, function: Callable[..., None], panel: str, *, example: str) -> None:
+    app.command(name, rich_help_panel=panel, epilog=f"Example: {example}")(function)
+
+
+def _family(name: str, verbs: typer.Typer, panel: str, *, example: str) -> None:
+    app.add_typer(verbs, name=name, rich_help_panel=panel, epilog=f"Example: {example}")
+
+
+_BEFORE, _DURING, _AFTER, _MEASURED = "Before a run", "During a run", "After a run", "Studies and measurements"
+
+_verb("doctor", doctor.doctor, _BEFORE, example="epi-ds doctor /scratch/me/runs")
+_verb("build-operators", operators.build_operators, _BEFORE, example="epi-ds build-operators")
+_verb("demo", demo.demo, _BEFORE, example="epi-ds demo --output runs/demo")
+_verb("init", init.init, _BEFORE, example="epi-ds init --model Qwen/Qwen2-7B-Instruct --data train.jsonl --gpus 8")
+_family("recipes", recipes.app, _BEFORE, example="epi-ds recipes cp own_data mine.yaml")
+_family("configs", configs.app, _BEFORE, example="epi-ds configs cp zero3_offload mine.json")
+_verb("schema", schema.schema, _BEFORE, example="epi-ds schema > recipe.schema.json")
+_verb("preview-data", preview_data.preview_data, _BEFORE, example="epi-ds preview-data recipe.yaml --rows 5")
+_verb("estimate", estimate.estimate, _BEFORE, example="epi-ds estimate --world-size 1024 --layers 300")
+_verb("train", train.train, _DURING, example="epi-ds train recipe.yaml train.learning_rate=2e-5")
+_family("launch", launch.app, _DURING, example="epi-ds launch local recipe.yaml --ranks 8")
+_verb("report", report.report, _AFTER, example="epi-ds report runs/mine")
+_verb("audit", audit.audit, _AFTER, example="epi-ds audit runs/mine")
+_verb("eval", evaluate.evaluate, _AFTER, example="epi-ds eval runs/mine/export --recipe recipe.yaml --against base")
+_verb("export", export.export, _AFTER, example="epi-ds export runs/mine/checkpoints/checkpoint-40 out --verify")
+_verb("merge", merge.merge, _AFTER, example="epi-ds merge base runs/mine/export --output between --alpha 0.5")
+_family("checkpoints", checkpoints.app, _AFTER, example="epi-ds checkpoints list runs/mine")
+_family("study", study.app, _MEASURED, example="epi-ds study table tiny")
+_family("bench", bench.app, _MEASURED, example="epi-ds bench kernels --device cuda")
 
 
 def _quieten() -> None:
@@ -118,7 +139,7 @@ _TOLD: dict[type[Exception], tuple[int, _Speaks]] = {
 
 
 def main() -> None:
-    """Run the command; an error of `_TOLD` is a message and an exit code, and no traceback.
+    """Run the command; an error of `_TOLD` is a message and an exit code, and no traceback but with ``--debug``.
 
     A rank ends with its exit code, and not with what threads of its process group make of it (teardown.py).
     """
@@ -147,13 +168,16 @@ def _run() -> None:
         if speaks is _Speaks.NO_RANK and rank is not None:
             raise
         if speaks is not _Speaks.RANK_0 or rank in (None, "0"):
+            log_traceback()
             print(f"error: {error}", file=sys.stderr)
         sys.exit(code)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _OF_EXTRAS:
             raise
-        needs = f"epi-ds {' '.join(sys.argv[1:2])} needs {package}, which is not installed here"
+        log_traceback()
+        verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        needs = f"epi-ds {verb} needs {package}, which is not installed here"
         print(f"error: {needs}: pip install 'epi-ds[{_OF_EXTRAS[package]}]'", file=sys.stderr)
         sys.exit(2)
 

@@ -35,7 +35,7 @@ _TargetsOption = Annotated[str | None, typer.Option(help="These targets only, se
 _Work = Annotated[Path | None, typer.Option(help="Folder of the runs; default runs/study/NAME.")]
 
 
-@app.command("run")
+@app.command("run", epilog="Example: epi-ds study run tiny --seeds 0 --arms full_lr_1,anchor_update_2")
 def run(
     study: _Study,
     seeds: _SeedsOption = None,
@@ -92,7 +92,7 @@ def run(
         raise typer.Exit(1)
 
 
-@app.command("slurm")
+@app.command("slurm", epilog="Example: epi-ds study slurm mine.yaml --cpus 4 --parallel 8 --submit")
 def slurm(
     study: _Study,
     seeds: _SeedsOption = None,
@@ -139,7 +139,7 @@ def slurm(
         typer.echo(f"submit with:\n  {shlex.join(jobs.submit_command(array, after=None))}")
 
 
-@app.command("status")
+@app.command("status", epilog="Example: epi-ds study status tiny")
 def status(study: _Study, results: _Results = None) -> None:
     """Say which cells are finished, which failed, and which lines are of other settings than the study's."""
     from epi_ds.study.cells import cells_of, digest_of
@@ -164,7 +164,7 @@ def status(study: _Study, results: _Results = None) -> None:
         console.print(f"{others} lines of {found.results} are of other settings, and are not used")
 
 
-@app.command("table")
+@app.command("table", epilog="Example: epi-ds study table tiny --markdown")
 def table(
     study: _Study,
     seeds: _ReportedSeeds = None,
@@ -187,7 +187,7 @@ def table(
         Console().print(shown)
 
 
-@app.command("report")
+@app.command("report", epilog="Example: epi-ds study report tiny --output docs/measured/tiny")
 def report(
     study: _Study,
     seeds: _ReportedSeeds = None,

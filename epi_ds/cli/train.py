@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from epi_ds.cli.debugging import debug_options
+
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A .yaml file, or the name of a shipped recipe (epi-ds recipes).")],
@@ -46,4 +48,4 @@ def train(
     if is_rank:
         train_as_rank(loaded, start, show=show_run)
     else:
-        raise typer.Exit(start_ranks(loaded, ["train", recipe, *(overrides or []), *start.arguments]))
+        raise typer.Exit(start_ranks(loaded, [*debug_options(), "train", recipe, *(overrides or []), *start.arguments]))

@@ -56,7 +56,7 @@ _LOSSES = ("nll", "dft")
 _OTHER_LOSSES = {"chunked_nll": "TRL's old name of nll, which computes the same; set nll"}
 
 
-class _Range(NamedTuple):
+class Range(NamedTuple):
     """Numbers that an argument may have."""
 
     least: float
@@ -64,7 +64,13 @@ class _Range(NamedTuple):
     includes_least: bool = True
 
     def holds(self, value: float) -> bool:
+        """Whether a value is one of them."""
         return (value >= self.least if self.includes_least else value > self.least) and value < self.below
+
+    def as_schema(self) -> dict[str, float]:
+        """Return it in the words of JSON Schema."""
+        found = {"minimum" if self.includes_least else "exclusiveMinimum": self.least}
+        return found if self.below == math.inf else {**found, "exclusiveMaximum": self.below}
 
     def __str__(self) -> str:
         least = f"at least {self.least}" if self.includes_least else f"above {self.least}"
@@ -91,16 +97,45 @@ _RANGES = {
             "ddp_timeout",
             "torch_empty_cache_steps",
         ),
-        _Range(1),
+        Range(1),
     ),
-    **dict.fromkeys(("learning_rate", "logging_steps", "adam_epsilon"), _Range(0, includes_least=False)),
+    **dict.fromkeys(("learning_rate", "logging_steps", "adam_epsilon"), Range(0, includes_least=False)),
     **dict.fromkeys(
-        ("max_grad_norm", "weight_decay", "warmup_steps", "save_steps", "dataloader_num_workers"), _Range(0)
+        ("max_grad_norm", "weight_decay", "warmup_steps", "save_steps", "dataloader_num_workers"), Range(0)
     ),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _Range(0, below=1)),
-    "seed": _Range(0, below=1 << 32),
-    "data_seed": _Range(0, below=1 << 32),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), Range(0, below=1)),
+    "seed": Range(0, below=1 << 32),
+    "data_seed": Range(0, below=1 << 32),
 }
+
+
+class Argument(NamedTuple):
+    """What one argument in ``train`` may be."""
+
+    types: tuple[str, ...]
+    """Names in `PLAIN`; empty where it takes others too."""
+    choices: tuple[str, ...]
+    """The words that it may be, or hold; empty where there is no list of them."""
+    range: Range | None
+    description: str
+    """As Markdown."""
+
+
+def arguments() -> dict[str, Argument]:
+    """Return what ``train`` may hold, by name. Raises ModuleNotFoundError, by its name, where TRL is not installed."""
+    found = trainer_arguments()
+    types = {**found.types, "deepspeed": ("str", "dict")}
+    choices = {
+        **_CHOICES,
+        "loss_type": _LOSSES,
+        "lr_scheduler_type": found.schedules,
+        "report_to": (*found.trackers, "all", "none"),
+    }
+    return {
+        name: Argument(kinds, choices.get(name, ()), _RANGES.get(name), found.descriptions[name])
+        for name, kinds in types.items()
+        if name not in _OWNED_ARGUMENTS
+    }
 
 
 def deepspeed_config(train: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +212,8 @@ def argument_problems(train: Mapping[str, Any]) -> list[str]:
             problems.append(f"train.{name}: must be {_named(valid[name])}, got {value!r}")
         elif name in _RANGES and isinstance(value, (int, float)) and not _RANGES[name].holds(value):
             problems.append(f"train.{name}: must be {_RANGES[name]}, got {value!r}")
-    if (train.get("dataset_kwargs") or {}).get("skip_prepare_dataset"):
+    prepared = train.get("dataset_kwargs")
+    if isinstance(prepared, Mapping) and prepared.get("skip_prepare_dataset"):
         problems.append("train.dataset_kwargs: skip_prepare_dataset would train the first stage only; remove it")
     try:
         deepspeed_config(train)

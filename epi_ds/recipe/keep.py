@@ -68,6 +68,11 @@ class OwnRows(BaseModel):
         return file
 
 
+def _or_a_number(schema: dict[str, Any]) -> None:
+    """Add to the schema of ``self`` what its validator takes, too."""
+    schema["anyOf"].insert(0, {"type": "integer", "minimum": 1})
+
+
 class Keep(BaseModel):
     """What must not be forgotten, and how it is kept."""
 
@@ -75,7 +80,7 @@ class Keep(BaseModel):
 
     data: OneOrSeveral | None = None
     """Rows that are given: of what the model can, and shall still be able to do."""
-    self: OwnRows | None = None
+    self: OwnRows | None = Field(None, json_schema_extra=_or_a_number)
     """Rows that the model writes itself before training: how many, or a mapping."""
     importance: bool = True
     """Before the first step the rows' gradients are measured, and remembered as those of a finished stage called

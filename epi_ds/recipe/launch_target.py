@@ -10,7 +10,7 @@ from epi_ds.errors import UserError
 from epi_ds.recipe.loading import load_recipe
 from epi_ds.recipe.models import Recipe
 
-_TRAIN = ("-m", "epi_ds.cli.main", "train")
+_COMMAND = ("-m", "epi_ds.cli.main")
 
 
 class Target(NamedTuple):
@@ -23,6 +23,8 @@ class Target(NamedTuple):
     """Where the run writes; of a script, where its job's files go."""
     recipe: Recipe | None
     """None for a script."""
+    options: tuple[str, ...] = ()
+    """Of ``epi-ds`` itself, before its verb."""
 
     @property
     def name(self) -> str:
@@ -32,7 +34,8 @@ class Target(NamedTuple):
     @property
     def command(self) -> tuple[str, ...]:
         """Return the arguments of ``python -m epi_ds.launch.rank``."""
-        return (*(() if self.recipe is None else _TRAIN), self.given, *self.arguments)
+        train = () if self.recipe is None else (*_COMMAND, *self.options, "train")
+        return (*train, self.given, *self.arguments)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -49,10 +52,11 @@ class Target(NamedTuple):
         return (*self.command, f"--until={stage}")
 
 
-def find_target(text: str, arguments: Sequence[str]) -> Target:
+def find_target(text: str, arguments: Sequence[str], *, options: Sequence[str] = ()) -> Target:
     """Return what ``text`` names: a script that ends in .py, else a recipe, by path or by the name of a shipped one.
 
     arguments  overrides of a recipe, which is read and checked with them; else the script's own
+    options    of ``epi-ds`` itself, for the ranks of a recipe
 
     Raises UserError for a script that is not there, and listing everything that is wrong with a recipe.
     """
@@ -62,4 +66,4 @@ def find_target(text: str, arguments: Sequence[str]) -> Target:
             raise UserError(f"there is no script {text}")
         return Target(text, tuple(arguments), Path("runs") / path.stem, None)
     recipe = load_recipe(text, arguments)
-    return Target(text, tuple(arguments), Path(recipe.output), recipe)
+    return Target(text, tuple(arguments), Path(recipe.output), recipe, tuple(options))

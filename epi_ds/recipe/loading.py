@@ -24,12 +24,6 @@ from epi_ds.recipe.models import Recipe
 from epi_ds.recipe.sources import Files
 
 
-def shipped_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    folder = Path(shipped.__file__).parent
-    return sorted(path.stem for path in folder.glob("*.yaml"))
-
-
 def find_recipe(name_or_path: str) -> Path:
     """Return the file of a recipe given by path or by the name of a shipped one. Raises ValueError for neither."""
     path = Path(name_or_path)
@@ -37,11 +31,11 @@ def find_recipe(name_or_path: str) -> Path:
         if path.is_file():
             return path
         raise UserError(f"there is no recipe file {name_or_path}")
-    if name_or_path in shipped_names():
-        return Path(shipped.__file__).parent / f"{name_or_path}.yaml"
+    if name_or_path in shipped.names():
+        return shipped.path_of(name_or_path)
     raise UserError(
-        f"{name_or_path!r} is neither a .yaml file nor a shipped recipe ({', '.join(shipped_names())})"
-        f"{nearest(name_or_path, shipped_names())}"
+        f"{name_or_path!r} is neither a .yaml file nor a shipped recipe ({', '.join(shipped.names())})"
+        f"{nearest(name_or_path, shipped.names())}"
     )
 
 

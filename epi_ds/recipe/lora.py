@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from epi_ds.errors import nearest
+from epi_ds.recipe.trainer_arguments import plain_types
 
 # What a run of stages decides itself.
 _OWNED = (
@@ -55,13 +57,34 @@ class LoraSection(BaseModel):
         return dict(self.model_extra or {})
 
 
-def lora_problems(section: LoraSection) -> list[str]:
-    """Return one sentence per key that PEFT does not know, or that cannot work here. Imports PEFT."""
+class LoraKey(NamedTuple):
+    """What one key of PEFT's ``LoraConfig`` may be."""
+
+    types: tuple[str, ...]
+    """As `plain_types` names them."""
+    description: str
+    """What PEFT says of it."""
+
+
+def lora_keys() -> dict[str, LoraKey]:
+    """Return the keys of ``LoraConfig`` that a recipe may give, by name; none where PEFT is not installed."""
     if importlib.util.find_spec("peft") is None:
-        return ["model.lora needs peft, which is not installed here: pip install 'epi-ds[lora]'"]
+        return {}
     from peft import LoraConfig
 
-    known = [field.name for field in dataclasses.fields(LoraConfig) if field.name not in _OWNED]
+    hints = typing.get_type_hints(LoraConfig)
+    return {
+        field.name: LoraKey(plain_types(hints[field.name]), field.metadata.get("help", ""))
+        for field in dataclasses.fields(LoraConfig)
+        if field.name not in _OWNED
+    }
+
+
+def lora_problems(section: LoraSection) -> list[str]:
+    """Return one sentence per key that PEFT does not know, or that cannot work here. Imports PEFT."""
+    known = lora_keys()
+    if not known:
+        return ["model.lora needs peft, which is not installed here: pip install 'epi-ds[lora]'"]
     problems = []
     for name, value in section.settings.items():
         if name in _OWNED:

@@ -13,8 +13,10 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import types
 import typing
 from contextlib import suppress
+from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple
 from epi_ds.launch.environment import cache_folder
 
 # Types of arguments that are checked; others are left to TrainingArguments.
-PLAIN = {"bool": bool, "int": int, "float": float, "str": str, "NoneType": type(None)}
+PLAIN = {"bool": bool, "int": int, "float": float, "str": str, "NoneType": type(None), "dict": dict, "list": list}
 _PACKAGES = ("trl", "transformers")
 
 
@@ -31,6 +33,8 @@ class TrainerArguments(NamedTuple):
 
     types: dict[str, tuple[str, ...]]
     """By argument the names of its types in `PLAIN`; empty where it takes others too."""
+    descriptions: dict[str, str]
+    """By argument what TRL or transformers say of it, as Markdown."""
     schedules: tuple[str, ...]
     """Names of learning-rate schedules."""
     trackers: tuple[str, ...]
@@ -49,8 +53,8 @@ def trainer_arguments() -> TrainerArguments:
     kept = cache_folder() / f"arguments-{releases}-{reader}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         values = json.loads(kept.read_text())
-        types = {name: tuple(kinds) for name, kinds in values["types"].items()}
-        return TrainerArguments(types, tuple(values["schedules"]), tuple(values["trackers"]))
+        kinds = {name: tuple(names) for name, names in values["types"].items()}
+        return TrainerArguments(kinds, values["descriptions"], tuple(values["schedules"]), tuple(values["trackers"]))
     found = _read_from_trl()
     # Without a place to keep it, the next command takes seconds longer.
     with suppress(OSError):
@@ -64,14 +68,27 @@ def _read_from_trl() -> TrainerArguments:
     from trl import SFTConfig
 
     hints = typing.get_type_hints(SFTConfig)
-    types = {field.name: _plain_types(hints[field.name]) for field in dataclasses.fields(SFTConfig) if field.init}
-    return TrainerArguments(types, tuple(kind.value for kind in SchedulerType), tuple(INTEGRATION_TO_CALLBACK))
+    fields = [field for field in dataclasses.fields(SFTConfig) if field.init]
+    return TrainerArguments(
+        types={field.name: plain_types(hints[field.name]) for field in fields},
+        descriptions={field.name: field.metadata.get("help", "") for field in fields},
+        schedules=tuple(kind.value for kind in SchedulerType),
+        trackers=tuple(INTEGRATION_TO_CALLBACK),
+    )
 
 
-def _plain_types(annotation: Any) -> tuple[str, ...]:
-    members = typing.get_args(annotation) or (annotation,)
-    names = tuple(getattr(member, "__name__", "") for member in members)
-    return names if all(PLAIN.get(name) is member for name, member in zip(names, members, strict=True)) else ()
+def plain_types(annotation: Any) -> tuple[str, ...]:
+    """Return the names in `PLAIN` of the types that an annotation allows; empty where it allows others too."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    members = typing.get_args(annotation) if is_union else (annotation,)
+    names = tuple(_plain_name(typing.get_origin(member) or member) for member in members)
+    return tuple(dict.fromkeys(names)) if all(names) else ()
+
+
+def _plain_name(kind: Any) -> str:
+    if isinstance(kind, type) and issubclass(kind, Enum) and issubclass(kind, str):
+        return "str"
+    return next((name for name, plain in PLAIN.items() if plain is kind), "")
 
 
 def _keep(path: Path, found: TrainerArguments) -> None:

@@ -29,6 +29,7 @@ from epi_ds import ds_configs
 from epi_ds.cli.main import app
 from epi_ds.config import EPIConfig
 from epi_ds.data.skills import SKILLS
+from epi_ds.launch import recipes
 from epi_ds.launch.environment import prepare_environment
 from epi_ds.recipe.harness import HarnessSection
 from epi_ds.recipe.loading import parse_recipe
@@ -155,7 +156,8 @@ def command_line() -> Any:
 def checked_epi_ds(arguments: list[str]) -> None:
     """Fail unless there is such a command with such options. What they would do is not looked at."""
     command = command_line()
-    rest = list(arguments)
+    # One that has no value, of epi-ds itself.
+    rest = arguments[1:] if arguments[0] == "--debug" else list(arguments)
     while hasattr(command, "commands") and rest and rest[0] != "--help":
         assert rest[0] in command.commands, f"epi-ds {' '.join(arguments)}: there is no {rest[0]!r}"
         command = command.commands[rest.pop(0)]
@@ -180,6 +182,32 @@ def test_commands_exist(page: Path) -> None:
             # test_x.py is of an operation to be written.
             if re.match(r"(tests|docker|docs|launch|ds_configs)/[\w./-]+$", word) and not word.endswith("_x.py"):
                 assert (ROOT / word).exists(), f"there is no {word}"
+
+
+def verbs_below(command: Any, *words: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, verb in getattr(command, "commands", {}).items():
+        yield (*words, name), verb
+        yield from verbs_below(verb, *words, name)
+
+
+def test_every_verb_stands_in_a_panel_and_its_help_ends_with_an_example() -> None:
+    panels = {verb.rich_help_panel for verb in command_line().commands.values()}
+    assert panels == {"Before a run", "During a run", "After a run", "Studies and measurements"}
+    verbs = list(verbs_below(command_line()))
+    assert len(verbs) > 40
+    for words, verb in verbs:
+        assert verb.epilog, f"epi-ds {' '.join(words)}: its help has no example"
+        mark, example = verb.epilog.split(": ", 1)
+        assert mark == "Example"
+        # What a shell makes of it is no argument.
+        command, *arguments = shlex.split(example.partition(" > ")[0])
+        assert command == "epi-ds"
+        assert tuple(arguments[: len(words)]) == words
+        checked_epi_ds(arguments)
+
+
+def test_every_shipped_recipe_stands_in_the_documentation() -> None:
+    assert set(recipes.names()) <= set(codes_in(prose_of(ROOT / "docs" / "recipes.md")))
 
 
 @cache

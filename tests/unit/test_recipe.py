@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from epi_ds import ds_configs
+from epi_ds.cli.main import app
 from epi_ds.errors import UserError
+from epi_ds.launch import recipes
 from epi_ds.recipe.advice import advice_on
-from epi_ds.recipe.loading import find_recipe, load_recipe, parse_recipe, shipped_names
+from epi_ds.recipe.loading import load_recipe, parse_recipe
 from epi_ds.recipe.presets import Preset
 
 MINIMAL: dict[str, Any] = {
@@ -25,10 +29,55 @@ def write(folder: Path, recipe: dict[str, Any]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", shipped_names())
-def test_shipped_recipes_are_valid_and_say_what_they_are(name: str) -> None:
+def put_files_of(recipe: str) -> None:
+    """Put the files of the user's own that a shipped recipe names where it looks for them."""
+    for path in re.findall(r"path: ([\w.]+\.jsonl)", recipe):
+        Path(path).touch()
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_shipped_recipes_are_valid_and_say_what_they_are(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    put_files_of(recipes.text(name))
     load_recipe(name)
-    assert find_recipe(name).read_text().startswith("# ")
+    assert recipes.comment(name).startswith("For ")
+    assert recipes.comment(name).endswith(".")
+    head = recipes.text(name).partition("\nmodel:")[0]
+    assert "\n# Needs " in head
+    assert re.search(r"\bcosts\b", head)
+
+
+def recipes_command(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["recipes", *arguments])
+
+
+def test_shipped_recipes_are_listed_with_what_they_are_for() -> None:
+    listed = recipes_command("list").stdout.splitlines()
+    assert [line.split()[0] for line in listed] == recipes.names()
+    assert listed[recipes.names().index("paper")].endswith(recipes.comment("paper"))
+    assert recipes_command().stdout.splitlines() == listed
+
+
+def test_a_copied_recipe_is_the_shipped_one_and_is_never_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert recipes_command("cat", "paper").stdout == recipes.text("paper")
+    for target, path in ((), "paper.yaml"), (("mine.yaml",), "mine.yaml"), (("folder",), "folder/paper.yaml"):
+        Path("folder").mkdir(exist_ok=True)
+        assert recipes_command("cp", "paper", *target).stdout == f"written {path}\n"
+        assert Path(path).read_text() == recipes.text("paper")
+        Path(path).write_text("mine")
+        refused = recipes_command("cp", "paper", *target).exception
+        assert isinstance(refused, UserError)
+        assert str(refused) == f"{path} exists, and is not overwritten; remove it, or give another TARGET"
+        assert Path(path).read_text() == "mine"
+    refused = recipes_command("cp", "paper", "nowhere/mine.yaml").exception
+    assert str(refused) == "there is no folder nowhere; make it, or give another TARGET"
+    assert "none of the shipped recipes" in str(recipes_command("cat", "papr").exception)
+    assert "did you mean 'paper'?" in str(recipes_command("cp", "papr").exception)
 
 
 def test_overrides_reach_every_depth(tmp_path: Path) -> None:

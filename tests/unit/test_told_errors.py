@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+from collections.abc import Iterator
+
 import pytest
+from typer.testing import CliRunner
 
 from epi_ds.checkpoint.verdict import AgreedError
 from epi_ds.cli import main as command
@@ -67,3 +72,51 @@ def run_raising(error: type[Exception], rank: str | None, monkeypatch: pytest.Mo
     codes_of_ranks: list[int] = []
     monkeypatch.setattr(command, "skip_teardown", codes_of_ranks.append)
     return codes_of_ranks
+
+
+@pytest.fixture
+def own_level() -> Iterator[None]:
+    """What --debug does to the process's logging is not for other tests."""
+    package = logging.getLogger("epi_ds")
+    before = package.level
+    yield
+    package.setLevel(before)
+
+
+@pytest.mark.usefixtures("own_level")
+def test_with_debug_a_traceback_stands_before_the_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for arguments, says_where in (([], False), (["--debug"], True)):
+        monkeypatch.setattr(sys, "argv", ["epi-ds", *arguments, "recipes", "cat", "nothing"])
+        caplog.clear()
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.startswith("error: 'nothing' is none of the shipped recipes (")
+        assert ("in path_of" in caplog.text) is says_where
+
+
+@pytest.mark.usefixtures("own_level")
+def test_ranks_of_a_recipe_are_debugged_as_the_command_is() -> None:
+    shown = [
+        CliRunner().invoke(command.app, [*options, "launch", "mpi", "demo", "--ranks", "2", "--dry-run"]).stdout
+        for options in ([], ["--debug"])
+    ]
+    assert [" epi_ds.cli.main train demo" in one for one in shown] == [True, False]
+    assert [" epi_ds.cli.main --debug train demo" in one for one in shown] == [False, True]
+
+
+def test_a_missing_extra_is_named_for_the_verb_and_not_for_an_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**_: object) -> None:
+        raise ModuleNotFoundError("No module named 'trl'", name="trl")
+
+    monkeypatch.setattr(command, "app", fail)
+    monkeypatch.setattr(sys, "argv", ["epi-ds", "--debug", "train", "demo"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert capsys.readouterr().err == (
+        "error: epi-ds train needs trl, which is not installed here: pip install 'epi-ds[train]'\n"
+    )
