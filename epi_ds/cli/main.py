@@ -15,6 +15,7 @@ import epi_ds
 from epi_ds.cli import (
     audit,
     bench,
+    chat,
     checkpoints,
     configs,
     demo,
@@ -26,6 +27,7 @@ from epi_ds.cli import (
     merge,
     operators,
     preview_data,
+    push,
     recipes,
     report,
     study,
@@ -75,8 +77,10 @@ app.command("audit")(audit.audit)
 app.add_typer(bench.app, name="bench")
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(configs.app, name="configs")
+app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("push")(push.push)
 app.command("merge")(merge.merge)
 app.command("estimate")(estimate.estimate)
 app.command("report")(report.report)

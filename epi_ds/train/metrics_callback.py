@@ -19,6 +19,7 @@ from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.settings import Change
 from epi_ds.train.stages import StageSpan, stage_at
 from epi_ds.train.trainer import StageTrainer
+from epi_ds.train.versions import installed_versions
 from epi_ds.zero3.handle import EPI
 
 # TRL counts these from the start of the process, so after a resume they would fall back. The trainer's own count of
@@ -80,9 +81,11 @@ class MetricsCallback(TrainerCallback):
             world_size=dist.get_world_size(),
             total_steps=state.max_steps,
             stages={span.name: [span.first_step, span.stop_step] for span in self._spans},
+            rows=self._trainer.num_rows,
             covered=self._epi.stats().covered,
             config=self._epi.config.model_dump(mode="json"),
             changed=[change._asdict() for change in self._changed],
+            versions=installed_versions(),
         )
         if self._last_refresh is not None and state.global_step == 0:
             # A policy that selects before the first step did so when the engine was made.
