@@ -14,10 +14,8 @@ import yaml
 
 from epi_ds.checkpoint.disk import writing
 from epi_ds.checkpoint.durable import write_text
-from epi_ds.data.hub import is_hub_id
-from epi_ds.data.sources import is_local
 from epi_ds.report.protection import protection_told
-from epi_ds.report.published import is_secret, published
+from epi_ds.report.published import is_secret, published, source_name, sources_in
 from epi_ds.report.scores import score_table
 
 FILE = "README.md"
@@ -36,6 +34,12 @@ class RunRecord(NamedTuple):
     """The settings of it that are no defaults."""
     metrics: Sequence[Mapping[str, Any]]
     """The lines of its metrics file."""
+
+    @property
+    def from_hub(self) -> Mapping[str, Any]:
+        """What it took from the hub, as it noted it; empty where it noted nothing."""
+        runs = self.lines("run")
+        return runs[-1].get("from_hub", {}) if runs else {}
 
     def lines(self, event: str) -> list[Mapping[str, Any]]:
         """Return the lines of an event."""
@@ -94,48 +98,26 @@ def card_of(record: RunRecord) -> str:
 def _front_matter(record: RunRecord) -> dict[str, Any]:
     """Return what the hub files the model under. Nothing of it is guessed: a licence is the author's to choose."""
     lora = record.recipe["model"].get("lora")
-    base = _base_on_hub(record)
-    datasets = list(dict.fromkeys(_datasets(record)))
+    base, datasets = record.from_hub.get("model"), record.from_hub.get("datasets")
     return {
         **({} if base is None else {"base_model": base}),
         "library_name": "peft" if lora and not lora.get("merge", True) else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["epi_ds", "sft", "continual-learning", *(["lora"] if lora else [])],
-        **({"datasets": datasets} if datasets else {}),
+        **({"datasets": list(datasets)} if datasets else {}),
     }
 
 
-def _base_on_hub(record: RunRecord) -> str | None:
-    path = str(record.recipe["model"]["path"])
-    return path if is_hub_id(path) and not Path(path).exists() else None
-
-
-def _datasets(record: RunRecord) -> Iterator[str]:
-    keep = record.recipe["method"].get("keep") or {}
-    for data in (*(stage["data"] for stage in record.recipe["stages"]), keep.get("data")):
-        for source in sources_in(data):
-            path = source.get("path")
-            if path is not None and not is_local(path):
-                yield path
-
-
-def sources_in(data: Any) -> list[Mapping[str, Any]]:
-    """Return the sources of a stage, or of what is kept, as they stand in a recipe."""
-    if data is None:
-        return []
-    return list(data) if isinstance(data, (list, tuple)) else [data]
-
-
 def _introduction(record: RunRecord) -> str:
-    base = _base_on_hub(record)
-    path = str(published(record.recipe["model"]["path"]))
+    model, base = record.recipe["model"], record.from_hub.get("model")
     named = f"[{base}](https://huggingface.co/{base})"
     if base is None:
-        named = f"`{path.replace('`', '')}`, a model that is not on the hub"
-    revision = record.recipe["model"].get("revision")
-    at = f" at revision `{revision}`" if revision else ""
-    how = ", by a low-rank adapter" if record.recipe["model"].get("lora") else ""
-    return f"Fine-tuned from {named}{at}{how}, with epi_ds on DeepSpeed ZeRO-3."
+        named = f"`{str(published(model['path'])).replace('`', '')}`"
+        # Of runs of earlier releases it is not known.
+        named += ", a folder where it was trained," if record.from_hub else ""
+    at = f" at revision `{model['revision']}`" if base is not None and model.get("revision") else ""
+    how = " by a low-rank adapter" if model.get("lora") else ""
+    return f"Fine-tuned from {named}{at}{how} with epi_ds on DeepSpeed ZeRO-3."
 
 
 def _stages(record: RunRecord) -> str:
@@ -156,10 +138,9 @@ def _stages(record: RunRecord) -> str:
 
 
 def _source_told(source: Mapping[str, Any], count: int | None) -> str:
-    name = source.get("skill") or source.get("glob") or source.get("path") or ""
     split = source.get("split", "train")
     subset = source.get("subset")
-    parts = [str(published(name)), *([subset] if subset else []), *([split] if split != "train" else [])]
+    parts = [source_name(source), *([subset] if subset else []), *([split] if split != "train" else [])]
     size = source.get("rows") if count is None else count
     return ", ".join(parts) + (f" ({size:,} rows)" if size is not None else "")
 

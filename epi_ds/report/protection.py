@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from epi_ds.report.published import published
+from epi_ds.report.published import published, source_name, sources_in
 from epi_ds.report.words import interval_told, ratio_told
 
 _METHOD = "[EPI, arXiv 2604.14010](https://arxiv.org/abs/2604.14010)"
@@ -52,11 +52,7 @@ def _anchor(anchor: Mapping[str, Any] | None) -> Iterator[str]:
 def _kept(keep: Mapping[str, Any] | None) -> Iterator[str]:
     if keep is None:
         return
-    data = keep.get("data") or []
-    names = [
-        f"`{published(str(one.get('skill') or one.get('glob') or one.get('path')))}`"
-        for one in ([data] if isinstance(data, Mapping) else data)
-    ]
+    names = [f"`{source_name(source)}`" for source in sources_in(keep.get("data"))]
     own = keep.get("self")
     rows = [*names, *([f"{own['rows']} rows that the model wrote itself before training"] if own else [])]
     told = f"Rows that were kept: {', '.join(rows)}."

@@ -42,3 +42,15 @@ def _told(text: str) -> str:
 
 def _name_of(path: str) -> str:
     return PurePosixPath(path).name or _LEFT_OUT
+
+
+def sources_in(data: Any) -> list[Mapping[str, Any]]:
+    """Return the sources of a stage, or of what is kept, as they stand in a recipe."""
+    if data is None:
+        return []
+    return list(data) if isinstance(data, (list, tuple)) else [data]
+
+
+def source_name(source: Mapping[str, Any]) -> str:
+    """Return what a source of rows may be called: its skill, pattern, file or id."""
+    return str(published(source.get("skill") or source.get("glob") or source.get("path") or ""))

@@ -15,6 +15,7 @@ from epi_ds.recipe.loading import load_recipe, parse_recipe, shipped_names
 from epi_ds.recipe.sources import Files
 from epi_ds.report.card import RunRecord, card_of, ensure_card
 from epi_ds.report.published import published
+from epi_ds.train.origins import FromHub, taken_from_hub
 
 SECRET = "hf_" + "aBcD1234" * 4
 VALUES: dict[str, Any] = {
@@ -58,6 +59,7 @@ METRICS = [
         "rows": {"gsm8k": [7473], "own": [1200, 400]},
         "versions": {"epi_ds": "0.1.0", "torch": "2.9.0"},
         "changed": [],
+        "from_hub": {"model": None, "datasets": ["openai/gsm8k"]},
     },
     evaluation(0, "start", gsm8k=0.25, base__own_rows=1.5),
     evaluation(30, "gsm8k", gsm8k=0.75, base__own_rows=1.625),
@@ -92,7 +94,21 @@ def test_it_says_what_was_trained_protected_and_scored() -> None:
     assert card == card_of(record())
 
 
-def test_its_front_matter_is_what_the_hub_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_comes_from_the_hub_is_known_where_a_run_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = {
+        **VALUES,
+        "model": {"path": "me/base"},
+        "method": {"keep": {"data": [{"path": "me/kept"}, {"path": "rows/old.jsonl"}]}},
+    }
+    recipe = parse_recipe(values, place="test", files=Files.ARE_NOT_LOOKED_FOR)
+    assert taken_from_hub(recipe) == FromHub("me/base", ("openai/gsm8k", "me/kept"))
+    for name in ("me/base", "openai/gsm8k"):
+        Path(name).mkdir(parents=True)
+    assert taken_from_hub(recipe) == FromHub(None, ("me/kept",))
+
+
+def test_its_front_matter_is_what_the_hub_reads() -> None:
     data = ModelCard(card_of(record())).data
     assert data.to_dict() == {
         "library_name": "transformers",
@@ -101,12 +117,18 @@ def test_its_front_matter_is_what_the_hub_reads(tmp_path: Path, monkeypatch: pyt
         "datasets": ["openai/gsm8k"],
     }
     of_hub = {**VALUES, "model": {"path": "me/base", "revision": "v2"}}
-    assert ModelCard(card_of(record(of_hub))).data.base_model == "me/base"
-    assert "[me/base](https://huggingface.co/me/base) at revision `v2`" in card_of(record(of_hub))
-    # A folder of that name is no id of the hub.
-    (tmp_path / "me" / "base").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert ModelCard(card_of(record(of_hub))).data.base_model is None
+    run = {**METRICS[0], "from_hub": {"model": "me/base", "datasets": []}}
+    card = card_of(record(of_hub, [run]))
+    assert ModelCard(card).data.base_model == "me/base"
+    assert "Fine-tuned from [me/base](https://huggingface.co/me/base) at revision `v2` with epi_ds" in card
+    # A folder may be called like that, too.
+    card = card_of(record(of_hub))
+    assert ModelCard(card).data.base_model is None
+    assert "Fine-tuned from `me/base`, a folder where it was trained, with epi_ds" in card
+    unknown = {name: value for name, value in METRICS[0].items() if name != "from_hub"}
+    card = card_of(record(of_hub, [unknown]))
+    assert ModelCard(card).data.base_model is None
+    assert "Fine-tuned from `me/base` with epi_ds" in card
     adapter = record()
     lora = {**adapter.recipe, "model": {**adapter.recipe["model"], "lora": {"r": 4, "merge": False}}}
     data = ModelCard(card_of(adapter._replace(recipe=lora))).data
