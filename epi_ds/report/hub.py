@@ -68,7 +68,8 @@ def push_folder(folder: Path, repo: str, *, token: str, private: bool, overwrite
     with _told(repo):
         info = _info_of(api, repo)
         if info is None:
-            api.create_repo(repo, private=private)
+            # Without, as its owner has it by default.
+            api.create_repo(repo, private=private or None)
             missing, others = sorted(path.name for path in folder.iterdir()), []
         else:
             if private and not info.private:
@@ -134,7 +135,13 @@ def _told(repo: str) -> Iterator[None]:
     except HFValidationError as error:
         raise _no_repo(repo) from error
     except ValueError as error:
-        raise UserError(f"{repo}: the hub does not take it: {_first_of(error)}; correct the card") from error
+        # Its library has no type for a card whose front matter the hub refuses, and gives the reasons below each other.
+        said = " ".join(str(error).split())
+        if "README.md" in said:
+            raise UserError(f"the hub does not take the card: {said}; correct it") from error
+        raise RemedyError(
+            f"the hub's answer is not understood ({said[:200]}); check HF_ENDPOINT and the network"
+        ) from error
     except _OF_THE_NETWORK as error:
         raise RemedyError(f"the hub cannot be reached ({_first_of(error)}); check the network, and {again}") from error
     except RuntimeError as error:

@@ -151,12 +151,16 @@ class Chat:
         conversation that is longer than the model's context, and for text that its template or tokenizer refuses.
         """
         model, tokenizer = self._loaded.model, self._loaded.tokenizer
-        prompt = self._history.prompt(said)
+        try:
+            prompt = self._history.prompt(said)
+        except UserError as error:
+            raise UserError(f"{self._loaded.name}: {error}") from error
         most = self._room_behind(prompt)
         stops = self._stops()
         ids = torch.tensor([prompt], device=model.device)
         # Every answer has random numbers of its own, whatever another model said.
-        with torch.inference_mode(), torch.random.fork_rng():
+        devices = [] if model.device.type == "cpu" else [model.device]
+        with torch.inference_mode(), torch.random.fork_rng(devices, device_type=model.device.type):
             if self._sampling is not None:
                 torch.manual_seed(seed_of(self._sampling.seed, self._num_answers))
             generated = model.generate(

@@ -22,13 +22,13 @@ def model_of(name: str) -> str:
             f"{name} is a checkpoint, whose weights lie in shards; write its model by `epi-ds export {name} OUT`, and "
             "give OUT"
         )
-    return str(export_of(path)) if is_run(run) else name
+    return str(export_of(path)) if _is_run(run) else name
 
 
 def export_of(path: Path) -> Path:
     """Return the folder of the model that a run exported. Raises UserError for what is no run, or has not ended."""
     run = RunFolder(path)
-    if not is_run(run):
+    if not _is_run(run):
         raise UserError(f"{path} is no run: there is neither {run.recipe.name} nor {run.metrics.name} in it")
     if not run.has_export:
         found = run.complete_checkpoints()
@@ -50,6 +50,6 @@ def base_of(name: str) -> ModelSection:
     return section.model_copy(update={"lora": None})
 
 
-def is_run(run: RunFolder) -> bool:
+def _is_run(run: RunFolder) -> bool:
     """Whether a run was ever started in a folder."""
     return run.recipe.is_file() or run.metrics.is_file()

@@ -12,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlparse
 
+import yaml
+
 WRITER, READER = "hf_token_that_may_write", "hf_token_that_may_read"
 OWNER = "me"
 _COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -32,6 +34,8 @@ class HubServer(ThreadingHTTPServer):
         """Of commits."""
         self.is_down = False
         """Whether every request is answered by an error of the server."""
+        self.is_full = False
+        """Whether large files are refused."""
 
     @property
     def address(self) -> str:
@@ -76,7 +80,7 @@ class _Hub(BaseHTTPRequestHandler):
         if not self._may(WRITER, READER):
             return
         if path == "/api/validate-yaml":
-            self._answer(200, {"errors": [], "warnings": []})
+            self._validate(json.loads(body)["content"])
         elif not self._may(WRITER):
             return
         elif path == "/api/repos/create":
@@ -94,8 +98,19 @@ class _Hub(BaseHTTPRequestHandler):
         content = self.rfile.read(int(self.headers["Content-Length"]))
         digest = hashlib.sha256(content).hexdigest()
         assert self.path == f"/large/{digest}"
+        if self.server.is_full:
+            self._answer(413, {"error": "Your storage is full"})
+            return
         self.server.large[digest] = content
         self._answer(200, {})
+
+    def _validate(self, card: str) -> None:
+        try:
+            yaml.safe_load(card.split("---")[1])
+        except yaml.YAMLError:
+            self._answer(400, {"error": "Invalid YAML", "errors": [{"message": "the front matter is no YAML"}]})
+        else:
+            self._answer(200, {"errors": [], "warnings": []})
 
     def _create(self, wanted: dict[str, Any]) -> None:
         repo = f"{wanted['organization']}/{wanted['name']}"

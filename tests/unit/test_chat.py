@@ -202,6 +202,11 @@ def test_a_run_is_its_export_once_it_has_ended(folder: Path, tmp_path: Path) -> 
         model_of(str(checkpoint))
     (run / "export").symlink_to(folder)
     assert model_of(str(run)) == str(run / "export")
+    adapter = tmp_path / "adapter"
+    (adapter / "export").mkdir(parents=True)
+    for name in ("recipe.json", "export/adapter_config.json", "export/tokenizer_config.json"):
+        (adapter / name).write_text("{}")
+    assert model_of(str(adapter)) == str(adapter / "export")
     assert base_of(str(run)) == ModelSection(path="me/base", revision="v2")
     with pytest.raises(UserError, match="is no run, so its base is not known"):
         base_of(str(folder))

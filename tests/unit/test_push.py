@@ -111,31 +111,44 @@ def test_a_model_is_pushed_once_and_never_over_another(hub: HubServer, folder: P
 @pytest.mark.slow
 def test_what_is_in_the_way_is_one_message(hub: HubServer, folder: Path, tmp_path: Path) -> None:
     before = dict(hub.repos)
-    unknown, reader, stranger = pushes(
+    broken = model_in(tmp_path / "broken", weights=b"of a broken card")
+    (broken / "README.md").write_text("---\ntags: [\n---\n")
+    large = model_in(tmp_path / "large", weights=b"of no room")
+    hub.is_full = True
+    unknown, reader, stranger, card, full = pushes(
         hub.address,
         tmp_path,
         [
             {"folder": folder, "repo": "me/two", "token": "hf_nobody_knows_this"},
             {"folder": folder, "repo": "me/two", "token": READER},
             {"folder": folder, "repo": "others/two"},
+            {"folder": broken, "repo": "me/broken"},
+            {"folder": large, "repo": "me/large"},
         ],
     )
+    hub.is_full = False
+    # Made, and still without a file of ours.
+    new = {"me/broken", "me/large"}
+    assert hub.repos.keys() - before.keys() == new
+    assert all(list(hub.repos[name]) == [".gitattributes"] for name in new)
     hub.is_down = True
     (down,) = pushes(hub.address, tmp_path, [{"folder": folder, "repo": "me/two"}])
     hub.is_down = False
     (absent,) = pushes("http://127.0.0.1:1", tmp_path, [{"folder": folder, "repo": "me/two"}])
     (offline,) = pushes(hub.address, tmp_path, [{"folder": folder, "repo": "me/two"}], HF_HUB_OFFLINE="1")
-    assert hub.repos == before
-    said = [one["said"] for one in (unknown, reader, stranger, down, absent, offline)]
+    answers = (unknown, reader, stranger, card, full, down, absent, offline)
+    said = [one["said"] for one in answers]
     assert all("\n" not in one and "hf_" not in one for one in said)
     assert said[0].startswith("the hub does not know the token (Invalid credentials")
     assert said[1].startswith("the token may not write to me/two (This token has no write access)")
     assert said[2].startswith("the token may not write to others/two")
-    assert said[3].startswith("the hub answered 500")
-    assert said[4].startswith("the hub cannot be reached")
-    assert said[5].startswith("HF_HUB_OFFLINE is set")
-    kinds = [one["error"] for one in (unknown, reader, stranger, down, absent, offline)]
-    assert kinds == ["UserError"] * 3 + ["RemedyError"] * 3
+    assert said[3].startswith("the hub does not take the card")
+    assert "the front matter is no YAML" in said[3]
+    assert said[4].startswith("the hub answered 413 to the push to me/large (Your storage is full)")
+    assert said[5].startswith("the hub answered 500")
+    assert said[6].startswith("the hub cannot be reached")
+    assert said[7].startswith("HF_HUB_OFFLINE is set")
+    assert [one["error"] for one in answers] == ["UserError"] * 4 + ["RemedyError"] * 4
 
 
 def test_a_token_is_found_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
