@@ -1,8 +1,8 @@
-"""What an earlier release wrote, as the settings of now: a key that it lacks means its default."""
+"""Saved settings with their defaults, as an earlier release's are read, and without them, as a person reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -17,22 +17,44 @@ def with_defaults(model: type[BaseModel], saved: Mapping[str, Any]) -> dict[str,
     Nothing is validated: what was valid when it was written is compared with what is there now, and whole dumps are
     refused by rules about settings that would be ignored. A key that has no default stays absent.
     """
-    filled = {name: _filled(model, name, value) for name, value in saved.items()}
+    filled = {name: _nested(model, name, value, with_defaults) for name, value in saved.items()}
     for name, field in model.model_fields.items():
         if name not in filled and not field.is_required():
             filled[name] = to_jsonable_python(field.get_default(call_default_factory=True))
     return filled
 
 
-def _filled(model: type[BaseModel], name: str, value: Any) -> Any:
+def without_defaults(model: type[BaseModel], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return saved values of ``model``, as JSON has them, without those that are defaults, in nested models too.
+
+    Nothing is validated, see `with_defaults`. A key that the model does not have stays.
+    """
+    return {
+        name: _nested(model, name, value, without_defaults)
+        for name, value in saved.items()
+        if not _is_default(model, name, value)
+    }
+
+
+def _is_default(model: type[BaseModel], name: str, value: Any) -> bool:
+    field = model.model_fields.get(name)
+    if field is None or field.is_required():
+        return False
+    return bool(value == to_jsonable_python(field.get_default(call_default_factory=True)))
+
+
+def _nested(
+    model: type[BaseModel], name: str, value: Any, walk: Callable[[type[BaseModel], Mapping[str, Any]], dict[str, Any]]
+) -> Any:
+    """Return a value of a field, the models inside of which are walked."""
     field = model.model_fields.get(name)
     nested = None if field is None else nested_model(field.annotation)
     if nested is None:
         return value
     if field is not None and is_mapping(field.annotation):
-        return {key: with_defaults(nested, part) for key, part in value.items()}
+        return {key: walk(nested, part) for key, part in value.items()}
     if isinstance(value, Mapping):
-        return with_defaults(nested, value)
+        return walk(nested, value)
     if isinstance(value, list):
-        return [with_defaults(nested, part) if isinstance(part, Mapping) else part for part in value]
+        return [walk(nested, part) if isinstance(part, Mapping) else part for part in value]
     return value

@@ -16,6 +16,7 @@ import epi_ds
 from epi_ds.cli import (
     audit,
     bench,
+    chat,
     checkpoints,
     configs,
     demo,
@@ -28,6 +29,7 @@ from epi_ds.cli import (
     merge,
     operators,
     preview_data,
+    push,
     recipes,
     report,
     schema,
@@ -100,8 +102,10 @@ _family("launch", launch.app, _DURING, example="epi-ds launch local recipe.yaml 
 _verb("report", report.report, _AFTER, example="epi-ds report runs/mine")
 _verb("audit", audit.audit, _AFTER, example="epi-ds audit runs/mine")
 _verb("eval", evaluate.evaluate, _AFTER, example="epi-ds eval runs/mine/export --recipe recipe.yaml --against base")
+_verb("chat", chat.chat, _AFTER, example="epi-ds chat runs/mine --against-base")
 _verb("export", export.export, _AFTER, example="epi-ds export runs/mine/checkpoints/checkpoint-40 out --verify")
 _verb("merge", merge.merge, _AFTER, example="epi-ds merge base runs/mine/export --output between --alpha 0.5")
+_verb("push", push.push, _AFTER, example="epi-ds push runs/mine me/my-model --dry-run")
 _family("checkpoints", checkpoints.app, _AFTER, example="epi-ds checkpoints list runs/mine")
 _family("study", study.app, _MEASURED, example="epi-ds study table tiny")
 _family("bench", bench.app, _MEASURED, example="epi-ds bench kernels --device cuda")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,10 +12,39 @@ from rich.table import Table
 
 from epi_ds.report.scores import ScoreTable
 
+if TYPE_CHECKING:
+    from epi_ds.report.card import RunRecord
+    from epi_ds.train.run_folder import RunFolder
+
 
 def report(run: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
     """Write RUN/report.html from the files of a run, and print its table."""
     show_run(run)
+
+
+def show_trained(run: Path) -> None:
+    """Write the card of the model that a run has exported, if it has, and what `show_run` does."""
+    from epi_ds.report.card import write_card
+    from epi_ds.train.run_folder import RunFolder
+
+    folder = RunFolder(run)
+    if folder.has_export:
+        write_card(record_of(folder), folder.export)
+    show_run(run)
+
+
+def record_of(folder: RunFolder) -> RunRecord:
+    """Return what a run left of itself. Raises UserError where its recipe is not there."""
+    from epi_ds.errors import UserError
+    from epi_ds.recipe.brief import brief
+    from epi_ds.report.card import RunRecord
+    from epi_ds.train.metrics import read_metrics
+
+    if not folder.recipe.is_file():
+        raise UserError(f"{folder.recipe} is missing, so the card cannot say what was trained; restore it")
+    recipe = json.loads(folder.recipe.read_text())
+    metrics = tuple(read_metrics(folder.metrics))
+    return RunRecord(folder.root.resolve().name, recipe, brief(recipe), metrics)
 
 
 def show_run(run: Path) -> None:

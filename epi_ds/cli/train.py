@@ -36,7 +36,7 @@ def train(
         # Before what takes seconds, in which a signal would end this rank, and with it all others.
         stop_signals.listen()
     prepare_environment()
-    from epi_ds.cli.report import show_run
+    from epi_ds.cli.report import show_trained
     from epi_ds.recipe.loading import load_recipe
     from epi_ds.train.ranks import start_ranks, train_as_rank
     from epi_ds.train.start import Start
@@ -46,6 +46,6 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     start = start.of(loaded)
     if is_rank:
-        train_as_rank(loaded, start, show=show_run)
+        train_as_rank(loaded, start, show=show_trained)
     else:
         raise typer.Exit(start_ranks(loaded, [*debug_options(), "train", recipe, *(overrides or []), *start.arguments]))

@@ -69,7 +69,7 @@ class _Sampler:
         at  number of the call over all batches. See [Note: the same rows]
         """
         # Once for every call: in step, a rank that has ended goes on until the last one has, with random numbers too.
-        torch.manual_seed(_seed_of(self._settings.seed, at))
+        torch.manual_seed(seed_of(self._settings.seed, at))
         longest = max(len(prompt) for prompt in prompts)
         padded = [[self._pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         ids = torch.tensor(padded, device=writer.device)
@@ -140,7 +140,7 @@ class _Talker:
         return self._renderer.ids(row.messages, row, prompt=True)
 
 
-def _seed_of(seed: int, at: int) -> int:
+def seed_of(seed: int, at: int) -> int:
     """Mix two numbers into one of 32 bits: on the CPU torch looks at no others."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{at}".encode(), digest_size=4).digest(), "little")
 

@@ -46,6 +46,7 @@ _OWNED_ARGUMENTS = {
     "load_best_model_at_end": "nothing: the export is of the last step",
     "metric_for_best_model": "nothing: the export is of the last step",
     "greater_is_better": "nothing: the export is of the last step",
+    "push_to_hub": "nothing: a checkpoint is no model for the hub; epi-ds push sends the export",
     "optim": "optimizer in the DeepSpeed configuration (train.deepspeed)",
 }
 

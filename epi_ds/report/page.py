@@ -12,6 +12,7 @@ from epi_ds.checkpoint.durable import write_text
 from epi_ds.errors import UserError
 from epi_ds.report import figures
 from epi_ds.report.scores import ScoreTable, score_history, score_table
+from epi_ds.report.words import interval_told, ratio_told
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; margin: 2rem auto; max-width: 56rem; padding: 0 1rem; }
@@ -59,8 +60,8 @@ def _summary(metrics: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) 
         "ranks": str(run["world_size"]),
         "resumes": str(sum(line["resumed"] for line in runs)),
         "policy": config["policy"],
-        "requested ratio": _over_time(runs, lambda config: _ratio(config["ratio"])),
-        "refresh interval": _over_time(runs, _interval),
+        "requested ratio": _over_time(runs, lambda config: ratio_told(config["ratio"])),
+        "refresh interval": _over_time(runs, interval_told),
         "covered parameters": f"{run['covered']:,}",
         "mask active in": f"{active / max(1, len(steps)):.0%} of steps",
     }
@@ -82,19 +83,6 @@ def _over_time(runs: Sequence[dict[str, Any]], said: Callable[[dict[str, Any]], 
             parts.append(now if last is None else f"{now} from step {run['step'] + 1}")
         last = now
     return ", ".join(parts)
-
-
-def _interval(config: dict[str, Any]) -> str:
-    """Say how often masks are refreshed, or looked at."""
-    interval = config["refresh_interval"]
-    return f"looked at every {config['check_interval']} steps" if isinstance(interval, str) else f"{interval} steps"
-
-
-def _ratio(ratio: float | str | dict[str, Any]) -> str:
-    """Say the ratio, or from where to where a schedule takes it."""
-    if isinstance(ratio, str):
-        return ratio
-    return f"{ratio['start']:.2%} to {ratio['end']:.2%}" if isinstance(ratio, dict) else f"{ratio:.2%}"
 
 
 def _sections(metrics: Sequence[dict[str, Any]], stages: figures.Stages) -> list[str]:

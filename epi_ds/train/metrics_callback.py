@@ -15,6 +15,7 @@ from epi_ds.evaluation.scores import Score, Scored
 from epi_ds.hf import EPICallback
 from epi_ds.isolation.refresh_report import Decision, RefreshReport
 from epi_ds.train.metrics import BEFORE, MetricsWriter
+from epi_ds.train.origins import FromHub, installed_versions
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.settings import Change
 from epi_ds.train.stages import StageSpan, stage_at
@@ -40,6 +41,7 @@ class MetricsCallback(TrainerCallback):
         metrics: MetricsWriter | None,
         progress: ProgressDisplay,
         changed: Sequence[Change],
+        from_hub: FromHub,
     ) -> None:
         """``metrics`` is None on all ranks but 0; ``changed`` are the settings that this start of the run changed."""
         self._trainer = trainer
@@ -47,6 +49,7 @@ class MetricsCallback(TrainerCallback):
         self._metrics = metrics
         self._progress = progress
         self._changed = changed
+        self._from_hub = from_hub
         self._started = 0.0
         self._seconds = 0.0
         self._isolated_in_force = 0
@@ -80,9 +83,12 @@ class MetricsCallback(TrainerCallback):
             world_size=dist.get_world_size(),
             total_steps=state.max_steps,
             stages={span.name: [span.first_step, span.stop_step] for span in self._spans},
+            rows=self._trainer.num_rows,
             covered=self._epi.stats().covered,
             config=self._epi.config.model_dump(mode="json"),
             changed=[change._asdict() for change in self._changed],
+            from_hub=self._from_hub._asdict(),
+            versions=installed_versions(),
         )
         if self._last_refresh is not None and state.global_step == 0:
             # A policy that selects before the first step did so when the engine was made.

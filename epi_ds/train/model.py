@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM
 
 from epi_ds.data.rendering import Learnt, Renderer
@@ -86,6 +87,14 @@ def stop_at_the_end_of_a_turn(model: Any, tokenizer: Any) -> None:
         if tells:
             name = tokenizer.convert_ids_to_tokens(end)
             logger.warning("answers end with %s, at which the model did not stop; it does now, also as exported", name)
+
+
+def device_of_one_process() -> torch.device:
+    """Return where a process without ranks holds a whole model: the accelerator, or the CPU where there is none."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    return accelerator
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from epi_ds.train.kept_rows import KeptRows
 from epi_ds.train.metrics import BEFORE, MetricsWriter
 from epi_ds.train.metrics_callback import MetricsCallback
 from epi_ds.train.model import check_vocabulary, load_model, stop_at_the_end_of_a_turn
+from epi_ds.train.origins import taken_from_hub
 from epi_ds.train.own_rows import write_before_training
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.refusals import refused_by_libraries
@@ -266,7 +267,12 @@ def _train(
     first_step = resume.step if resume else 0
     with ProgressDisplay(run.console, total_steps=trainer.spans[-1].stop_step, first_step=first_step) as progress:
         metrics = MetricsCallback(
-            trainer, isolation=isolation, metrics=run.metrics, progress=progress, changed=run.changed
+            trainer,
+            isolation=isolation,
+            metrics=run.metrics,
+            progress=progress,
+            changed=run.changed,
+            from_hub=taken_from_hub(run.recipe),
         )
         trainer.add_callback(metrics)
         trainer.add_callback(EpochCallback(trainer))

@@ -36,8 +36,9 @@ class RunFolder:
 
     @property
     def has_export(self) -> bool:
-        """Whether the final model was written to its end: its tokenizer is what is written last."""
-        return (self.export / "config.json").is_file() and (self.export / "tokenizer_config.json").is_file()
+        """Whether the final model, or adapter, was written to its end: its tokenizer is what is written last."""
+        configured = any((self.export / name).is_file() for name in ("config.json", "adapter_config.json"))
+        return configured and (self.export / "tokenizer_config.json").is_file()
 
     @property
     def report(self) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,7 +17,13 @@ from epi_ds.evaluation.scorer import TaskScorer
 from epi_ds.evaluation.scores import Score, Scored
 from epi_ds.evaluation.tasks import Task, build_tasks
 from epi_ds.recipe.models import ModelSection, Recipe
-from epi_ds.train.model import check_vocabulary, load_model, stop_at_the_end_of_a_turn, told
+from epi_ds.train.model import (
+    check_vocabulary,
+    device_of_one_process,
+    load_model,
+    stop_at_the_end_of_a_turn,
+    told,
+)
 from epi_ds.train.own_rows import own_rows_file
 from epi_ds.train.rows import load_tokenizer, row_arguments_of
 from epi_ds.train.run_folder import RunFolder
@@ -70,7 +75,7 @@ def score_folder(
 
     recipe = wanted.recipe
     with torch.inference_mode():
-        device = _device()
+        device = device_of_one_process()
         if recipe is None:
             section = ModelSection(path=path)
             with told(path, what=what):
@@ -114,10 +119,3 @@ def _scorer_of(recipe: Recipe, wanted: Wanted, tokenizer: object, batch_tokens: 
         max_length=arguments.max_length,
         truncation_mode=arguments.truncation_mode,
     )
-
-
-def _device() -> torch.device:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or os.environ.get("DS_ACCELERATOR") == "cpu":
-        return torch.device("cpu")
-    return accelerator

@@ -76,6 +76,12 @@ class StageTrainer(SFTTrainer):
         )
         return batch
 
+    @property
+    def num_rows(self) -> dict[str, list[int]]:
+        """Rows of every stage's sources, by its name; packed ones count as the sequences that they were packed into."""
+        stages = zip(self.stages, self._stage_data, strict=True)
+        return {stage.name: [len(one) for one in data] for stage, data in stages}
+
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: SFTConfig, *rest: Any) -> Any:
         """Put the rows of all stages in order. They are tokenised already: no sequence spans two stages."""
         self.args = args
@@ -163,6 +169,9 @@ class StageTrainer(SFTTrainer):
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none beside checkpoints: TRL's would name no base. The export has the run's own."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the whole model; in a checkpoint only what the weights in DeepSpeed's shards lack to be one."""

@@ -219,7 +219,15 @@ def all_paths() -> str:
 
 
 # Folders of a run, and files that users have.
-NOT_OURS = {"checkpoints/checkpoint-N/", "export/", "slurm/", "finetune.py", "zero_to_fp32.py", ".py"}
+NOT_OURS = {
+    "checkpoints/checkpoint-N/",
+    "export/",
+    "export/README.md",
+    "slurm/",
+    "finetune.py",
+    "zero_to_fp32.py",
+    ".py",
+}
 
 
 @each_page
