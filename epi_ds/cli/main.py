@@ -22,6 +22,7 @@ from epi_ds.cli import (
     estimate,
     evaluate,
     export,
+    inspect,
     launch,
     merge,
     operators,
@@ -72,6 +73,7 @@ app.command("preview-data")(preview_data.preview_data)
 app.add_typer(launch.app, name="launch")
 app.command("demo")(demo.demo)
 app.command("audit")(audit.audit)
+app.command("inspect")(inspect.inspect)
 app.add_typer(bench.app, name="bench")
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(configs.app, name="configs")
