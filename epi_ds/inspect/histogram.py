@@ -41,12 +41,9 @@ def axis_of(octaves: Sequence[Octave], *, at_most: int) -> Axis:
     exponents = [_exponent(octave) for octave in octaves if octave.floor and octave.entries]
     if not exponents:
         return Axis(0, 1, 0)
-    first, last = min(exponents), max(exponents)
-    width = -(-(last - first + 1) // at_most)
-    # Begun at a multiple, there may be one bin more.
-    while (last // width) - (first // width) + 1 > at_most:
-        width += 1
-    return Axis(first // width * width, width, last // width - first // width + 1)
+    first, octaves_held = min(exponents), max(exponents) - min(exponents) + 1
+    width = -(-octaves_held // at_most)
+    return Axis(first, width, -(-octaves_held // width))
 
 
 def _exponent(octave: Octave) -> int:
