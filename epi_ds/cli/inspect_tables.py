@@ -15,8 +15,8 @@ from epi_ds.inspect.inspection import Inspection
 from epi_ds.inspect.matrix_kinds import MatrixKind
 from epi_ds.inspect.tally import Place, Spread
 
-# As wide as they are: names are to be copied from here.
-_WIDTH = 200
+# More than any table has, so that none is cut off: names are to be copied from here.
+_WIDTH = 1000
 _ROWS, _COLUMNS, _BAR = 16, 48, 40
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -144,6 +145,25 @@ def test_distances_are_from_the_anchor_or_from_the_base(tmp_path: Path) -> None:
     assert found.origin == f"the weights in {base}"
     with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
         inspected(tmp_path / "run", base=tmp_path)
+
+
+def test_a_base_that_lacks_parameters_tells_of_the_others(tmp_path: Path) -> None:
+    """As where embeddings were resized, or another model was named."""
+    known = run_ranks(saved, 1, str(tmp_path / "run"), {})[0]
+    base = tmp_path / "base"
+    base.mkdir()
+    norms = {name: torch.zeros_like(value) for name, value in known["weights"].items() if name.startswith("norm")}
+    save_file({**norms, "embed.weight": torch.zeros(2, 13)}, base / "model.safetensors")
+    found = inspected(tmp_path / "run", base=base)
+    assert set(found.without_origin) == known["masks"].keys() - norms.keys()
+    assert [layer.name for layer in found.layers if layer.distance is not None] == ["norm"]
+    assert found.whole.distance is not None
+    assert found.whole.distance.entries == 26
+    # From where all weights were zero, relative to them, they are infinitely far.
+    assert found.whole.distance.relative == math.inf
+    save_file({"embed.weight": torch.zeros(2, 13)}, base / "model.safetensors")
+    with pytest.raises(UserError, match=r"no parameter of the checkpoint \(embed\.weight has shape \(2, 13\) there"):
+        inspected(tmp_path / "run", base=base)
 
 
 def test_an_anchor_in_a_folder_that_changed_is_no_beginning(tmp_path: Path) -> None:
