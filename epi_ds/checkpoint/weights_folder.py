@@ -64,20 +64,21 @@ class WeightsFolder:
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise UserError, with all names, where parameters are not there, or have another shape."""
-        problems = []
-        for name, shape in shapes.items():
-            place = self._places.get(name)
-            if place is None:
-                problems.append(f"{name} is not there")
-            elif place.form.shape != shape:
-                problems.append(f"{name} has shape {place.form.shape} there, and {shape} here")
-        if problems:
+        found = (self.problem_with(name, shape) for name, shape in shapes.items())
+        if problems := [problem for problem in found if problem is not None]:
             shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
             raise UserError(
                 f"{self.folder} cannot be what these weights are pulled towards: {shown}. Embeddings that were "
                 "resized, experts that were merged and adapters have no weights there: give another folder, exclude "
                 "them, or set anchor.to: run"
             )
+
+    def problem_with(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """Return why a parameter cannot be read, in words; None where it is there, in this shape."""
+        place = self._places.get(name)
+        if place is None:
+            return f"{name} is not there"
+        return None if place.form.shape == shape else f"{name} has shape {place.form.shape} there, and {shape} here"
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Return entries ``[start, stop)`` of a flattened tensor, in the file's dtype, CPU; not to be written to."""

@@ -25,6 +25,7 @@ from epi_ds.cli import (
     evaluate,
     export,
     init,
+    inspect,
     launch,
     merge,
     operators,
@@ -100,6 +101,7 @@ _verb("estimate", estimate.estimate, _BEFORE, example="epi-ds estimate --world-s
 _verb("train", train.train, _DURING, example="epi-ds train recipe.yaml train.learning_rate=2e-5")
 _family("launch", launch.app, _DURING, example="epi-ds launch local recipe.yaml --ranks 8")
 _verb("report", report.report, _AFTER, example="epi-ds report runs/mine")
+_verb("inspect", inspect.inspect, _AFTER, example="epi-ds inspect runs/mine --picture isolated.png")
 _verb("audit", audit.audit, _AFTER, example="epi-ds audit runs/mine")
 _verb("eval", evaluate.evaluate, _AFTER, example="epi-ds eval runs/mine/export --recipe recipe.yaml --against base")
 _verb("chat", chat.chat, _AFTER, example="epi-ds chat runs/mine --against-base")

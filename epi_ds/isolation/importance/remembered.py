@@ -24,7 +24,8 @@ RELATIVE = "remembered_relative"
 """The maximum over finished stages, each divided by its mean. See [Note: own means]."""
 UNDIVIDED = "remembered"
 """The maximum over finished stages as they are, of a run that began with it."""
-_TASK = "task/"
+TASK = "task/"
+"""Begins the names of the states of finished stages under ``memory: per_task``; theirs follow."""
 
 
 class Remembered:
@@ -51,7 +52,7 @@ class Remembered:
     @property
     def tasks(self) -> dict[str, StoredImportance]:
         """The states under ``memory: per_task`` by the names of their stages, in the order in which these ended."""
-        return {name.removeprefix(_TASK): state for name, state in self._states.items() if name.startswith(_TASK)}
+        return {name.removeprefix(TASK): state for name, state in self._states.items() if name.startswith(TASK)}
 
     def comparable(self, importance: Importance, exchange: Exchange) -> Importance:
         """Return importance as the maximum has it: divided by its mean. Collective. See [Note: own means]."""
@@ -85,7 +86,7 @@ class Remembered:
                 "call finish_stage(name)"
             )
         stage_max = self._config.memory is Memory.STAGE_MAX
-        state = self.maximum if stage_max else self._state(f"{_TASK}{stage}")
+        state = self.maximum if stage_max else self._state(f"{TASK}{stage}")
         taken = self.comparable(importance, exchange)
         for segment in self._placement.layout.segments:
             state.raise_to(segment, taken, step=step)
