@@ -30,6 +30,7 @@ from epi_ds.cli import (
     report,
     study,
     train,
+    validate,
 )
 from epi_ds.errors import CheckpointError, DiskError, LostRankError, RemedyError, UserError
 from epi_ds.launch.teardown import skip_teardown
@@ -68,6 +69,7 @@ def options(
 
 
 app.command("train")(train.train)
+app.command("validate")(validate.validate)
 app.command("preview-data")(preview_data.preview_data)
 app.add_typer(launch.app, name="launch")
 app.command("demo")(demo.demo)

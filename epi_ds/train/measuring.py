@@ -37,14 +37,7 @@ def kept_windows(keep: Keep, data: Sequence[Dataset], *, global_batch: int, seed
     Raises UserError where the rows do not fill the windows that are asked for, or not one.
     """
     num_rows = sum(map(len, data))
-    filled = num_rows // global_batch
-    if filled < (keep.windows or 1):
-        asked = "one global batch" if keep.windows is None else f"method.keep.windows: {keep.windows}, global batches"
-        raise UserError(
-            f"what is kept has {num_rows} rows to measure, fewer than {asked} of {global_batch} (micro-batch x "
-            "accumulation x ranks); keep more rows, measure less, or use a smaller batch"
-        )
-    num_windows = keep.windows or min(filled, _MOST_WINDOWS)
+    num_windows = num_windows_of(keep, num_rows, global_batch=global_batch)
     shares = tuple(
         SourceShare(len(rows), source.share)
         for rows, source in zip(data, keep.sources, strict=False)
@@ -53,6 +46,21 @@ def kept_windows(keep: Keep, data: Sequence[Dataset], *, global_batch: int, seed
     plan = StageRows(BASE, num_rows, epochs=1, shares=shares, steps=num_windows)
     order = row_order([plan], [StageSpan(BASE, 0, num_windows)], global_batch=global_batch, seed=seed)
     return Measured(concatenate_datasets(list(data)).select(order), num_windows, BASE)
+
+
+def num_windows_of(keep: Keep, num_rows: int, *, global_batch: int) -> int:
+    """Return how many global batches of so many kept rows are measured.
+
+    Raises UserError where the rows do not fill those that are asked for, or not one.
+    """
+    filled = num_rows // global_batch
+    if filled < (keep.windows or 1):
+        asked = "one global batch" if keep.windows is None else f"method.keep.windows: {keep.windows}, global batches"
+        raise UserError(
+            f"what is kept has {num_rows} rows to measure, fewer than {asked} of {global_batch} (micro-batch x "
+            "accumulation x ranks); keep more rows, measure less, or use a smaller batch"
+        )
+    return keep.windows or min(filled, _MOST_WINDOWS)
 
 
 def losses_of(trainer: Any, measured: Measured) -> Iterator[Tensor]:

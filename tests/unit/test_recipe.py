@@ -216,7 +216,7 @@ def test_an_adapter_that_cannot_be_made_is_refused_before_ranks_start(
 
 def test_an_adapter_without_peft_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else object())
-    with pytest.raises(ValueError, match=r"model\.lora needs peft, which is not installed here: pip install"):
+    with pytest.raises(ValueError, match=r"model\.lora: needs peft, which is not installed here: pip install"):
         load_recipe(write(tmp_path, MINIMAL), [f"{LORA}}}"])
 
 
