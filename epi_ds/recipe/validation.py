@@ -73,8 +73,11 @@ def _is_within(key: str, section: str) -> bool:
 
 def _of_valid_sections(values: Mapping[str, Any]) -> Recipe:
     """Return a recipe whose sections are right, and do not go together: to check each of them further."""
-    fields = {
-        name: TypeAdapter(Recipe.model_fields[name].annotation).validate_python(value, context=Files.ARE_NOT_LOOKED_FOR)
-        for name, value in values.items()
-    }
-    return Recipe.model_construct(**fields)
+    context = Files.ARE_NOT_LOOKED_FOR
+    annotations: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    return Recipe.model_construct(
+        **{
+            name: TypeAdapter(annotations[name]).validate_python(value, context=context)
+            for name, value in values.items()
+        }
+    )
