@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from epi_ds.isolation.layout import Layout
     from epi_ds.recipe.document import Document
+    from epi_ds.train.validation.dry_run import DryRun
     from epi_ds.train.validation.findings import Finding
     from epi_ds.train.validation.validate import Validation
 
@@ -25,6 +27,9 @@ def validate(
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Ranks that will train; default those of the recipe.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Make model and engine of so many ranks too, without a byte of weights.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say everything that is wrong with a recipe, each with its line, before any rank starts.
@@ -42,7 +47,7 @@ def validate(
     stay_offline_without_hub(document.values)
     from epi_ds.train.validation.validate import validate as validated
 
-    found = validated(document, ranks=ranks)
+    found = validated(document, ranks=ranks, makes_engine=dry_run)
     if as_json:
         typer.echo(json.dumps(found.as_json(document), indent=2))
     else:
@@ -89,3 +94,20 @@ def _show_plan(found: Validation, document: Document) -> None:
             f"a refresh sends {found.refresh.sent_bytes / 1e6:.3f} MB per rank in {found.refresh.collectives} "
             f"collectives ({found.refresh.transport})"
         )
+    if found.dry_run is not None and found.layout is not None:
+        _show_engine(found.dry_run, found.layout)
+
+
+def _show_engine(made: DryRun, layout: Layout) -> None:
+    table = Table("layer", "parameters", box=None)
+    for name, numel in zip(layout.layer_names, layout.layer_numel, strict=True):
+        table.add_row(name, str(numel))
+    Console().print(table)
+    typer.echo(
+        f"an engine of {made.ranks} ranks was made: {made.num_parameters} parameters, of which each rank trains "
+        f"{made.partition_numel} in {made.num_sub_groups} sub-groups"
+    )
+    typer.echo(
+        f"isolation begins with {made.isolation_bytes / 1e6:.3f} MB per rank, a refresh sends "
+        f"{made.refresh_bytes / 1e6:.3f} MB per rank, a checkpoint takes {made.checkpoint_bytes / 1e9:.3f} GB"
+    )

@@ -10,7 +10,6 @@ import torch
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from trl import SFTConfig
 
-from epi_ds.config import SECTION
 from epi_ds.ds_configs.keys import unknown_at_the_top
 from epi_ds.errors import Problem
 from epi_ds.recipe.arguments import deepspeed_config, read_config
@@ -31,14 +30,21 @@ def check_arguments(recipe: Recipe, findings: Findings) -> SFTConfig | None:
     """Return the trainer's arguments as a rank on the CPU would have them; None where transformers refuses them."""
     with findings.told("train.report_to"):
         check_installed(trackers_in(recipe.train.get("report_to")))
+    if not torch.cuda.is_available():
+        for name in [name for name in _OF_GPUS if recipe.train.get(name)]:
+            findings.unchecked(f"train.{name}", "whether the GPUs that will train can do it: there is none here")
+    with findings.told("train"):
+        return arguments_on_cpu(recipe)
+    return None
+
+
+def arguments_on_cpu(recipe: Recipe) -> SFTConfig:
+    """Return the trainer's arguments without DeepSpeed. Raises UserError for what TRL and transformers refuse."""
     values = sft_arguments(recipe, RunFolder(Path(recipe.output)))
     if not torch.cuda.is_available():
-        for name in [name for name in _OF_GPUS if values.get(name)]:
-            findings.unchecked(f"train.{name}", "whether the GPUs that will train can do it: there is none here")
         values.pop("tf32", None)
-    with findings.told("train"), refused_by_libraries():
+    with refused_by_libraries():
         return SFTConfig(**values, use_cpu=True)
-    return None
 
 
 def check_deepspeed(train: Mapping[str, Any], findings: Findings) -> None:
@@ -55,9 +61,7 @@ def check_agreement(recipe: Recipe, args: SFTConfig, findings: Findings, *, rank
 
     ranks  that will train: the configuration may give the global batch
     """
-    filled = HfTrainerDeepSpeedConfig({**deepspeed_config(recipe.train), SECTION: {}})
-    filled.trainer_config_process(_of_ranks(args, ranks))
-    for text in filled.mismatches:
+    for text in filled_config(recipe, args, ranks=ranks).mismatches:
         findings.problem(
             Problem(
                 _DEEPSPEED,
@@ -65,6 +69,13 @@ def check_agreement(recipe: Recipe, args: SFTConfig, findings: Findings, *, rank
                 "which train then fills",
             )
         )
+
+
+def filled_config(recipe: Recipe, args: SFTConfig, *, ranks: int) -> HfTrainerDeepSpeedConfig:
+    """Return the DeepSpeed configuration as transformers fills it, for so many ranks, with what does not agree."""
+    filled = HfTrainerDeepSpeedConfig(deepspeed_config(recipe.train))
+    filled.trainer_config_process(_of_ranks(args, ranks))
+    return filled
 
 
 def _of_ranks(args: SFTConfig, ranks: int) -> SFTConfig:

@@ -17,6 +17,7 @@ from epi_ds.train.preview import global_batch_of
 from epi_ds.train.rows import RowArguments, row_arguments_of
 from epi_ds.train.validation.arguments import check_agreement, check_arguments, check_deepspeed
 from epi_ds.train.validation.data import check_data
+from epi_ds.train.validation.dry_run import DryRun, dry_run
 from epi_ds.train.validation.findings import Finding, Findings, Kind
 from epi_ds.train.validation.model import check_model
 from epi_ds.train.validation.plan import PlannedStage, plan
@@ -35,6 +36,9 @@ class Validation(NamedTuple):
     """Of the covered parameters; None where the model's configuration is not here."""
     refresh: Cost | None = None
     """What a refresh exchanges; None where masks are not selected, or the layers are not known."""
+
+    dry_run: DryRun | None = None
+    """What every rank has; None where no engine was made."""
 
     @property
     def is_valid(self) -> bool:
@@ -58,14 +62,16 @@ class Validation(NamedTuple):
             "rows_per_step": self.global_batch,
             "stages": [stage._asdict() for stage in self.stages],
             "layers": layers,
+            "dry_run": None if self.dry_run is None else self.dry_run._asdict(),
             "refresh": None if self.refresh is None else self.refresh._asdict(),
         }
 
 
-def validate(document: Document, *, ranks: int | None) -> Validation:
+def validate(document: Document, *, ranks: int | None, makes_engine: bool = False) -> Validation:
     """Return everything that is wrong with a recipe, and what it would do.
 
-    ranks  that will train; None for those of the recipe, or 1
+    ranks         that will train; None for those of the recipe, or 1
+    makes_engine  whether to make model and engine of so many ranks as well, see dry_run.py
     """
     findings = Findings()
     for problem in document.repeated_keys():
@@ -81,6 +87,8 @@ def validate(document: Document, *, ranks: int | None) -> Validation:
         return Validation(_in_order(findings, document), ranks or 1)
     ranks = ranks or rest.recipe.ranks or 1
     known = _with_model_and_data(rest.recipe, rest.removed, findings, ranks=ranks)
+    if makes_engine:
+        known = known._replace(dry_run=_made(rest.recipe, known.layout, findings, ranks=ranks))
     return known._replace(findings=_in_order(findings, document))
 
 
@@ -113,6 +121,16 @@ def _with_model_and_data(recipe: Recipe, removed: Sequence[str], findings: Findi
     if model.layout is not None and largest_ratio(recipe.method.epi) and recipe.method.epi.policy in REFRESHING:
         refresh = refresh_cost(model.layout, recipe.method.epi, world_size=ranks)
     return Validation((), ranks, global_batch, stages, model.layout, refresh)
+
+
+def _made(recipe: Recipe, layout: Layout | None, findings: Findings, *, ranks: int) -> DryRun | None:
+    if layout is None or findings.of(Kind.PROBLEM):
+        reason = "problems come first" if findings.of(Kind.PROBLEM) else "the model's parameters are not known here"
+        findings.unchecked("", f"model and engine of {ranks} ranks: {reason}")
+        return None
+    with findings.told(""):
+        return dry_run(recipe, ranks=ranks)
+    return None
 
 
 def _in_order(findings: Findings, document: Document) -> tuple[Finding, ...]:
