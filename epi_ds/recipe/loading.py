@@ -70,14 +70,18 @@ class Checked(NamedTuple):
     added: dict[str, Any]
     """Settings of ``method.epi`` that the DeepSpeed preset brings: a problem may be with one that is not written."""
 
+    @property
+    def settings_added(self) -> str:
+        """These as a recipe would write them."""
+        return ", ".join(f"{key}: {value}" for key, value in self.added.items())
+
 
 def parse_recipe(values: Mapping[str, Any], *, place: str, files: Files = Files.MUST_BE_THERE) -> Recipe:
     """Validate the values of a recipe; raise one ValueError that lists every problem found."""
     checked = check_recipe(values, files=files)
     if checked.recipe is None:
         if checked.added:
-            settings = ", ".join(f"{key}: {value}" for key, value in checked.added.items())
-            place = f"{place}, to whose method.epi the DeepSpeed preset adds {settings}"
+            place = f"{place}, to whose method.epi the DeepSpeed preset adds {checked.settings_added}"
         raise UserError(summarize(checked.problems, place=place))
     return checked.recipe
 

@@ -37,21 +37,30 @@ def check_thoroughly(values: Mapping[str, Any]) -> Remainder:
     removed: list[str] = []
     while True:
         checked = check_recipe(values, files=Files.ARE_NOT_LOOKED_FOR)
-        problems += [one for one in checked.problems if not any(_follows(one.key, key) for key in removed)]
+        told = [one for one in checked.problems if not any(_follows(one.key, key) for key in removed)]
+        if checked.added:
+            brought = f" (the preset in train.deepspeed adds {checked.settings_added} to method.epi)"
+            # Of the whole, or of that section, it may be with what is not written there.
+            told = [
+                one._replace(text=one.text + brought) if one.key in ("", "method", "method.epi") else one
+                for one in told
+            ]
+        problems += told
         if not checked.problems:
             return Remainder(checked.recipe, problems, tuple(removed))
         if not any(problem.key for problem in checked.problems):
             return Remainder(_of_valid_sections(values), problems, tuple(removed) or ("",))
-        for problem in checked.problems:
-            if not problem.key:
+        first = len(removed)
+        for key in (problem.key for problem in checked.problems if problem.key):
+            # Of two problems with one value the second finds it gone, and must not take the section with it. One that
+            # a section lacks in the next round takes the section.
+            if any(_is_within(key, one) for one in removed[first:]):
                 continue
-            rest = without(values, problem.key)
+            rest = without(values, key)
             if rest is None:
                 return Remainder(None, problems, tuple(removed))
-            # Of two problems with one value the second finds it gone, and must not take the section with it.
-            if not any(_is_within(problem.key, key) for key in removed):
-                values = rest
-                removed.append(problem.key)
+            values = rest
+            removed.append(key)
 
 
 def _follows(key: str, removed: str) -> bool:

@@ -254,6 +254,21 @@ def test_what_is_wrong_does_not_hide_what_is_wrong_behind_it(model: Path) -> Non
     ]
 
 
+def test_a_section_goes_with_a_value_that_it_cannot_be_without(model: Path) -> None:
+    keep = {"self": {"rows": "many", "attempts": 0}, "replay": 0.5}
+    found, places = validated(recipe_of(model, method={"keep": keep}))
+    assert [key for _, key, _ in told(places, Kind.PROBLEM)] == ["method.keep.self.rows", "method.keep.self.attempts"]
+    assert found.global_batch == 4
+
+
+def test_what_a_preset_adds_is_said_with_the_problem(model: Path) -> None:
+    stages = [{"name": name, "data": {"path": "rows.jsonl"}} for name in ("one", "two")]
+    _, places = validated(recipe_of(model, stages=stages, train={"deepspeed": "zero3_lean"}))
+    ((_, _, text),) = told(places, Kind.PROBLEM)
+    assert text.startswith("under state: adam the optimizer's moments are the importance, which stage two would forget")
+    assert text.endswith("(the preset in train.deepspeed adds apply: update, state: adam to method.epi)")
+
+
 def test_a_missing_model_is_said_and_rows_are_read_all_the_same(model: Path) -> None:
     found, places = validated(recipe_of(model, model={"path": "no/such/folder"}))
     assert found.is_valid
