@@ -14,7 +14,7 @@ from typing import Any
 
 import hjson
 
-from epi_ds.ds_configs.keys import misspelt, misspelt_sentence
+from epi_ds.ds_configs.keys import misspelt, misspelt_problem
 from epi_ds.ds_configs.values import changed, expanded
 from epi_ds.errors import UserError, nearest, summarize
 from epi_ds.new_file import write_new
@@ -98,7 +98,7 @@ def load(name_or_path: str | os.PathLike[str], changes: Mapping[str, Any] | None
     """
     source = os.fspath(name_or_path)
     values = changed(read(source), changes or {}, source=source)
-    if problems := [misspelt_sentence(*found) for found in misspelt(values)]:
+    if problems := [misspelt_problem(*found) for found in misspelt(values)]:
         raise UserError(summarize(problems, place=f"{source}{' with the given changes' if changes else ''}"))
     return expanded(values, source=source)
 

@@ -1,7 +1,7 @@
-"""The top-level keys of a DeepSpeed configuration. DeepSpeed takes any others without a word, misspelt ones too.
+"""The keys of a DeepSpeed configuration of which DeepSpeed takes any others without a word, misspelt ones too.
 
-Within its sections it refuses unknown keys by itself. A key that resembles none of these is left alone: it may be a
-note, or another library's.
+Within most sections it refuses unknown keys by itself; `SECTIONS` are those where it does not. A key at the top that
+resembles none of these is left alone: it may be a note, or another library's.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from epi_ds.errors import Problem, nearest
 
 KNOWN = frozenset(
     """
@@ -24,6 +26,20 @@ KNOWN = frozenset(
     zero_optimization
     """.split()
 )
+SECTIONS = {
+    section: frozenset(keys.split())
+    for section, keys in {
+        "activation_checkpointing": "partition_activations number_checkpoints contiguous_memory_optimization "
+        "synchronize_checkpoint_boundary profile cpu_checkpointing",
+        "aio": "block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds",
+        "checkpoint": "tag_validation load_universal use_node_local_storage parallel_write checkpoint_serialization "
+        "writer",
+        "data_types": "grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules",
+        "flops_profiler": "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
+        "optimizer": "type params legacy_fusion",
+        "torch_autocast": "enabled dtype lower_precision_safe_modules",
+    }.items()
+}
 # A letter or two of a key differ; of "comment" and "comet" more do.
 _RESEMBLES = 0.85
 
@@ -37,6 +53,22 @@ def misspelt(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, close[0]
 
 
-def misspelt_sentence(key: str, meant: str) -> str:
+def misspelt_problem(key: str, meant: str) -> Problem:
     """Return what to say of a key that `misspelt` found."""
-    return f"{key}: DeepSpeed has no such top-level key and would ignore it; did you mean {meant!r}?"
+    return Problem(key, f"DeepSpeed has no such top-level key and would ignore it; did you mean {meant!r}?")
+
+
+def ignored_in_sections(values: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield what to say of every key within `SECTIONS` that DeepSpeed would ignore."""
+    for section, known in SECTIONS.items():
+        given = values.get(section)
+        for key in given if isinstance(given, Mapping) else ():
+            if key not in known:
+                hint = nearest(str(key), sorted(known)) or f"; there are {', '.join(sorted(known))}"
+                yield Problem(f"{section}.{key}", f"DeepSpeed has no such key there and would ignore it{hint}")
+
+
+def unknown_at_the_top(values: Mapping[str, Any]) -> list[str]:
+    """Return the top-level keys that DeepSpeed ignores and that resemble none which it knows."""
+    resembling = {key for key, _ in misspelt(values)}
+    return [str(key) for key in values if key not in KNOWN and key not in resembling]

@@ -10,11 +10,12 @@ from typing import Any
 
 from epi_ds.choices import Apply, PolicyName, Pull, StateFormat
 from epi_ds.config import EPIConfig
-from epi_ds.ds_configs.keys import misspelt, misspelt_sentence
-from epi_ds.errors import nearest
+from epi_ds.ds_configs.keys import KNOWN, misspelt, misspelt_problem
+from epi_ds.errors import Problem, nearest
 
 # Names under which a DeepSpeed configuration gives an Adam whose moments are known.
 _ADAMS = ("adam", "adamw")
+_OFFLOAD = "zero_optimization.offload_optimizer"
 
 
 def combination_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> list[str]:
@@ -24,16 +25,20 @@ def combination_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> lis
 
     Values that are missing, ``auto`` or no mapping where DeepSpeed wants one are left to DeepSpeed.
     """
+    return [str(problem) for problem in located_combinations(ds_config, config)]
+
+
+def located_combinations(ds_config: Mapping[str, Any], config: EPIConfig) -> list[Problem]:
+    """Return the problems of which `combination_problems` makes sentences, by their keys of the configuration."""
     found = [*_zero_problems(ds_config, config), *_path_problems(ds_config), *_optimizer_problems(ds_config, config)]
     # One that hides the stage is named with it.
-    misspelt_keys = [pair for pair in misspelt(ds_config) if not any(repr(pair[0]) in problem for problem in found)]
-    return [*found, *(misspelt_sentence(*pair) for pair in misspelt_keys)]
+    misspelt_keys = [pair for pair in misspelt(ds_config) if not any(repr(pair[0]) in one.text for one in found)]
+    return [*found, *(misspelt_problem(*pair) for pair in misspelt_keys)]
 
 
 def stage_problem(stage: int, ds_config: Mapping[str, Any]) -> str:
     """Return what to say of a ZeRO stage other than 3, and of a misspelt section that may be the reason."""
-    # DeepSpeed takes unknown keys for none of its business, and stage 0.
-    unknown = next((key for key in ds_config if key.startswith("zero") and key != "zero_optimization"), None)
+    unknown = _other_zero_section(ds_config)
     hint = f" (ds_config has {unknown!r}{nearest(unknown, ['zero_optimization'])})" if unknown else ""
     return (
         f"ZeRO stage is {stage}{hint}, but importance is sharded beside stage 3 partitions; set "
@@ -102,44 +107,51 @@ def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section if isinstance(section, Mapping) else {}
 
 
-def _zero_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> Iterator[str]:
+def _other_zero_section(ds_config: Mapping[str, Any]) -> str | None:
+    """Return a key that may be meant for ``zero_optimization``: DeepSpeed takes it for none of its business."""
+    return next((key for key in ds_config if key.startswith("zero") and key not in KNOWN), None)
+
+
+def _zero_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> Iterator[Problem]:
     zero = _section(ds_config, "zero_optimization")
     stage = zero.get("stage", 0)
     if isinstance(stage, int) and stage != 3:
-        yield stage_problem(stage, ds_config)
+        section = _other_zero_section(ds_config)
+        yield Problem(section or "zero_optimization.stage", stage_problem(stage, ds_config))
     offload = _section(zero, "offload_optimizer")
     device, share = offload.get("device"), offload.get("ratio", 1.0)
     if device == "cpu" and config.state is StateFormat.ADAM and isinstance(share, (int, float)) and share != 1.0:
-        yield adam_state_ratio_problem(share)
+        yield Problem(f"{_OFFLOAD}.ratio", adam_state_ratio_problem(share))
     if device == "nvme" and config.state is StateFormat.ADAM:
-        yield adam_state_nvme_problem()
+        yield Problem(f"{_OFFLOAD}.device", adam_state_nvme_problem())
     if device == "nvme" and config.policy is PolicyName.MOMENTUM:
-        yield momentum_nvme_problem()
+        yield Problem(f"{_OFFLOAD}.device", momentum_nvme_problem())
 
 
-def _path_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
+def _path_problems(ds_config: Mapping[str, Any]) -> Iterator[Problem]:
     zero = _section(ds_config, "zero_optimization")
     for name in ("offload_optimizer", "offload_param"):
         path = _section(zero, name).get("nvme_path")
         # As in a copy of a shipped configuration that transformers has read, and not we.
         if isinstance(path, str) and "${" in path:
-            yield (
+            yield Problem(
+                f"zero_optimization.{name}.nvme_path",
                 f"{name}.nvme_path is {path!r}, and nobody replaces variables there, so that is the folder's name; "
-                "write the folder itself, or pass epi_ds.ds_config(<the file>) instead of the file"
+                "write the folder itself, or pass epi_ds.ds_config(<the file>) instead of the file",
             )
 
 
-def _optimizer_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> Iterator[str]:
+def _optimizer_problems(ds_config: Mapping[str, Any], config: EPIConfig) -> Iterator[Problem]:
     optimizer = _section(ds_config, "optimizer")
     name = optimizer.get("type")
     if not isinstance(name, str) or name == "auto":
         return
     if name.lower() not in _ADAMS:
         if config.apply is Apply.REDUCTION:
-            yield reduction_optimizer_problem(name)
+            yield Problem("optimizer.type", reduction_optimizer_problem(name))
         if config.state is StateFormat.ADAM:
-            yield adam_state_optimizer_problem(name)
+            yield Problem("optimizer.type", adam_state_optimizer_problem(name))
         if config.anchor is not None and config.anchor.pull is Pull.GRADIENT:
-            yield anchor_optimizer_problem(name)
+            yield Problem("optimizer.type", anchor_optimizer_problem(name))
         if config.policy is PolicyName.MOMENTUM:
-            yield momentum_optimizer_problem(name)
+            yield Problem("optimizer.type", momentum_optimizer_problem(name))

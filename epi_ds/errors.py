@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import get_origin
+from typing import NamedTuple, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -35,13 +35,28 @@ class LostRankError(RuntimeError):
     """Another rank died or stands still; the message says who noticed, and the traceback would only say where."""
 
 
+class Problem(NamedTuple):
+    """What is wrong with a value, and which one."""
+
+    key: str
+    """Dotted, with the positions of list items; empty for the whole that was read."""
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.text}" if self.key else self.text
+
+    def within(self, section: str) -> Problem:
+        """Return the same problem, said of a whole in which that value stands under ``section``."""
+        return self._replace(key=f"{section}.{self.key}" if self.key else section)
+
+
 def nearest(name: str, valid_names: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest of ``valid_names``, or an empty string."""
     close = difflib.get_close_matches(name, list(valid_names), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def summarize(problems: Sequence[str], *, place: str) -> str:
+def summarize(problems: Sequence[str | Problem], *, place: str) -> str:
     """Put problems under one heading. ``place`` names what was read, e.g. ``the "epi" section of ds_config``."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return f"{count} in {place}:\n" + "\n".join(f"  - {problem}" for problem in problems)
@@ -49,19 +64,25 @@ def summarize(problems: Sequence[str], *, place: str) -> str:
 
 def problems_of(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """Return one sentence per problem: where, the value, the rule and, for unknown keys, the nearest valid name."""
+    return [str(problem) for problem in located_problems(error, model)]
+
+
+def located_problems(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
+    """Return the problems of which `problems_of` makes sentences."""
     problems = []
     for item in error.errors():
         # Tags of a union are no part of what the user wrote.
         path = tuple(part for part in item["loc"] if not str(part).startswith("<"))
-        name = ".".join(str(part) for part in path) or "(whole)"
+        key = ".".join(str(part) for part in path)
         if item["type"] == "extra_forbidden":
             valid = _fields_at(model, path[:-1])
             hint = nearest(str(path[-1]), valid)
-            problems.append(f"{name}: unknown key{hint or '; valid keys are ' + ', '.join(sorted(valid))}")
+            text = f"unknown key{hint or '; valid keys are ' + ', '.join(sorted(valid))}"
         elif item["type"] == "value_error":
-            problems.append(f"{name}: {item['ctx']['error']}")
+            text = str(item["ctx"]["error"])
         else:
-            problems.append(f"{name}: {item['msg']}, got {item['input']!r}")
+            text = f"{item['msg']}, got {item['input']!r}"
+        problems.append(Problem(key, text))
     return problems
 
 
@@ -82,7 +103,8 @@ def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
         if field is None or (nested := nested_model(field.annotation)) is None:
             return []
         model, is_name = nested, is_mapping(field.annotation)
-    return list(model.model_fields)
+    # Whoever has an alias is known by it.
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def nested_model(annotation: object) -> type[BaseModel] | None:

@@ -36,6 +36,7 @@ from epi_ds.cli import (
     schema,
     study,
     train,
+    validate,
 )
 from epi_ds.cli.debugging import OPTION, log_everything, log_traceback
 from epi_ds.errors import CheckpointError, DiskError, LostRankError, RemedyError, UserError
@@ -96,6 +97,7 @@ _verb("init", init.init, _BEFORE, example="epi-ds init --model Qwen/Qwen2-7B-Ins
 _family("recipes", recipes.app, _BEFORE, example="epi-ds recipes cp own_data mine.yaml")
 _family("configs", configs.app, _BEFORE, example="epi-ds configs cp zero3_offload mine.json")
 _verb("schema", schema.schema, _BEFORE, example="epi-ds schema > recipe.schema.json")
+_verb("validate", validate.validate, _BEFORE, example="epi-ds validate recipe.yaml --ranks 64 --dry-run")
 _verb("preview-data", preview_data.preview_data, _BEFORE, example="epi-ds preview-data recipe.yaml --rows 5")
 _verb("estimate", estimate.estimate, _BEFORE, example="epi-ds estimate --world-size 1024 --layers 300")
 _verb("train", train.train, _DURING, example="epi-ds train recipe.yaml train.learning_rate=2e-5")

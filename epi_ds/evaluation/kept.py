@@ -59,10 +59,14 @@ def kept_sources(recipe: Recipe, own_rows: Path | None) -> list[KeptSource]:
     sources = list(keep.sources)
     if own_rows is not None:
         sources.append(TrainingData(path=str(own_rows), source=OWN_ROWS))
-    return [
-        KeptSource(source, _num_held_out(source, recipe.evaluation.rows) if keep.evaluation else 0)
-        for source in sources
-    ]
+    return [kept_source(source, recipe) for source in sources]
+
+
+def kept_source(source: TrainingData, recipe: Recipe) -> KeptSource:
+    """Return one source of what a recipe keeps, with the rows of it that are held out; see `kept_sources`."""
+    keep = recipe.method.keep
+    is_scored = keep is not None and keep.evaluation
+    return KeptSource(source, _num_held_out(source, recipe.evaluation.rows) if is_scored else 0)
 
 
 def _num_held_out(source: TrainingData, most: int) -> int:

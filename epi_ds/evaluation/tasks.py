@@ -64,19 +64,20 @@ def build_tasks(recipe: Recipe) -> list[Task]:
     tasks += [
         skill_task(skill, skill, recipe.evaluation.rows) for skill in recipe.evaluation.skills if skill not in scored
     ]
-    return [*tasks, *(_task_of(name, source) for name, source in recipe.evaluation.tasks.items())]
+    return [*tasks, *(task_of(name, source) for name, source in recipe.evaluation.tasks.items())]
 
 
 def stage_task(stage: Stage, recipe: Recipe) -> Task | None:
     """Return what a stage is scored by; None where it trains rows of a file and names none that are held out."""
     if stage.evaluation is not None:
-        return _task_of(stage.name, stage.evaluation)
+        return task_of(stage.name, stage.evaluation)
     if stage.skill is not None:
         return skill_task(stage.name, stage.skill, recipe.evaluation.rows)
     return None
 
 
-def _task_of(name: str, source: EvaluationData) -> Task:
+def task_of(name: str, source: EvaluationData) -> Task:
+    """Return held-out rows and how answers to them are scored. Raises UserError for rows that cannot be scored so."""
     if source.skill is not None:
         return skill_task(name, source.skill, source.rows or 0, split=Split(source.split))
     return _table_task(name, source)

@@ -5,14 +5,12 @@ Steps are applied steps.
 
 from __future__ import annotations
 
-import logging
 import math
+from typing import NamedTuple
 
-from epi_ds.choices import Curve
+from epi_ds.choices import ADAPTIVE, Curve, PolicyName
 from epi_ds.config import EPIConfig, RatioSchedule
-from epi_ds.errors import UserError
-
-logger = logging.getLogger(__name__)
+from epi_ds.policy_rules import BEGINNING_LATE
 
 
 def refresh_due(step: int, interval: int, *, warmup_steps: int = 0) -> bool:
@@ -47,35 +45,61 @@ def largest_ratio(config: EPIConfig) -> float:
     return config.max_ratio if isinstance(ratio, str) else ratio
 
 
-def check_planned_steps(
+class TooShort(NamedTuple):
+    """What to say of a planned run in which no mask is active, or for less than half of it."""
+
+    message: str
+    is_refused: bool
+    """Whether such a run is an error."""
+
+
+def planned_steps_of(config: EPIConfig, planned_steps: int, *, begins_with_mask: bool) -> TooShort | None:
+    """Return what to say of a run of so many applied steps; None where there is nothing to say.
+
+    begins_with_mask  whether a mask is selected before the first step, from what was remembered then
+    """
+    if largest_ratio(config) == 0:
+        return None
+    warmup_steps, allow_inactive = config.warmup_steps, config.allow_inactive
+    if config.policy in BEGINNING_LATE and not begins_with_mask:
+        return too_short(
+            planned_steps,
+            config.selection_interval,
+            setting="check_interval" if config.refresh_interval == ADAPTIVE else "refresh_interval",
+            warmup_steps=warmup_steps,
+            allow_inactive=allow_inactive,
+        )
+    if config.policy is PolicyName.RANDOM and warmup_steps:
+        # Drawn after them, whatever the interval.
+        return too_short(planned_steps, 1, warmup_steps=warmup_steps, allow_inactive=allow_inactive)
+    return None
+
+
+def too_short(
     planned_steps: int,
     interval: int,
     *,
     setting: str = "refresh_interval",
     warmup_steps: int = 0,
     allow_inactive: bool,
-) -> None:
-    """Refuse a run in which no mask would ever be active; warn when it would be for less than half of it.
+) -> TooShort | None:
+    """Return what to say of a run in which no mask would ever be active, or for less than half of it; None otherwise.
 
     planned_steps  applied steps the whole run is going to take
     setting        name of the setting that ``interval`` is the value of
-    Raises ValueError unless ``allow_inactive``.
     """
     first = first_active_step(interval, warmup_steps=warmup_steps)
     if planned_steps >= 2 * (first - 1):
-        return
+        return None
     proposal = max(1, planned_steps // 10)
     proposals = [(setting, interval), ("warmup_steps", warmup_steps)]
     remedy = ", ".join(f"{name}: {proposal}" for name, value in proposals if value > proposal)
     if planned_steps >= first:
-        logger.warning(
-            "the run has %d planned steps and its first mask acts from step %d: a mask is active in less than half of "
-            "them; %s would refresh ten times",
-            planned_steps,
-            first,
-            remedy,
+        return TooShort(
+            f"the run has {planned_steps} planned steps and its first mask acts from step {first}: a mask is active in "
+            f"less than half of them; {remedy} would refresh ten times",
+            is_refused=False,
         )
-        return
     # One step is under no mask, whatever the interval.
     has_time = planned_steps >= first_active_step(proposal, warmup_steps=min(warmup_steps, proposal))
     way = f"Set {remedy}" if has_time else f"Train for 2 steps at least, with {setting}: 1"
@@ -83,6 +107,6 @@ def check_planned_steps(
         f"the run has {planned_steps} planned steps, but the first mask acts from step {first} ({setting} "
         f"{interval}, warmup_steps {warmup_steps}): nothing would ever be isolated. {way}"
     )
-    if not allow_inactive:
-        raise UserError(message + ", or allow_inactive: true to run anyway")
-    logger.warning("%s; running anyway, because allow_inactive is true", message)
+    if allow_inactive:
+        return TooShort(f"{message}; running anyway, because allow_inactive is true", is_refused=False)
+    return TooShort(f"{message}, or allow_inactive: true to run anyway", is_refused=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -11,7 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from epi_ds import ds_configs
 from epi_ds.config import SECTION
-from epi_ds.errors import UserError, nearest
+from epi_ds.ds_configs.keys import misspelt, misspelt_problem
+from epi_ds.ds_configs.values import changed, expanded
+from epi_ds.errors import Problem, UserError, nearest, summarize
 from epi_ds.recipe.trainer_arguments import PLAIN, trainer_arguments
 from epi_ds.trackers import trackers_in
 
@@ -145,22 +147,49 @@ def deepspeed_config(train: Mapping[str, Any]) -> dict[str, Any]:
     The ``epi`` section of a shipped one is left out, see `preset_section`. Raises ValueError for one that a run of
     stages cannot use.
     """
+    config, problems = read_config(train)
+    if problems:
+        raise UserError(summarize(problems, place="train.deepspeed"))
+    return config
+
+
+class ReadConfig(NamedTuple):
+    """A DeepSpeed configuration, and what is wrong with it as one of a recipe."""
+
+    config: dict[str, Any]
+    problems: list[Problem]
+
+
+def read_config(train: Mapping[str, Any]) -> ReadConfig:
+    """Return the DeepSpeed configuration of a ``train`` section, and what is wrong with it, by its dotted keys."""
     preset = _preset_of(train)
     if preset is None:
         config = dict(train["deepspeed"])
     else:
-        config = ds_configs.load(preset.name_or_path, preset.changes)
-        changed = any(str(key).split(".")[0] == SECTION for key in preset.changes)
-        if ds_configs.is_shipped(preset.name_or_path) and not changed:
+        try:
+            config = changed(ds_configs.read(preset.name_or_path), preset.changes, source=preset.name_or_path)
+        except UserError as error:
+            return ReadConfig({}, [Problem("", str(error))])
+        is_changed = any(str(key).split(".")[0] == SECTION for key in preset.changes)
+        if ds_configs.is_shipped(preset.name_or_path) and not is_changed:
             config.pop(SECTION, None)
+    problems = [misspelt_problem(*found) for found in misspelt(config)]
     if SECTION in config:
-        raise UserError(f'the configuration has an "{SECTION}" section, but a recipe has method.{SECTION}')
+        problems.append(Problem(SECTION, f'the configuration has an "{SECTION}" section, but a recipe has method.epi'))
     if "scheduler" in config:
-        raise UserError(
-            'the configuration has a "scheduler" section, which would replace the schedules of the stages; remove it '
-            "and set stages[].lr_scheduler_type or train.lr_scheduler_type"
+        problems.append(
+            Problem(
+                "scheduler",
+                'the configuration has a "scheduler" section, which would replace the schedules of the stages; remove '
+                "it and set stages[].lr_scheduler_type or train.lr_scheduler_type",
+            )
         )
-    return config
+    if preset is not None:
+        try:
+            config = expanded(config, source=preset.name_or_path)
+        except UserError as error:
+            problems.append(Problem("", str(error)))
+    return ReadConfig(config, problems)
 
 
 def preset_section(train: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,53 +220,51 @@ def _preset_of(train: Mapping[str, Any]) -> _Preset | None:
     return _Preset(str(given[_PRESET]), {key: value for key, value in given.items() if key != _PRESET})
 
 
-def argument_problems(train: Mapping[str, Any]) -> list[str]:
-    """Return one sentence per argument that is unknown, of the wrong type, or not the user's to set."""
-    valid = trainer_arguments().types
-    problems = []
-    for name, value in train.items():
-        if name in _OWNED_ARGUMENTS:
-            problems.append(f"train.{name}: decided by the recipe; set {_OWNED_ARGUMENTS[name]}")
-        elif name not in valid:
-            problems.append(f"train.{name}: not an argument of SFTConfig{nearest(name, valid)}")
-        elif name == "lr_scheduler_type":
-            problems += [f"train.{name}: {problem}" for problem in schedule_problems(value)]
-        elif name == "loss_type":
-            problems += _loss_problems(value)
-        elif name == "report_to":
-            problems += [f"train.{name}: {problem}" for problem in _tracker_problems(value)]
-        elif name in _CHOICES and value not in _CHOICES[name]:
-            hint = "; YAML reads a bare no as false, so give its quotes too" if value is False else ""
-            problems.append(f"train.{name}: must be {_listed(_CHOICES[name])}, got {value!r}{hint}")
-        elif name != "deepspeed" and not _is_of(valid[name], value):
-            problems.append(f"train.{name}: must be {_named(valid[name])}, got {value!r}")
-        elif name in _RANGES and isinstance(value, (int, float)) and not _RANGES[name].holds(value):
-            problems.append(f"train.{name}: must be {_RANGES[name]}, got {value!r}")
+def argument_problems(train: Mapping[str, Any]) -> list[Problem]:
+    """Return one problem per argument that is unknown, of the wrong type, or not the user's to set."""
+    problems = [Problem(f"train.{name}", text) for name, value in train.items() for text in _problems_of(name, value)]
     prepared = train.get("dataset_kwargs")
     if isinstance(prepared, Mapping) and prepared.get("skip_prepare_dataset"):
-        problems.append("train.dataset_kwargs: skip_prepare_dataset would train the first stage only; remove it")
-    try:
-        deepspeed_config(train)
-    except UserError as error:
-        problems.append(f"train.deepspeed: {error}")
-    return problems
+        problems.append(
+            Problem("train.dataset_kwargs", "skip_prepare_dataset would train the first stage only; remove it")
+        )
+    return [*problems, *(problem.within("train.deepspeed") for problem in read_config(train).problems)]
 
 
-def _loss_problems(name: object) -> list[str]:
-    if name in _LOSSES:
-        return []
-    reason = _OTHER_LOSSES.get(str(name), f"none of the losses that were tried under ZeRO-3: {', '.join(_LOSSES)}")
-    return [f"train.loss_type: {name!r} is {reason}{nearest(str(name), _LOSSES)}"]
+def _problems_of(name: str, value: Any) -> Iterator[str]:
+    """Yield what is wrong with an argument by itself."""
+    valid = trainer_arguments().types
+    if name in _OWNED_ARGUMENTS:
+        yield f"decided by the recipe; set {_OWNED_ARGUMENTS[name]}"
+    elif name not in valid:
+        yield f"not an argument of SFTConfig{nearest(name, valid)}"
+    elif name == "lr_scheduler_type":
+        yield from schedule_problems(value)
+    elif name == "loss_type":
+        yield from _loss_problems(value)
+    elif name == "report_to":
+        yield from _tracker_problems(value)
+    elif name in _CHOICES and value not in _CHOICES[name]:
+        hint = "; YAML reads a bare no as false, so give its quotes too" if value is False else ""
+        yield f"must be {_listed(_CHOICES[name])}, got {value!r}{hint}"
+    elif name != "deepspeed" and not _is_of(valid[name], value):
+        yield f"must be {_named(valid[name])}, got {value!r}"
+    elif name in _RANGES and isinstance(value, (int, float)) and not _RANGES[name].holds(value):
+        yield f"must be {_RANGES[name]}, got {value!r}"
 
 
-def _tracker_problems(given: object) -> list[str]:
-    """Return what is wrong with what ``report_to`` names."""
+def _loss_problems(name: object) -> Iterator[str]:
+    if name not in _LOSSES:
+        tried = f"none of the losses that were tried under ZeRO-3: {', '.join(_LOSSES)}"
+        yield f"{name!r} is {_OTHER_LOSSES.get(str(name), tried)}{nearest(str(name), _LOSSES)}"
+
+
+def _tracker_problems(given: object) -> Iterator[str]:
+    """Yield what is wrong with what ``report_to`` names."""
     valid = trainer_arguments().trackers
-    return [
-        f"{name!r} is no tracker{nearest(name, valid)}; there are {', '.join(valid)}, all and none"
-        for name in trackers_in(given)
-        if name not in (*valid, "all")
-    ]
+    for name in trackers_in(given):
+        if name not in (*valid, "all"):
+            yield f"{name!r} is no tracker{nearest(name, valid)}; there are {', '.join(valid)}, all and none"
 
 
 def _listed(words: tuple[str, ...]) -> str:

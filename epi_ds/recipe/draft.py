@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from epi_ds.data.formats import Format
 from epi_ds.errors import UserError
-from epi_ds.recipe.loading import read_yaml
+from epi_ds.recipe.document import read_yaml
 
 _TEMPLATE = files("epi_ds.launch") / "templates" / "recipe.yaml"
 # Rows of a step, where there are enough: rows of an epoch then make this many steps at least.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from epi_ds.errors import UserError
+from epi_ds.errors import Problem, UserError
 
 DEFAULT_LIMIT = 200
 
@@ -48,8 +48,8 @@ class HarnessSection(BaseModel):
         return path
 
 
-def harness_problems() -> list[str]:
-    """Return a sentence where lm-evaluation-harness is not installed. Does not import it, which takes a second."""
+def harness_problems() -> list[Problem]:
+    """Return a problem where lm-evaluation-harness is not installed. Does not import it, which takes a second."""
     if importlib.util.find_spec("lm_eval") is None:
-        return ["evaluation.lm_eval needs lm_eval, which is not installed here: pip install 'epi-ds[eval]'"]
+        return [Problem("evaluation.lm_eval", "needs lm_eval, which is not installed here: pip install 'epi-ds[eval]'")]
     return []

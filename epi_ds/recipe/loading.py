@@ -6,18 +6,17 @@ each with the nearest valid name.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
 from pydantic import ValidationError
 
-from epi_ds.combinations import combination_problems
-from epi_ds.errors import UserError, nearest, problems_of, summarize
+from epi_ds.combinations import located_combinations
+from epi_ds.errors import Problem, UserError, located_problems, nearest, summarize
 from epi_ds.launch import recipes as shipped
 from epi_ds.recipe.arguments import argument_problems, deepspeed_config, preset_section, schedule_problems
+from epi_ds.recipe.document import Document, read_document
 from epi_ds.recipe.harness import harness_problems
 from epi_ds.recipe.lora import lora_problems
 from epi_ds.recipe.models import Recipe
@@ -39,49 +38,60 @@ def find_recipe(name_or_path: str) -> Path:
     )
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads ``1e-5`` as a number, as JSON and Python do; YAML 1.1 wants ``1.0e-5`` and makes a string of it."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def read_yaml(text: str) -> Any:
-    """Return what a text in YAML holds; ``1e-5`` is a number."""
-    return yaml.load(text, Loader=_Loader)
-
-
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply ``key=value`` overrides (dotted keys, list positions by number), and validate all of it.
 
     Raises one ValueError that lists every problem found.
     """
-    path = find_recipe(name_or_path)
-    values = read_yaml(path.read_text())
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}")
-    for override in overrides:
-        _override(values, override)
-    return parse_recipe(values, place=f"the recipe {path}")
+    document = read_recipe(name_or_path, overrides)
+    return parse_recipe(document.values, place=f"the recipe {document.path}")
+
+
+def read_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Document:
+    """Read a recipe's file, by path or by the name of a shipped one, without looking at what it says.
+
+    Raises UserError for one that is not there, and what `read_document` raises.
+    """
+    return read_document(find_recipe(name_or_path), overrides, keys=list(Recipe.model_fields))
+
+
+class Checked(NamedTuple):
+    """What a recipe's values are."""
+
+    recipe: Recipe | None
+    """None where there is a problem."""
+    problems: list[Problem]
+    added: dict[str, Any]
+    """Settings of ``method.epi`` that the DeepSpeed preset brings: a problem may be with one that is not written."""
+
+    @property
+    def settings_added(self) -> str:
+        """These as a recipe would write them."""
+        return ", ".join(f"{key}: {value}" for key, value in self.added.items())
 
 
 def parse_recipe(values: Mapping[str, Any], *, place: str, files: Files = Files.MUST_BE_THERE) -> Recipe:
     """Validate the values of a recipe; raise one ValueError that lists every problem found."""
+    checked = check_recipe(values, files=files)
+    if checked.recipe is None:
+        if checked.added:
+            place = f"{place}, to whose method.epi the DeepSpeed preset adds {checked.settings_added}"
+        raise UserError(summarize(checked.problems, place=place))
+    return checked.recipe
+
+
+def check_recipe(values: Mapping[str, Any], *, files: Files = Files.MUST_BE_THERE) -> Checked:
+    """Return the recipe that values are, or every problem with their keys and plain values."""
     added = _added_by_preset(values)
     if added:
         method = values.get("method", {})
         values = {**values, "method": {**method, "epi": {**method.get("epi", {}), **added}}}
-        # A problem may be with a setting that is not written there.
-        settings = ", ".join(f"{key}: {value}" for key, value in added.items())
-        place = f"{place}, to whose method.epi the DeepSpeed preset adds {settings}"
-    problems: list[str] = []
+    problems: list[Problem] = []
     recipe = None
     try:
         recipe = Recipe.model_validate(values, context=files)
     except ValidationError as error:
-        problems += problems_of(error, Recipe)
+        problems += located_problems(error, Recipe)
     train, stages = values.get("train"), values.get("stages")
     if isinstance(train, Mapping):
         problems += argument_problems(train)
@@ -90,14 +100,12 @@ def parse_recipe(values: Mapping[str, Any], *, place: str, files: Files = Files.
     if recipe is not None and recipe.evaluation.lm_eval is not None:
         problems += harness_problems()
     if recipe is not None and not problems:
-        found = combination_problems(deepspeed_config(recipe.train), recipe.method.epi)
-        problems += [f"train.deepspeed with method.epi: {problem}" for problem in found]
+        found = located_combinations(deepspeed_config(recipe.train), recipe.method.epi)
+        problems += [problem.within("train.deepspeed") for problem in found]
     for index, stage in enumerate(stages if isinstance(stages, list) else ()):
         if isinstance(stage, Mapping) and isinstance(name := stage.get("lr_scheduler_type"), str):
-            problems += [f"stages.{index}.lr_scheduler_type: {problem}" for problem in schedule_problems(name)]
-    if problems or recipe is None:
-        raise UserError(summarize(problems, place=place))
-    return recipe
+            problems += [Problem(f"stages.{index}.lr_scheduler_type", text) for text in schedule_problems(name)]
+    return Checked(None if problems else recipe, problems, added)
 
 
 def _added_by_preset(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,41 +116,3 @@ def _added_by_preset(values: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(train, Mapping) or not isinstance(given, Mapping):
         return {}
     return {key: value for key, value in preset_section(train).items() if key not in given}
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override {override!r} must have the form key=value, for example train.max_length=512")
-    set_key(values, key, read_yaml(text))
-
-
-def set_key(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in the values of a recipe, which are changed; sections that are not there are made.
-
-    Raises UserError where a part of the key is a value and no section, or no item of a list.
-    """
-    *parents, last = key.split(".")
-    node: Any = values
-    for part in parents:
-        if isinstance(node, list):
-            node = node[_position(node, part, key)]
-        else:
-            node = node.setdefault(part, {})
-        if not isinstance(node, (dict, list)):
-            raise UserError(f"override {key}: {part!r} is a value, not a section, in this recipe")
-    if isinstance(node, list):
-        node[_position(node, last, key)] = value
-    else:
-        node[last] = value
-
-
-def _position(items: list[Any], part: str, key: str) -> int:
-    """A list position: a number, or the ``name`` of one of its items."""
-    names = [item.get("name") for item in items if isinstance(item, dict)]
-    if part in names:
-        return names.index(part)
-    if part.isdigit() and int(part) < len(items):
-        return int(part)
-    known = ", ".join(str(name) for name in names)
-    raise UserError(f"override {key}: {part!r} is not one of the {len(items)} items here ({known})")

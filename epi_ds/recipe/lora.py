@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from epi_ds.errors import nearest
+from epi_ds.errors import Problem, nearest
 from epi_ds.recipe.trainer_arguments import plain_types
 
 # What a run of stages decides itself.
@@ -80,33 +80,39 @@ def lora_keys() -> dict[str, LoraKey]:
     }
 
 
-def lora_problems(section: LoraSection) -> list[str]:
-    """Return one sentence per key that PEFT does not know, or that cannot work here. Imports PEFT."""
+def lora_problems(section: LoraSection) -> list[Problem]:
+    """Return one problem per key that PEFT does not know, or that cannot work here. Imports PEFT."""
     known = lora_keys()
     if not known:
-        return ["model.lora needs peft, which is not installed here: pip install 'epi-ds[lora]'"]
+        return [Problem("model.lora", "needs peft, which is not installed here: pip install 'epi-ds[lora]'")]
     problems = []
     for name, value in section.settings.items():
         if name in _OWNED:
-            problems.append(f"model.lora.{name}: decided by the recipe; remove it")
+            problems.append(Problem(f"model.lora.{name}", "decided by the recipe; remove it"))
         elif name not in known:
-            problems.append(f"model.lora.{name}: not a key of LoraConfig{nearest(name, known)}")
+            problems.append(Problem(f"model.lora.{name}", f"not a key of LoraConfig{nearest(name, known)}"))
         elif name in _OF_WHOLE_WEIGHTS and value:
             problems.append(
-                f"model.lora.{name}: takes whole weights when the adapter is made, of which ZeRO-3 leaves every rank a "
-                "slice; remove it"
+                Problem(
+                    f"model.lora.{name}",
+                    "takes whole weights when the adapter is made, of which ZeRO-3 leaves every rank a slice; remove "
+                    "it",
+                )
             )
     initialisation = section.settings.get("init_lora_weights", True)
     if initialisation not in _INITIALISATIONS:
         problems.append(
-            f"model.lora.init_lora_weights: {initialisation!r} takes whole weights when the adapter is made, of which "
-            "ZeRO-3 leaves every rank a slice; set true, false or gaussian"
+            Problem(
+                "model.lora.init_lora_weights",
+                f"{initialisation!r} takes whole weights when the adapter is made, of which ZeRO-3 leaves every rank a "
+                "slice; set true, false or gaussian",
+            )
         )
     if not problems:
         try:
             lora_config(section.settings)
         except (TypeError, ValueError) as error:
-            problems.append(f"model.lora: {str(error).splitlines()[0]}")
+            problems.append(Problem("model.lora", str(error).splitlines()[0]))
     return problems
 
 

@@ -13,8 +13,9 @@ from epi_ds.anchor_config import RUN, STAGE
 from epi_ds.choices import StateFormat
 from epi_ds.errors import UserError, nearest
 from epi_ds.policy_rules import REFRESHING, UNMEASURED
+from epi_ds.recipe.document import set_key
 from epi_ds.recipe.keep import Keep, ReplayLoss
-from epi_ds.recipe.loading import parse_recipe, set_key
+from epi_ds.recipe.loading import parse_recipe
 from epi_ds.recipe.models import Recipe
 from epi_ds.recipe.sources import Files
 from epi_ds.study.models import MERGE, Study

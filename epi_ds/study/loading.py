@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from epi_ds.errors import UserError, nearest, problems_of, summarize
-from epi_ds.recipe.loading import read_yaml
+from epi_ds.recipe.document import read_yaml
 from epi_ds.study.models import Study
 
 _FOLDER = Path(__file__).parent
@@ -47,7 +47,7 @@ def load_study(name_or_path: str) -> Found:
 
 
 def _read(path: Path) -> Study:
-    values = read_yaml(path.read_text())
+    values = read_yaml(path.read_text(), place=str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping with the keys {', '.join(Study.model_fields)}")
     try:

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from epi_ds.data.sources import find_files
 from epi_ds.data.table import Reading, Table, describe, read_table
 from epi_ds.errors import UserError
+from epi_ds.recipe.document import read_yaml
 from epi_ds.recipe.draft import DataFacts, Draft, ModelFacts, Sizes, recipe_text
-from epi_ds.recipe.loading import parse_recipe, read_yaml
+from epi_ds.recipe.loading import parse_recipe
 from epi_ds.train.model import told
 from epi_ds.train.rows import load_tokenizer, row_arguments_of
 

@@ -38,8 +38,7 @@ def kept_windows(keep: Keep, data: Sequence[Dataset], *, global_batch: int, seed
     Raises UserError where the rows do not fill the windows that are asked for, or not one.
     """
     num_rows = sum(map(len, data))
-    _check_filled(keep, num_rows, global_batch=global_batch)
-    num_windows = keep.windows or min(num_rows // global_batch, _MOST_WINDOWS)
+    num_windows = num_windows_of(keep, num_rows, global_batch=global_batch)
     shares = tuple(
         SourceShare(len(rows), source.share)
         for rows, source in zip(data, keep.sources, strict=False)
@@ -50,13 +49,19 @@ def kept_windows(keep: Keep, data: Sequence[Dataset], *, global_batch: int, seed
     return Measured(concatenate_datasets(list(data)).select(order), num_windows, BASE)
 
 
-def _check_filled(keep: Keep, num_rows: int, *, global_batch: int) -> None:
-    if num_rows // global_batch < (keep.windows or 1):
+def num_windows_of(keep: Keep, num_rows: int, *, global_batch: int) -> int:
+    """Return how many global batches of so many kept rows are measured.
+
+    Raises UserError where the rows do not fill those that are asked for, or not one.
+    """
+    filled = num_rows // global_batch
+    if filled < (keep.windows or 1):
         asked = "one global batch" if keep.windows is None else f"method.keep.windows: {keep.windows}, global batches"
         raise UserError(
             f"what is kept has {num_rows} rows to measure, fewer than {asked} of {global_batch} (micro-batch x "
             "accumulation x ranks); keep more rows, measure less, or use a smaller batch"
         )
+    return keep.windows or min(filled, _MOST_WINDOWS)
 
 
 def check_own_rows_fill(keep: Keep, *, evaluated: int, global_batch: int) -> None:
@@ -67,7 +72,7 @@ def check_own_rows_fill(keep: Keep, *, evaluated: int, global_batch: int) -> Non
     if keep.self is None or not keep.importance or keep.data is not None:
         return
     held_out = min(keep.self.rows // HELD_OUT_SHARE, evaluated) if keep.evaluation else 0
-    _check_filled(keep, keep.self.rows - held_out, global_batch=global_batch)
+    num_windows_of(keep, keep.self.rows - held_out, global_batch=global_batch)
 
 
 def losses_of(trainer: Any, measured: Measured) -> Iterator[Tensor]:

@@ -44,10 +44,11 @@ from epi_ds.train.origins import taken_from_hub
 from epi_ds.train.own_rows import write_before_training
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.refusals import refused_by_libraries
-from epi_ds.train.resume import DEFAULT_ARGUMENTS, check_data, check_steps, find_resume, marker_of
+from epi_ds.train.resume import check_data, check_steps, find_resume, marker_of
 from epi_ds.train.rows import RowArguments, digests_of, load_tokenizer, prepare_rows, row_arguments_of
 from epi_ds.train.run_folder import RunFolder
 from epi_ds.train.settings import END, Change, changes_since, end_of
+from epi_ds.train.sft_arguments import sft_arguments
 from epi_ds.train.stage_callback import StageCallback
 from epi_ds.train.start import Start
 from epi_ds.train.trainer import StageTrainer
@@ -165,7 +166,7 @@ def _continue(run: _Run, extra_arguments: dict[str, Any]) -> None:
 
 def _arguments_of(run: _Run, extra_arguments: dict[str, Any]) -> SFTConfig:
     """Return the trainer's arguments. From then on, transformers has ZeRO-3 partition every model that it loads."""
-    recipe, folder = run.recipe, run.folder
+    recipe = run.recipe
     for precision in ("bf16", "fp16"):
         if recipe.train.get(precision) and accelerator_name() == "cpu":
             raise UserError(
@@ -173,20 +174,9 @@ def _arguments_of(run: _Run, extra_arguments: dict[str, Any]) -> SFTConfig:
             )
     # Defaults of the section are left out: accelerate takes any "auto" inside a DeepSpeed configuration for one of its
     # own.
-    section = recipe.method.epi.as_section()
+    deepspeed = {**deepspeed_config(recipe.train), SECTION: recipe.method.epi.as_section()}
     with refused_by_libraries():
-        return SFTConfig(
-            **{
-                **DEFAULT_ARGUMENTS,
-                **recipe.train,
-                **extra_arguments,
-                "output_dir": str(folder.checkpoints),
-                "num_train_epochs": 1,
-                "train_sampling_strategy": "sequential",
-                "eval_strategy": "no",
-                "deepspeed": {**deepspeed_config(recipe.train), SECTION: section},
-            }
-        )
+        return SFTConfig(**{**sft_arguments(recipe, run.folder), **extra_arguments, "deepspeed": deepspeed})
 
 
 def _make_trainer(

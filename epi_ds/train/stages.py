@@ -61,22 +61,30 @@ def plan_stages(
     spans: list[StageSpan] = []
     first_step = 0
     for stage in stages:
-        num_steps = stage.steps
-        if num_steps is None:
-            num_steps = steps_of(
-                stage.num_rows * stage.epochs, share=replayed_share, first_step=first_step, global_batch=global_batch
-            )
-        if num_steps == 0:
-            replayed = replayed_rows(replayed_share, first_step, global_batch=global_batch)
-            raise UserError(
-                f"stage {stage.name} has {stage.num_rows} rows x {stage.epochs} epochs, fewer than one global batch of "
-                f"{global_batch} (micro-batch x accumulation x ranks)"
-                + (f", of which {replayed} are replayed" if replayed else "")
-                + "; give it more rows or use a smaller batch"
-            )
-        spans.append(StageSpan(stage.name, first_step, first_step + num_steps))
-        first_step += num_steps
+        spans.append(span_of(stage, first_step=first_step, global_batch=global_batch, replayed_share=replayed_share))
+        first_step = spans[-1].stop_step
     return spans
+
+
+def span_of(stage: StageRows, *, first_step: int, global_batch: int, replayed_share: Fraction = NOTHING) -> StageSpan:
+    """Return the steps of a stage that begins at ``first_step``.
+
+    Raises UserError for one that does not fill one global batch.
+    """
+    num_steps = stage.steps
+    if num_steps is None:
+        num_steps = steps_of(
+            stage.num_rows * stage.epochs, share=replayed_share, first_step=first_step, global_batch=global_batch
+        )
+    if num_steps == 0:
+        replayed = replayed_rows(replayed_share, first_step, global_batch=global_batch)
+        raise UserError(
+            f"stage {stage.name} has {stage.num_rows} rows x {stage.epochs} epochs, fewer than one global batch of "
+            f"{global_batch} (micro-batch x accumulation x ranks)"
+            + (f", of which {replayed} are replayed" if replayed else "")
+            + "; give it more rows or use a smaller batch"
+        )
+    return StageSpan(stage.name, first_step, first_step + num_steps)
 
 
 def epoch_ends(

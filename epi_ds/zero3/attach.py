@@ -12,20 +12,16 @@ from deepspeed.accelerator import get_accelerator
 
 from epi_ds.checkpoint.commit import Run
 from epi_ds.checkpoint.meeting import leave_word
-from epi_ds.choices import Apply, PolicyName, Protects, Pull, Selection, StateFormat, Transport
+from epi_ds.choices import Apply, PolicyName, Protects, Pull, StateFormat
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError
 from epi_ds.isolation.controller import IsolationController
-from epi_ds.isolation.importance.stored import code_shift_of
+from epi_ds.isolation.fit import check_budget, refresh_cost
 from epi_ds.isolation.importance.views import Importance
 from epi_ds.isolation.layout import Layout
 from epi_ds.isolation.placement import Placement
-from epi_ds.isolation.policies.half import still_half
 from epi_ds.isolation.policy import make_policy
-from epi_ds.isolation.schedule import largest_ratio
 from epi_ds.isolation.search.collectives import GroupExchange
-from epi_ds.isolation.search.threshold import budget_of
-from epi_ds.isolation.search.traffic import compare, pick, refresh_messages
 from epi_ds.zero3.context import IsolationContext
 from epi_ds.zero3.first_moments import FirstMoments
 from epi_ds.zero3.geometry import layout_of
@@ -45,45 +41,6 @@ def _check_partitioning(layout: Layout, optimizer: Any) -> None:
             f"ZeRO-3 partitions its sub-groups into {sizes} entries on this rank, and isolation expected "
             f"{layout.sub_group_numel}: masks would be shifted. Report this with your ds_config"
         )
-
-
-def _check_budget(layout: Layout, config: EPIConfig) -> None:
-    # A mask that is loaded has the size it was saved with.
-    ratio = largest_ratio(config)
-    if ratio == 0 or config.policy is PolicyName.NONE or config.mask_from is not None:
-        return
-    if config.policy is PolicyName.HALF:
-        if not still_half(layout.segments, name=""):
-            raise UserError(
-                "policy: half chooses among matrices that lie beside each other in numbered blocks, and none of the "
-                f"{len(layout.segments)} covered parameters do; cover more, or set another policy"
-            )
-        return
-    per_layer = config.selection is Selection.PER_LAYER
-    sizes = layout.layer_numel if per_layer else (layout.covered_numel,)
-    if not any(budget_of(ratio, size) for size in sizes):
-        raise UserError(
-            f"ratio {ratio} of {'every layer' if per_layer else 'the covered parameters'} (at most {max(sizes)} "
-            "entries) is less than one entry, so nothing would ever be isolated; raise ratio or cover more"
-        )
-
-
-def _transport_of(layout: Layout, config: EPIConfig, *, world_size: int) -> Transport:
-    """Return the transport of the refreshes: the configured one, or what ``auto`` picks. The same on every rank."""
-    if config.exchange is not Transport.AUTO:
-        return config.exchange
-    messages = refresh_messages(
-        layout.layer_numel,
-        selection=config.selection,
-        normalizer=config.normalizer,
-        code_shift=code_shift_of(config.state),
-        kind_numel=layout.group_numel[len(layout.layer_numel) :],
-    )
-    costs = compare(messages, selection=config.selection, world_size=world_size)
-    if not config.has_room_for_answers:
-        # See `EPIConfig._check_exchange`.
-        costs = tuple(cost for cost in costs if cost.transport is not Transport.REDUCE_SCATTER)
-    return pick(costs).transport
 
 
 def _moments_of(optimizer: Any, config: EPIConfig) -> Importance | None:
@@ -127,7 +84,7 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
     optimizer = engine.optimizer
     layout = layout_of(optimizer, layer=config.layer, include=config.include, exclude=config.exclude)
     _check_partitioning(layout, optimizer)
-    _check_budget(layout, config)
+    check_budget(layout, config)
     moments = _moments_of(optimizer, config)
     controller = IsolationController(
         Placement(layout, tuple(partition.device for partition in optimizer.fp32_partitioned_groups_flat)),
@@ -136,7 +93,9 @@ def attach(engine: Any, config: EPIConfig) -> EPI:
         exchange=GroupExchange(
             optimizer.dp_process_group,
             device=torch.device(get_accelerator().current_device_name()),
-            transport=_transport_of(layout, config, world_size=dist.get_world_size(optimizer.dp_process_group)),
+            transport=refresh_cost(
+                layout, config, world_size=dist.get_world_size(optimizer.dp_process_group)
+            ).transport,
         ),
         listener=partial(IsolationMixin._epi_mask_changes, optimizer) if _sets_moments(config) else None,
         moments=moments,

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from epi_ds.checkpoint.commit import Run
 from epi_ds.checkpoint.meeting import meet
-from epi_ds.choices import ADAPTIVE, Memory, PolicyName, StateFormat
+from epi_ds.choices import Memory, PolicyName, StateFormat
 from epi_ds.config import EPIConfig
 from epi_ds.errors import UserError, nearest
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.layout import Segment
 from epi_ds.isolation.refresh_report import RefreshReport, values_of
-from epi_ds.isolation.schedule import check_planned_steps, largest_ratio
-from epi_ds.policy_rules import BEGINNING_LATE, UNMEASURED
+from epi_ds.isolation.schedule import planned_steps_of
+from epi_ds.policy_rules import UNMEASURED
 from epi_ds.zero3.anchor import Anchor
 from epi_ds.zero3.probing import drop_window, observe_window
 from epi_ds.zero3.stats import IsolationStats, MemoryReport, ResolvedLayer
@@ -187,22 +187,15 @@ class EPI:
 
     def check_planned_steps(self, planned_steps: int) -> None:
         """Warn or raise ValueError when a run of this many applied steps would never use a mask, or hardly."""
-        config, controller = self.config, self._controller
+        controller = self._controller
         # What was remembered before the first step has selected a mask already.
         begins_with_mask = controller.is_active and not controller.counters.applied_steps
-        if config.policy in BEGINNING_LATE and largest_ratio(config) > 0 and not begins_with_mask:
-            check_planned_steps(
-                planned_steps,
-                config.selection_interval,
-                setting="check_interval" if config.refresh_interval == ADAPTIVE else "refresh_interval",
-                warmup_steps=config.warmup_steps,
-                allow_inactive=config.allow_inactive,
-            )
-        elif config.policy is PolicyName.RANDOM and config.warmup_steps and largest_ratio(config) > 0:
-            # Drawn after them, whatever the interval.
-            check_planned_steps(
-                planned_steps, 1, warmup_steps=config.warmup_steps, allow_inactive=config.allow_inactive
-            )
+        found = planned_steps_of(self.config, planned_steps, begins_with_mask=begins_with_mask)
+        if found is None:
+            return
+        if found.is_refused:
+            raise UserError(found.message)
+        logger.warning("%s", found.message)
 
     def reset_optimizer_state(self) -> None:
         """Return the optimizer's moments to zero, as between two stages. Importance and masks continue.

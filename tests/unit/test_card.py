@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 
 from epi_ds.launch import recipes
 from epi_ds.recipe.brief import brief
-from epi_ds.recipe.loading import parse_recipe, read_yaml
+from epi_ds.recipe.document import read_yaml
+from epi_ds.recipe.loading import parse_recipe
 from epi_ds.recipe.sources import Files
 from epi_ds.report.card import RunRecord, card_of, ensure_card
 from epi_ds.report.published import published

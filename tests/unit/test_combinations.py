@@ -76,7 +76,7 @@ def test_possible_ones_pass(ds_config: dict[str, Any], section: dict[str, Any]) 
 
 
 def test_a_section_is_read_together_with_the_rest() -> None:
-    with pytest.raises(UserError, match=r"with the rest of it:\n  - apply: reduction .* Lion"):
+    with pytest.raises(UserError, match=r"with the rest of it:\n  - optimizer\.type: apply: reduction .* Lion"):
         read_section(ZERO3 | {"epi": {}, "optimizer": {"type": "Lion"}})
 
 
@@ -86,5 +86,5 @@ def test_a_recipe_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:
         "model: {path: nowhere}\nstages: [{name: a, data: {skill: logic, rows: 8}}]\noutput: out\n"
         "train: {deepspeed: {zero_optimization: {stage: 3}, optimizer: {type: Lion}}}\n"
     )
-    with pytest.raises(UserError, match=r"train\.deepspeed with method\.epi: apply: reduction .* Lion"):
+    with pytest.raises(UserError, match=r"train\.deepspeed\.optimizer\.type: apply: reduction .* Lion"):
         load_recipe(str(recipe))

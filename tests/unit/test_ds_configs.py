@@ -27,7 +27,7 @@ from epi_ds.api import read_section
 from epi_ds.cli.main import app
 from epi_ds.combinations import combination_problems
 from epi_ds.config import SECTION, parse_config
-from epi_ds.ds_configs.keys import KNOWN
+from epi_ds.ds_configs.keys import KNOWN, SECTIONS
 from epi_ds.ds_configs.values import auto_keys
 from epi_ds.errors import UserError
 from epi_ds.recipe.arguments import deepspeed_config
@@ -145,6 +145,13 @@ class Reading(dict[str, Any]):
         self.asked.add(str(key))
         return super().__contains__(key)
 
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def keys(self) -> Any:
+        return self
+
     def __copy__(self) -> Reading:
         return self
 
@@ -153,6 +160,19 @@ def keys_that_deepspeed_reads() -> set[str]:
     values = Reading({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
     DeepSpeedConfig(values)
     return values.asked
+
+
+def keys_that_deepspeed_reads_of(section: str) -> set[str]:
+    # What is given decides what else is asked for.
+    given: dict[str, dict[str, Any]] = {"optimizer": {"type": "AdamW"}, "torch_autocast": {"enabled": True}}
+    values = Reading(given.get(section, {}))
+    DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, section: values})
+    return values.asked
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_keys_of_a_section_that_deepspeed_does_not_check_are_those_that_it_reads(section: str) -> None:
+    assert keys_that_deepspeed_reads_of(section) == SECTIONS[section]
 
 
 def test_every_key_that_deepspeed_reads_is_known() -> None:
@@ -356,21 +376,21 @@ def test_the_section_of_a_preset_is_what_a_recipe_begins_from(elsewhere: Path, d
         ({"stages": 2}, ["state: adam the optimizer's moments are the importance", "set moments: carry there"]),
         ({"method": {"epi": {"ema_decay": 0.9}}}, ["preset adds apply: update, state: adam:", "ema_decay would be"]),
         ({"method": {"epi": 3}}, ["method.epi: "]),
-        ({"train": {"deepspeed": "mine.json"}}, ["train.deepspeed: ", "a recipe has method.epi"]),
-        ({"train": {"deepspeed": {"preset": "mine.json"}}}, ["train.deepspeed: ", "a recipe has method.epi"]),
+        ({"train": {"deepspeed": "mine.json"}}, ["train.deepspeed.epi: ", "a recipe has method.epi"]),
+        ({"train": {"deepspeed": {"preset": "mine.json"}}}, ["train.deepspeed.epi: ", "a recipe has method.epi"]),
         (
             {"train": {"deepspeed": {"preset": "zero3_lean", "epi": {"ratio": 0.2}}}},
-            ["train.deepspeed: ", "a recipe has method.epi"],
+            ["train.deepspeed.epi: ", "a recipe has method.epi"],
         ),
         (
             {"train": {"deepspeed": {"preset": "zero3_lean", "epi.ratio": 0.2}}},
-            ["train.deepspeed: ", "a recipe has method.epi"],
+            ["train.deepspeed.epi: ", "a recipe has method.epi"],
         ),
         ({"train": {"deepspeed": {"preset": "zero3_lena"}}}, ["train.deepspeed: ", "did you mean 'zero3_lean'?"]),
         ({"train": {"deepspeed": "zero3_offload_nvme"}}, ["train.deepspeed: ", "export EPI_DS_NVME="]),
         (
             {"train": {"deepspeed": {"preset": "zero3_lean", "zero_optimization": {"stage": 2}}}},
-            ["train.deepspeed with method.epi: ZeRO stage is 2"],
+            ["train.deepspeed.zero_optimization.stage: ZeRO stage is 2"],
         ),
     ],
 )

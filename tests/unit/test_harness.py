@@ -178,7 +178,7 @@ def test_a_recipe_is_refused_before_anything_is_loaded(values: dict[str, Any], t
 
 def test_a_recipe_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"evaluation.lm_eval needs lm_eval, .* pip install 'epi-ds\[eval\]'"):
+    with pytest.raises(UserError, match=r"evaluation.lm_eval: needs lm_eval, .* pip install 'epi-ds\[eval\]'"):
         parse_recipe({**RECIPE, "evaluation": {"lm_eval": {"tasks": ["piqa"]}}}, place="the recipe")
 
 

@@ -16,8 +16,9 @@ from epi_ds.data.skills import load_tokenizer
 from epi_ds.data.skills.tokenization import TOKENIZER_DIR
 from epi_ds.demo.base_model import small_llama
 from epi_ds.errors import UserError
+from epi_ds.recipe.document import read_yaml
 from epi_ds.recipe.draft import DataFacts, Draft, ModelFacts, Sizes, recipe_text, sizes_of
-from epi_ds.recipe.loading import load_recipe, read_yaml
+from epi_ds.recipe.loading import load_recipe
 from epi_ds.train.preview import preview
 from tests.support.tables import write_lines
 

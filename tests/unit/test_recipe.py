@@ -266,7 +266,7 @@ def test_an_adapter_that_cannot_be_made_is_refused_before_ranks_start(
 
 def test_an_adapter_without_peft_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else object())
-    with pytest.raises(ValueError, match=r"model\.lora needs peft, which is not installed here: pip install"):
+    with pytest.raises(ValueError, match=r"model\.lora: needs peft, which is not installed here: pip install"):
         load_recipe(write(tmp_path, MINIMAL), [f"{LORA}}}"])
 
 
@@ -303,7 +303,7 @@ def test_what_a_preset_sets_for_the_sake_of_another_setting_goes_with_it() -> No
 
 def advice(method: dict[str, Any], stages: int = 1) -> list[str]:
     several = [{**MINIMAL["stages"][0], "name": f"s{number}"} for number in range(stages)]
-    return list(advice_on(parse_recipe({**MINIMAL, "stages": several, "method": method}, place="the recipe")))
+    return list(map(str, advice_on(parse_recipe({**MINIMAL, "stages": several, "method": method}, place="the recipe"))))
 
 
 def test_what_few_people_mean_is_told() -> None:

@@ -15,7 +15,8 @@ from epi_ds.cli.main import app
 from epi_ds.errors import UserError
 from epi_ds.launch import recipes
 from epi_ds.recipe.docstrings import docstrings_of
-from epi_ds.recipe.loading import parse_recipe, read_yaml
+from epi_ds.recipe.document import read_yaml
+from epi_ds.recipe.loading import parse_recipe
 from epi_ds.recipe.lora import LoraSection
 from epi_ds.recipe.models import Recipe
 from epi_ds.recipe.sources import Files

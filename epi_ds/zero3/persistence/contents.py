@@ -42,12 +42,16 @@ def sub_groups_of(zero3: Any) -> tuple[SavedSubGroup, ...]:
 
 def bytes_to_save(engine: Any) -> int:
     """Return what a tag takes, over all ranks: weights and two moments, frozen parameters, isolation. Collective."""
-    states = 3 * 4 * sum(engine.optimizer.fp16_partitioned_groups_flat_numel)
-    frozen = [p.ds_tensor for p in engine.module.parameters() if not p.requires_grad]
-    own = states + sum(t.numel() * t.element_size() for t in frozen) + engine.epi.memory_report().total_bytes
-    total = torch.tensor([own], dtype=torch.int64, device=engine.device)
+    total = torch.tensor([own_bytes_to_save(engine)], dtype=torch.int64, device=engine.device)
     dist.all_reduce(total)
     return int(total)
+
+
+def own_bytes_to_save(engine: Any) -> int:
+    """Return what this rank has of that."""
+    states = 3 * 4 * sum(engine.optimizer.fp16_partitioned_groups_flat_numel)
+    frozen = [p.ds_tensor for p in engine.module.parameters() if not p.requires_grad]
+    return int(states + sum(t.numel() * t.element_size() for t in frozen) + engine.epi.memory_report().total_bytes)
 
 
 def manifest_of(engine: Any, files: Mapping[str, FileRecord], record: RunRecord, *, number: int) -> Manifest:
