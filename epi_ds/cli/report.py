@@ -105,8 +105,8 @@ def _audited(run: Path) -> Audit:
         result = audit([run])
     except UserError as error:
         return Audit(f"nothing could be compared: {error}", "", is_sound=None)
-    is_sound = not result.isolated_moved and not result.anchor.has_findings
-    return Audit(verdict_of(result), counts_of(result), is_sound)
+    has_moved = result.isolated_moved > 0 or result.anchor.has_findings
+    return Audit(verdict_of(result), counts_of(result), is_sound=not has_moved if has_moved or result.pairs else None)
 
 
 def _show_scores(console: Console, table: ScoreTable) -> None:

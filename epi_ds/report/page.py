@@ -127,8 +127,8 @@ def _context(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _legend(chart: Chart) -> list[Look]:
-    """Return what a chart's lines or bars are called, where it has several."""
+def _legend(chart: Chart, runs: Sequence[Run]) -> list[Look]:
+    """Return what a chart's lines or bars are called; nothing where that is the one run of the page."""
     match chart:
         case LineChart():
             found = [Look(series.name, series.look) for series in chart.series]
@@ -138,7 +138,7 @@ def _legend(chart: Chart) -> list[Look]:
             found = list(chart.runs)
         case _:
             found = []
-    return found if len(found) > 1 else []
+    return [] if [one.name for one in found] == [run.name for run in runs] and len(runs) == 1 else found
 
 
 def _score_note(score: TaskScore) -> str:

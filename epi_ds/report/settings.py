@@ -20,8 +20,10 @@ class SettingRow(NamedTuple):
 
     @property
     def differs(self) -> bool:
-        """Whether runs have other values."""
-        return len(set(self.values)) > 1
+        """Whether runs have other values, and somebody said so: what a section that one run lacks leaves at its default
+        says nothing more.
+        """
+        return len(set(self.values)) > 1 and (any(self.is_given) or told.NOTHING not in self.values)
 
 
 def setting_rows(runs: Sequence[Run]) -> tuple[SettingRow, ...]:

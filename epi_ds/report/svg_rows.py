@@ -96,7 +96,7 @@ def _bar_parts(chart: BarChart, width: int, bottom: int) -> Iterable[str]:
             yield f'<g class="hit"><title>{escape(shown)}</title>'
             end = scale.at(value)
             yield _bar(f"s{run.look % 8}", _LEFT, end, y)
-            yield f'<text class="small" x="{end + 4:.1f}" y="{y + 8}">{told.percent(value)}</text></g>'
+            yield f'<text class="small" x="{end + 4:.1f}" y="{y + 8}">{told.number(100 * value)}%</text></g>'
     yield f'<line class="axis" x1="{_LEFT}" y1="{_TOP}" x2="{_LEFT}" y2="{bottom}"/>'
     middle = (_LEFT + width - _RIGHT) / 2
     yield f'<text x="{middle}" y="{bottom + 18}" text-anchor="middle">{escape(chart.label)}</text>'
