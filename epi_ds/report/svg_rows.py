@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import takewhile
 
 from epi_ds.report import axes, told
 from epi_ds.report.axes import Scale
@@ -25,9 +26,9 @@ def heat_rows(chart: HeatMap, width: int) -> tuple[int, Iterable[str]]:
 
 def _heat_parts(chart: HeatMap, width: int, bottom: int) -> Iterable[str]:
     cell = (width - _LEFT - _RIGHT) / len(chart.columns)
+    yield from _names(chart.rows, [_TOP + _ROW * row for row in range(len(chart.rows))])
     for row, (name, cells) in enumerate(zip(chart.rows, chart.cells, strict=True)):
         top = _TOP + _ROW * row
-        yield _name(name, top)
         for column, (step, value) in enumerate(zip(chart.columns, cells, strict=True)):
             place = f'x="{_LEFT + cell * column:.1f}" y="{top}" width="{cell + 0.3:.1f}" height="{_ROW - 1}"'
             shown = f"{name}, after step {step}: {told.percent(value, digits=2)}"
@@ -35,7 +36,7 @@ def _heat_parts(chart: HeatMap, width: int, bottom: int) -> Iterable[str]:
             look = 'class="cell none"' if value is None else f'class="cell s{chart.look % 8}" style="--v:{heat}%"'
             yield f"<rect {look} {place}><title>{escape(shown)}</title></rect>"
     for column in axes.spread(len(chart.columns), 6):
-        middle = _LEFT + cell * (column + 0.5)
+        middle = min(_LEFT + cell * (column + 0.5), width - 22)
         yield f'<text x="{middle:.1f}" y="{bottom + 14}" text-anchor="middle">{chart.columns[column]}</text>'
     yield f'<text x="{(_LEFT + width - _RIGHT) / 2}" y="{bottom + 31}" text-anchor="middle">refresh after step</text>'
 
@@ -55,9 +56,9 @@ def _range_parts(chart: RangeChart, width: int, bottom: int) -> Iterable[str]:
         place = scale.at(decade)
         yield f'<line class="grid" x1="{place:.1f}" y1="{_TOP}" x2="{place:.1f}" y2="{bottom}"/>'
         yield f'<text x="{place:.1f}" y="{bottom + 14}" text-anchor="middle">1e{decade:g}</text>'
+    yield from _names([one.name for one in chart.rows], [_TOP + _ROW * row for row in range(len(chart.rows))])
     for row, one in enumerate(chart.rows):
         top = _TOP + _ROW * row
-        yield _name(one.name, top)
         # An importance of zero is at the left end.
         begin, end = (scale.at(math.log10(v)) if v else scale.start for v in (one.smallest, one.largest))
         shown = f"{one.name}\nsmallest {told.number(one.smallest)}, largest {told.number(one.largest)}"
@@ -85,9 +86,9 @@ def _row_height(chart: BarChart) -> int:
 def _bar_parts(chart: BarChart, width: int, bottom: int) -> Iterable[str]:
     high = max((value for row in chart.rows for value in row.values if value is not None), default=0.0) or 1.0
     scale = Scale(0, high, _LEFT, width - _RIGHT - 48)
-    for row, one in enumerate(chart.rows):
-        top = _TOP + _row_height(chart) * row
-        yield _name(one.name, top + (_row_height(chart) - _ROW) / 2)
+    tops = [_TOP + _row_height(chart) * row for row in range(len(chart.rows))]
+    yield from _names([one.name for one in chart.rows], [top + (_row_height(chart) - _ROW) / 2 for top in tops])
+    for one, top in zip(chart.rows, tops, strict=True):
         for place, (run, value) in enumerate(zip(chart.runs, one.values, strict=True)):
             if value is None:
                 continue
@@ -107,7 +108,14 @@ def _bar(look: str, begin: float, end: float, top: float) -> str:
     return f'<rect class="bar {look}" x="{begin:.1f}" y="{top}" width="{max(1.0, end - begin):.1f}" height="9"/>'
 
 
-def _name(name: str, top: float) -> str:
-    # Of layers and matrices the end says which it is.
-    shown = name if len(name) <= _MOST else f"…{name[1 - _MOST :]}"
-    return f'<text class="small" x="{_LEFT - 6}" y="{top + 11:.1f}" text-anchor="end">{escape(shown)}</text>'
+def _names(names: Sequence[str], tops: Sequence[float]) -> Iterable[str]:
+    """What rows are called, without what all of their names begin with."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    if len(names) > 1:
+        shared = len(list(takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))))
+    for part, top in zip(parts, tops, strict=True):
+        name = ".".join(part[min(shared, len(part) - 1) :])
+        # Of layers and matrices the end says which it is.
+        shown = name if len(name) <= _MOST else f"…{name[1 - _MOST :]}"
+        yield f'<text class="small" x="{_LEFT - 6}" y="{top + 11:.1f}" text-anchor="end">{escape(shown)}</text>'
