@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from epi_ds.report.run import Run
 
+_LOOKS = {"steps": 7, "refreshes": 2, "evaluations": 3, "saves": 4, "own rows": 5}
+
 
 class Part(NamedTuple):
     """Something that time went into."""
@@ -15,6 +17,8 @@ class Part(NamedTuple):
     seconds: float
     share: float
     """Of all that is known."""
+    look: int
+    """Its colour, the same for every run, and none of the first runs'."""
 
 
 class Effort(NamedTuple):
@@ -56,7 +60,7 @@ def effort_of(run: Run) -> Effort:
     summary = run.summary or {}
     return Effort(
         step_seconds=median(known) if known else None,
-        parts=tuple(Part(name, value, value / total) for name, value in found.items() if value) if total else (),
+        parts=tuple(Part(name, value, value / total, _LOOKS[name]) for name, value in found.items() if value),
         is_estimate=len(known) < run.last_step,
         isolation_bytes=summary.get("memory_bytes"),
         peak_bytes=dict(summary.get("peak_bytes", {})),

@@ -84,6 +84,11 @@ def _of_its_course(run: Run) -> Iterator[Finding]:
             f"The run has not ended: step {run.last_step} of {run.total_steps}. Started again, it goes on from its "
             "newest checkpoint.",
         )
+    elif not run.is_exported:
+        yield Finding(
+            Level.WARNING,
+            "All steps were trained, but the model was not exported to its end. Started again, the run does so.",
+        )
     for start in run.starts:
         if not start.resumed:
             continue

@@ -120,7 +120,9 @@ class Run:
     lost: tuple[Lost, ...]
     own_rows: Line | None
     summary: Line | None
-    """None where the run has not ended."""
+    """None where not all steps were trained."""
+    is_exported: bool
+    """Whether everything is on the disk, the model too; True of what earlier releases wrote, which did not say so."""
     scores: ScoreTable
     """Before training, after every stage, and last."""
     history: ScoreTable
@@ -193,6 +195,7 @@ def read_run(
         ),
         own_rows=next(iter(of("own_rows")), None),
         summary=next(iter(of("summary")[-1:]), None),
+        is_exported=bool(of("end")) or "environment" not in starts[-1],
         scores=score_table(metrics),
         history=score_history(metrics),
         settings=tuple(settings),

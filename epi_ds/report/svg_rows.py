@@ -14,6 +14,7 @@ from epi_ds.report.charts import BarChart, HeatMap, RangeChart
 _LEFT, _RIGHT = 134, 14
 _TOP, _BOTTOM = 8, 36
 _ROW = 16
+_BAR = 13
 # Characters of a name that fit to the left.
 _MOST = 18
 
@@ -80,7 +81,7 @@ def bar_rows(chart: BarChart, width: int) -> tuple[int, Iterable[str]]:
 
 
 def _row_height(chart: BarChart) -> int:
-    return 6 + 10 * len(chart.runs)
+    return 4 + _BAR * len(chart.runs)
 
 
 def _bar_parts(chart: BarChart, width: int, bottom: int) -> Iterable[str]:
@@ -92,12 +93,12 @@ def _bar_parts(chart: BarChart, width: int, bottom: int) -> Iterable[str]:
         for place, (run, value) in enumerate(zip(chart.runs, one.values, strict=True)):
             if value is None:
                 continue
-            y = top + 3 + 10 * place
+            y = top + 3 + _BAR * place
             shown = f"{one.name}, {run.name}: {told.percent(value, digits=3)}"
             yield f'<g class="hit"><title>{escape(shown)}</title>'
             end = scale.at(value)
             yield _bar(f"s{run.look % 8}", _LEFT, end, y)
-            yield f'<text class="small" x="{end + 4:.1f}" y="{y + 8}">{told.number(100 * value)}%</text></g>'
+            yield f'<text class="small" x="{end + 4:.1f}" y="{y + 8}">{100 * value:.3g}%</text></g>'
     yield f'<line class="axis" x1="{_LEFT}" y1="{_TOP}" x2="{_LEFT}" y2="{bottom}"/>'
     middle = (_LEFT + width - _RIGHT) / 2
     yield f'<text x="{middle}" y="{bottom + 18}" text-anchor="middle">{escape(chart.label)}</text>'

@@ -1,4 +1,4 @@
-"""The page of a run: score tables, what was learnt and kept, charts, settings, what went wrong, and hostile names."""
+"""The page of a run: score tables, what was learnt and kept, settings, what went wrong, and hostile names."""
 
 from __future__ import annotations
 
@@ -20,47 +20,16 @@ from epi_ds.inspect.displacement import displacement_by_layer
 from epi_ds.own_rows.file import write_rows, written_in
 from epi_ds.recipe.loading import parse_recipe
 from epi_ds.recipe.models import Recipe
-from epi_ds.report import axes
-from epi_ds.report.charts import LineChart, Series, Unit
+from epi_ds.report.charts import LineChart
 from epi_ds.report.effort import effort_of
-from epi_ds.report.figures import write_figures
 from epi_ds.report.findings import Level, findings_of
 from epi_ds.report.outcome import outcome_of, side_by_side
 from epi_ds.report.page import charts_of, write_report
-from epi_ds.report.run import Audit, Run, names_of, read_run
+from epi_ds.report.run import Audit, Run, names_of
 from epi_ds.report.scores import TaskScore, score_history, score_table
-from epi_ds.report.svg import drawn
+from tests.support.run_lines import LINES, evaluation, run_of
 
 HOSTILE = "b<script>alert(1)</script>\"'&"
-
-
-def evaluation(step: int, stage: str, **values: float | None) -> dict[str, Any]:
-    scores = {
-        name: {"value": value, "num_rows": 4, "higher_is_better": name != "nll"} for name, value in values.items()
-    }
-    return {"event": "evaluation", "step": step, "stage": stage, "scores": scores}
-
-
-# As the first release wrote them: nothing of sources, importance, kinds, saves or the machine.
-LINES: list[dict[str, Any]] = [
-    {
-        "event": "run", "step": 0, "stage": "a", "resumed": False, "world_size": 2, "total_steps": 4, "covered": 100,
-        "stages": {"a": [0, 2], "b<": [2, 4]}, "config": {"policy": "evolving", "ratio": 0.1, "refresh_interval": 2},
-    },
-    evaluation(0, "start", a=0.25, b=0.0, nll=2.0),
-    {"event": "step", "step": 1, "stage": "a", "loss": 2.0, "isolated": 0, "isolated_share": 0.0},
-    evaluation(2, "a", a=0.75, b=0.0, nll=1.0),
-    {
-        "event": "refresh", "step": 2, "stage": "a", "jaccard": None, "isolated": 10,
-        "layer_isolated": {"x": 4, "y": 6}, "layer_numel": {"x": 40, "y": 60},
-    },
-    {"event": "step", "step": 3, "stage": "b<", "loss": 1.0, "isolated": 10, "isolated_share": 0.1},
-    evaluation(4, "b", a=0.5, b=1.0, nll=1.5),
-]  # fmt: skip
-
-
-def run_of(lines: list[dict[str, Any]], name: str = "mine", **known: Any) -> Run:
-    return read_run(name, lines, place=f"runs/{name}", **known)
 
 
 def page_of(folder: Path, *runs: Run, title: str = "mine") -> str:
@@ -178,55 +147,6 @@ def test_metrics_of_earlier_releases_say_what_they_do_not_know(tmp_path: Path) -
     assert "No step was logged yet" in text_of(page_of(tmp_path, run_of(LINES[:1])))
 
 
-def test_losses_are_drawn_by_source_and_gaps_stay_gaps() -> None:
-    # Steps of an earlier release say nothing of sources; a loss that was not finite is a gap.
-    found = [{"sums": 2.0}, {"sums": None, "own rows (replayed)": 3.0}]
-    steps = [{**LINES[2], "step": step, "source_losses": losses} for step, losses in enumerate(found, 2)]
-    charts = charts_of([run_of([*LINES, *steps])]).losses
-    assert [chart.key for chart in charts] == ["loss", "loss-by-source"]
-    assert charts[1].series[0].points == ((2.0, 2.0), (3.0, None))
-    assert "sums: \N{EN DASH}" in drawn(charts[1])
-    # One source is all there is in the chart of the loss.
-    assert [chart.key for chart in charts_of([run_of([*LINES, steps[0]])]).losses] == ["loss"]
-
-
-def test_points_on_the_edge_lie_inside_and_titles_say_what_the_metrics_say() -> None:
-    chart = charts_of([run_of(LINES)]).scores[0]
-    svg = drawn(chart)
-    marks = [float(y) for y in re.findall(r'class="mark s\d" d="M[\d.]+ ([\d.]+)', svg)]
-    bottom = float(re.findall(r'class="axis" x1="[\d.]+" y1="([\d.]+)"', svg)[0])
-    assert (min(marks) > 24 + 4, max(marks) < bottom - 4) == (True, True)
-    assert "step 2\na: 75.00%\nb: 0.00%" in unescape(svg)
-
-
-def line_chart(*points: tuple[float, float | None], **given: Any) -> LineChart:
-    return LineChart("k", "t", "l", Unit.NUMBER, (Series("s", points, 0),), {}, **given)
-
-
-def test_axes_have_round_ends_and_no_point_outside() -> None:
-    axis = axes.y_axis(line_chart((0, 0.123), (1, 0.987)), 100, 0)
-    assert axis.ticks == pytest.approx((0, 0.2, 0.4, 0.6, 0.8, 1.0))
-    assert (axis.at(0), axis.at(1)) == (100, 0)
-    logarithmic = axes.y_axis(line_chart((0, 0.03), (1, 40.0), is_log=True), 100, 0)
-    assert logarithmic.ticks == (0.1, 1, 10)
-    assert 0 <= logarithmic.at(40.0) <= logarithmic.at(0.03) <= 100
-    # One value alone, and none.
-    assert axes.y_axis(line_chart((0, 5.0)), 100, 0).at(5.0) == 100
-    assert axes.y_axis(line_chart(), 100, 0).ticks[-1] == 1
-    assert axes.ticks(0, 3, whole=True) == [0, 1, 2, 3]
-
-
-def test_thinning_keeps_peaks_and_gaps() -> None:
-    points: list[tuple[float, float | None]] = [(float(x), 0.0) for x in range(10_000)]
-    points[1234], points[7000], points[9000] = (1234.0, 9.0), (7000.0, -9.0), (9000.0, None)
-    thinned = axes.thinned(points, 100)
-    assert len(thinned) <= 110
-    assert {points[1234], points[7000], points[9000]} <= set(thinned)
-    assert thinned == sorted(thinned, key=lambda point: point[0])
-    assert axes.smoothed([(0, 1.0), (1, None), (2, 4.0)], 3) == [(0, 1.0), (1, 2.5), (2, 4.0)]
-    assert axes.spread(100, 5) == [0, 25, 50, 74, 99]
-
-
 def test_settings_that_were_given_are_marked_and_defaults_are_not(tmp_path: Path) -> None:
     recipe = parse_recipe(
         {
@@ -317,6 +237,11 @@ def test_what_went_wrong_is_told_the_worst_first(tmp_path: Path) -> None:
     page = page_of(tmp_path, run_of([*LINES[:5], resume, *LINES[5:]]))
     assert "<td>method.epi.ratio</td><td>0.1</td><td>0.2</td>" in page
     assert "step 3 of 4" in findings_of(run_of(LINES))[0].said
+    # Earlier releases said nothing of the machine, nor of the end.
+    now = {**LINES[0], "environment": {"python": "3"}}
+    for first, end, is_told in ((LINES[0], [], False), (now, [], True), (now, [{**summary, "event": "end"}], False)):
+        told = findings_of(run_of([first, *LINES[1:], {**summary, "skipped_steps": 0}, *end]))
+        assert any("not exported to its end" in one.said for one in told) is is_told
 
 
 def test_time_is_told_by_what_it_went_into(tmp_path: Path) -> None:
@@ -378,22 +303,3 @@ def test_displacement_is_relative_to_the_length_of_a_layer(tmp_path: Path) -> No
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="has exported no model yet that --base could be compared with"):
         report([tmp_path / "run"], base=tmp_path / "before")
-
-
-def test_figures_are_written_as_svg_and_png_and_are_the_same_every_time(tmp_path: Path) -> None:
-    known = {
-        "layer_importance": {"x": {"smallest": 0.0, "threshold": 0.5, "largest": 2.0, "largest_in": "x.w"}},
-        "layer_flip_rate": {"x": 0.25, "y": None},
-        "kind_numel": {"q": 50}, "kind_isolated": {"q": 5}, "jaccard": 0.75,
-    }  # fmt: skip
-    runs = [run_of([*LINES, {**LINES[4], **known, "step": 4}], name) for name in ("$one$", "two")]
-    keys = {chart.key for chart in charts_of(runs).all}
-    assert {"plane", "score-a", "loss", "isolated-share", "overlap-before", "isolated-by-kind"} <= keys
-    assert {"run-1-isolated-by-layer", "run-2-flips-by-layer", "run-1-importance-by-layer"} <= keys
-    # One of each kind: drawing takes a fifth of a second.
-    kinds = list({type(chart): chart for chart in charts_of(runs).all}.values())
-    written = write_figures(kinds, tmp_path / "one")
-    assert {path.name for path in written} == {f"{chart.key}.{kind}" for chart in kinds for kind in ("svg", "png")}
-    again = write_figures(kinds[:1], tmp_path / "two")
-    assert [path.read_bytes() for path in again] == [(tmp_path / "one" / path.name).read_bytes() for path in again]
-    assert (tmp_path / "one" / "plane.png").read_bytes().startswith(b"\x89PNG")
