@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
@@ -58,3 +58,42 @@ def _nested(
     if isinstance(value, list):
         return [walk(nested, part) if isinstance(part, Mapping) else part for part in value]
     return value
+
+
+class Setting(NamedTuple):
+    """A setting as it was saved."""
+
+    key: str
+    """Dotted; what is in a list by its ``name`` where it has one, else by its number."""
+    value: Any
+    default: Any
+    """As JSON has it; None where there is none, too."""
+    is_given: bool
+    """Whether it is not what it would be if nobody said anything."""
+
+
+def settings_in(model: type[BaseModel], saved: Mapping[str, Any]) -> list[Setting]:
+    """Return all saved settings of ``model``, as JSON has them, those that they lack included. Nothing is validated."""
+    return list(_settings(model, with_defaults(model, saved), ""))
+
+
+def _settings(model: type[BaseModel], values: Mapping[str, Any], prefix: str) -> Iterator[Setting]:
+    for name, value in values.items():
+        field = model.model_fields.get(name)
+        nested = None if field is None else nested_model(field.annotation)
+        key = f"{prefix}{name}"
+        if nested is not None and field is not None and isinstance(value, Mapping) and not is_mapping(field.annotation):
+            yield from _settings(nested, value, f"{key}.")
+        elif nested is not None and value and isinstance(value, (Mapping, list)):
+            # By names that the user gives, or one after another.
+            parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for place, part in parts:
+                if isinstance(part, Mapping):
+                    yield from _settings(nested, part, f"{key}.{part.get('name', place)}.")
+        elif isinstance(value, Mapping) and value:
+            yield from (Setting(f"{key}.{part}", given, None, True) for part, given in value.items())
+        elif field is None or field.is_required():
+            yield Setting(key, value, None, True)
+        else:
+            default = to_jsonable_python(field.get_default(call_default_factory=True))
+            yield Setting(key, value, default, value != default)

@@ -43,22 +43,27 @@ def audit(
             f"MOVED {item.num_entries} entries of {item.parameter} from {item.first} to {item.second}",
             soft_wrap=True,
         )
-    console.print(
-        f"isolated {result.isolated}, moved {result.isolated_moved}; "
-        f"plastic {result.plastic}, moved {result.plastic_moved}",
-        highlight=False,
-    )
+    console.print(counts_of(result), highlight=False)
     _show_anchor(console, result.anchor)
-    console.print(_verdict(result), highlight=False, soft_wrap=True)
+    console.print(f"verdict: {verdict_of(result)}", highlight=False, soft_wrap=True)
     raise typer.Exit(1 if result.isolated_moved or result.anchor.has_findings else 0)
 
 
-def _verdict(result: AuditReport) -> str:
+def counts_of(result: AuditReport) -> str:
+    """Say how many entries were compared."""
+    return (
+        f"isolated {result.isolated}, moved {result.isolated_moved}; "
+        f"plastic {result.plastic}, moved {result.plastic_moved}"
+    )
+
+
+def verdict_of(result: AuditReport) -> str:
+    """Say what an audit came to."""
     if result.isolated_moved or result.anchor.has_findings:
-        return "verdict: something moved that must not; see above"
+        return "something moved that must not; see above"
     if not result.pairs:
-        return "verdict: nothing was isolated between these checkpoints, and what is pulled towards is what it was"
-    return "verdict: not one bit of an isolated weight moved"
+        return "nothing was isolated between these checkpoints, and what is pulled towards is what it was"
+    return "not one bit of an isolated weight moved"
 
 
 def _show_anchor(console: Console, found: AnchorAudit) -> None:

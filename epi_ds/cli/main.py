@@ -102,7 +102,7 @@ _verb("preview-data", preview_data.preview_data, _BEFORE, example="epi-ds previe
 _verb("estimate", estimate.estimate, _BEFORE, example="epi-ds estimate --world-size 1024 --layers 300")
 _verb("train", train.train, _DURING, example="epi-ds train recipe.yaml train.learning_rate=2e-5")
 _family("launch", launch.app, _DURING, example="epi-ds launch local recipe.yaml --ranks 8")
-_verb("report", report.report, _AFTER, example="epi-ds report runs/mine")
+_verb("report", report.report, _AFTER, example="epi-ds report runs/plain runs/mine -o page.html")
 _verb("inspect", inspect.inspect, _AFTER, example="epi-ds inspect runs/mine --picture isolated.png")
 _verb("audit", audit.audit, _AFTER, example="epi-ds audit runs/mine")
 _verb("eval", evaluate.evaluate, _AFTER, example="epi-ds eval runs/mine/export --recipe recipe.yaml --against base")

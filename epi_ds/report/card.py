@@ -20,6 +20,7 @@ from epi_ds.report.scores import score_table
 
 FILE = "README.md"
 """What the hub shows of a repository."""
+_RELEASES = ("epi-ds", "python", "torch", "deepspeed", "transformers", "trl", "accelerate", "datasets")
 # What templates of libraries are left with where nobody filled them in.
 _UNFILLED = ("[More Information Needed]", "[None](https://huggingface.co/None)")
 
@@ -190,10 +191,11 @@ def _score(value: float | None, percent: bool) -> str:
 def _versions(record: RunRecord) -> Iterator[str]:
     """Yield the releases that the run was last started with; nothing for a run of a release that did not note them."""
     runs = record.lines("run")
-    if runs and "versions" in runs[-1]:
+    if runs and "environment" in runs[-1]:
         yield "## Versions"
-        ranks = runs[-1]["world_size"]
-        releases = ", ".join(f"{name} {release}" for name, release in runs[-1]["versions"].items())
+        ranks, found = runs[-1]["world_size"], runs[-1]["environment"]
+        # Of the machine nothing else is told.
+        releases = ", ".join(f"{name} {found[name]}" for name in _RELEASES if name in found)
         yield f"{releases}; on {ranks} {'rank' if ranks == 1 else 'ranks'}."
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from epi_ds.report.isolation_words import interval_told, ratio_told
 from epi_ds.report.published import published, source_name, sources_in
-from epi_ds.report.words import interval_told, ratio_told
 
 _METHOD = "[EPI, arXiv 2604.14010](https://arxiv.org/abs/2604.14010)"
 _TOWARDS = {"run": "what it was before the run", "stage": "what it was before its stage"}

@@ -1,12 +1,12 @@
 """``metrics.jsonl``: one JSON object per line, appended as things happen, cut back on resume.
 
-Every line has ``event``, ``step`` (optimizer steps finished) and ``stage``. Events: ``own_rows`` (what the model
-wrote before training, once: `own_rows.file.Written`), ``run`` (a start or a resume, with the rows of every stage's
-sources, the settings that it changed and the releases it runs with), ``step`` (with the mean loss of each source's
-tokens since the line before, over all ranks, under ``source_losses``), ``drift`` (a look at the mask under
-``refresh_interval: adaptive``), ``refresh``, ``evaluation`` (every task's score, and under ``solved`` which of its
-rows were; they are the same ones every time: `evaluation.scores.Score`), ``summary``, ``end`` (everything is on the
-disk, the exported model too).
+Every line has ``event``, ``step`` (optimizer steps finished) and ``stage``. Events: ``own_rows`` (what the model wrote
+before training, once: `own_rows.file.Written`), ``run`` (a start or a resume, with the rows of every stage's sources,
+the settings that it changed and what it ran on), ``step`` (with the mean loss of each source's tokens since the line
+before, over all ranks, under ``source_losses``), ``drift`` (a look at the mask under ``refresh_interval: adaptive``),
+``refresh``, ``save`` (of a checkpoint: what it took, and whether it failed), ``evaluation`` (every task's score, and
+under ``solved`` which of its rows were; they are the same ones every time: `evaluation.scores.Score`), ``summary``
+(with the most memory that rank 0 took), ``end`` (everything is on the disk, the exported model too).
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ from epi_ds.checkpoint.verdict import on_first_rank
 from epi_ds.evaluation.scores import Score, Scored
 from epi_ds.hf import EPICallback
 from epi_ds.isolation.refresh_report import Decision, RefreshReport
+from epi_ds.train.environment import environment, peak_bytes
 from epi_ds.train.metrics import BEFORE, MetricsWriter
-from epi_ds.train.origins import FromHub, installed_versions
+from epi_ds.train.origins import FromHub
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.settings import Change
 from epi_ds.train.stages import StageSpan, stage_at
@@ -88,7 +89,7 @@ class MetricsCallback(TrainerCallback):
             config=self._epi.config.model_dump(mode="json"),
             changed=[change._asdict() for change in self._changed],
             from_hub=self._from_hub._asdict(),
-            versions=installed_versions(),
+            environment=environment(),
         )
         if self._last_refresh is not None and state.global_step == 0:
             # A policy that selects before the first step did so when the engine was made.
@@ -139,6 +140,18 @@ class MetricsCallback(TrainerCallback):
         )
         self._progress.step(state.global_step, stage=stage, loss=float(logs["loss"]), isolated_share=share)
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write how long a save took, and whether there is a checkpoint of it now."""
+        step, failed = state.global_step, self._epi.run.failed
+        self._write(
+            "save",
+            step,
+            stage_at(self._spans, step - 1).name,
+            seconds=time.perf_counter() - self._trainer.save_started,
+            # The engine's part of it is a folder inside.
+            failed=failed is not None and f"checkpoint-{step}" in (failed.name, failed.parent.name),
+        )
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -155,6 +168,7 @@ class MetricsCallback(TrainerCallback):
             achieved_ratio=stats.achieved_ratio,
             skipped_steps=self._trainer.model_wrapped.skipped_steps,
             memory_bytes=self._epi.memory_report().total_bytes,
+            peak_bytes=peak_bytes(),
         )
         self._progress.note(
             f"a mask was active in {stats.active_share:.0%} of {stats.counters.applied_steps} steps "

@@ -1,17 +1,13 @@
-"""Where a run's model, rows and software come from, as far as others can have them, too."""
+"""Where a run's model and rows come from, as far as others can have them, too."""
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import NamedTuple
 
-import epi_ds
 from epi_ds.data.hub import is_hub_id
 from epi_ds.data.sources import is_local
 from epi_ds.recipe.models import Recipe
-
-_PACKAGES = ("torch", "deepspeed", "transformers", "trl", "datasets")
 
 
 class FromHub(NamedTuple):
@@ -33,8 +29,3 @@ def taken_from_hub(recipe: Recipe) -> FromHub:
         path if is_hub_id(path) and not Path(path).exists() else None,
         tuple(dict.fromkeys(named)),
     )
-
-
-def installed_versions() -> dict[str, str]:
-    """Return the releases of this package and of those that decide what a run does, by name."""
-    return {"epi_ds": epi_ds.__version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}

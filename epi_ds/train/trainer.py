@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ class StageTrainer(SFTTrainer):
         """Numbers of steps after which an epoch of a stage has ended."""
         self.measured: Measured | None = None
         """What is measured before the first step; None for nothing."""
+        self.save_started = 0.0
+        """When the newest save of a checkpoint began, by ``time.perf_counter``."""
         # TRL looks at this one to learn the rows' form, and then asks `_prepare_dataset` for what is trained.
         super().__init__(args=args, train_dataset=self._stage_data[0][0], **kwargs)
         collator: Any = self.data_collator  # type: ignore[has-type]
@@ -172,6 +175,11 @@ class StageTrainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none beside checkpoints: TRL's would name no base. The export has the run's own."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint, which the callback's ``on_save`` completes."""
+        self.save_started = time.perf_counter()
+        super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the whole model; in a checkpoint only what the weights in DeepSpeed's shards lack to be one."""

@@ -59,7 +59,7 @@ METRICS = [
         "world_size": 8,
         "stages": {"gsm8k": [0, 30], "own": [30, 50]},
         "rows": {"gsm8k": [7473], "own": [1200, 400]},
-        "versions": {"epi_ds": "0.1.0", "torch": "2.9.0"},
+        "environment": {"epi-ds": "0.1.0", "torch": "2.9.0", "host": "node-of-jane", "system": "Linux-of-jane"},
         "changed": [],
         "from_hub": {"model": None, "datasets": ["openai/gsm8k"]},
     },
@@ -90,7 +90,7 @@ def test_it_says_what_was_trained_protected_and_scored() -> None:
         r"| base/own\_rows | 40 | 1.500 | 1.625 | 1.750 | 0.250 |",
         "| gsm8k | 40 | 25.0% | 75.0% | 50.0% | 25.0% |",
         "Forgotten of what was to be kept: loss +0.250. Mean forgetting: 25.0%.",
-        "epi_ds 0.1.0, torch 2.9.0; on 8 ranks.",
+        "epi-ds 0.1.0, torch 2.9.0; on 8 ranks.",
     ):
         assert said in card, said
     assert card == card_of(record())
@@ -192,7 +192,7 @@ def test_a_default_that_is_given_against_a_preset_stays(method: dict[str, Any]) 
 
 def test_a_run_without_protection_scores_or_releases_says_so() -> None:
     plain = {**VALUES, "method": {"epi": {"ratio": 0}}}
-    earlier = [{name: value for name, value in METRICS[0].items() if name not in ("rows", "versions")}]
+    earlier = [{name: value for name, value in METRICS[0].items() if name not in ("rows", "environment")}]
     card = card_of(record(plain, earlier))
     assert "None: plain fine-tuning." in card
     assert "Nothing was evaluated in this run." in card

@@ -15,6 +15,7 @@ from epi_ds.data.once import once_per_node
 from epi_ds.errors import CheckpointError, DiskError, RemedyError, UserError
 from epi_ds.own_rows.file import write_rows
 from epi_ds.report.page import write_report
+from epi_ds.report.run import read_run
 from epi_ds.train.metrics import MetricsWriter, read_metrics
 from tests.support.full_disk import full
 
@@ -24,7 +25,8 @@ SAID = r"could not be written: File too large; its file system has \d+\.\d\d GB 
 
 
 def report(path: Path) -> None:
-    write_report([{**RUN, "resumed": False, "covered": 9, "config": CONFIG}], path, title="x")
+    line = {**RUN, "resumed": False, "covered": 9, "config": CONFIG}
+    write_report([read_run("x", [line], place="x")], path, title="x")
 
 
 WRITERS: dict[str, Callable[[Path], object]] = {

@@ -1,11 +1,10 @@
-"""The files of a run: metrics that survive kills, where a run continues, score tables, the report."""
+"""The files of a run: metrics that survive kills, where a run continues."""
 
 from __future__ import annotations
 
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -14,12 +13,9 @@ from epi_ds.checkpoint.catalog import open_checkpoint
 from epi_ds.checkpoint.trainer_folder import TRAINER_STATE
 from epi_ds.config import EPIConfig
 from epi_ds.errors import RemedyError, UserError
-from epi_ds.own_rows.file import write_rows, written_in
 from epi_ds.recipe.loading import parse_recipe
 from epi_ds.recipe.models import MethodSection, Recipe
 from epi_ds.recipe.sources import EvaluationData
-from epi_ds.report.page import write_report
-from epi_ds.report.scores import score_history, score_table
 from epi_ds.train.metrics import MetricsWriter, read_metrics
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.resume import DATA, MARKER, check_data, check_steps, find_resume, marker_of
@@ -198,139 +194,6 @@ def test_a_recipe_of_an_earlier_release_differs_in_no_setting_that_came_later(tm
     del saved["evaluation"]["tasks"]["chat"]["where"]
     folder.recipe.write_text(json.dumps(saved))
     assert changes_since(folder, recipe) == []
-
-
-def evaluation(step: int, stage: str, **values: float) -> dict[str, Any]:
-    scores = {
-        name: {"value": value, "num_rows": 4, "higher_is_better": name != "nll"} for name, value in values.items()
-    }
-    return {"event": "evaluation", "step": step, "stage": stage, "scores": scores}
-
-
-LINES = [
-    {
-        "event": "run", "step": 0, "stage": "a", "resumed": False, "world_size": 2, "total_steps": 4, "covered": 100,
-        "stages": {"a": [0, 2], "b<": [2, 4]}, "config": {"policy": "evolving", "ratio": 0.1, "refresh_interval": 2},
-    },
-    evaluation(0, "start", a=0.25, b=0.0, nll=2.0),
-    {"event": "step", "step": 1, "stage": "a", "loss": 2.0, "isolated": 0, "isolated_share": 0.0},
-    evaluation(2, "a", a=0.75, b=0.0, nll=1.0),
-    {
-        "event": "refresh", "step": 2, "stage": "a", "jaccard": None, "isolated": 10,
-        "layer_isolated": {"x": 4, "y": 6}, "layer_numel": {"x": 40, "y": 60},
-    },
-    {"event": "step", "step": 3, "stage": "b<", "loss": 1.0, "isolated": 10, "isolated_share": 0.1},
-    evaluation(4, "b", a=0.5, b=1.0, nll=1.5),
-]  # fmt: skip
-
-
-def test_forgetting_is_the_best_earlier_score_minus_the_last() -> None:
-    table = score_table(LINES)
-    assert table.columns == ("before", "after a", "after b")
-    assert {row.name: row.forgetting for row in table.rows} == {"a": 0.25, "b": -1.0, "nll": 0.5}
-    # Losses are no accuracies, and are left out of the mean.
-    assert table.mean_forgetting == pytest.approx((0.25 - 1.0) / 2)
-
-
-def test_scores_within_stages_count_and_have_a_table_of_their_own(tmp_path: Path) -> None:
-    within = {**evaluation(3, "b", a=1.0, b=0.5, nll=0.5), "stage_ended": False}
-    lines = [*LINES[:-1], within, LINES[-1]]
-    table = score_table(lines)
-    assert table.columns == ("before", "after a", "after b")
-    # The best of all was within the stage.
-    assert {row.name: row.forgetting for row in table.rows} == {"a": 0.5, "b": -0.5, "nll": 1.0}
-    assert score_history(lines).columns == ("before", "after a", "b, step 3", "after b")
-    assert [row.values[2] for row in score_history(lines).rows] == [1.0, 0.5, 0.5]
-    # Of a run that has come no further.
-    assert score_table(lines[:-1]).columns == ("before", "after a", "b, step 3")
-    for name, written, has_history in (("one.html", LINES, False), ("two.html", lines, True)):
-        write_report(written, tmp_path / name, title="x")
-        assert (
-            "<td>b, step 3</td><td>100%</td><td>50%</td><td>0.500</td>" in (tmp_path / name).read_text()
-        ) is has_history
-
-
-def test_what_was_to_be_kept_is_reported_first(tmp_path: Path) -> None:
-    lines = [
-        LINES[0],
-        evaluation(0, "start", new=0.0, **{"base/logic": 0.5}),
-        evaluation(2, "a", new=0.75, **{"base/logic": 0.25}),
-    ]
-    for line, loss in zip(lines[1:], (1.5, 1.75), strict=True):
-        line["scores"]["base/own_rows"] = {"value": loss, "num_rows": 4, "higher_is_better": False}
-    table = score_table(lines)
-    assert [row.name for row in table.rows] == ["base/logic", "base/own_rows", "new"]
-    assert table.kept_told == "25.0%, loss +0.250"
-    assert score_table(LINES).kept_told is None
-    write_report(lines, tmp_path / "report.html", title="run")
-    assert "forgotten of what is kept</dt><dd>25.0%, loss +0.250" in (tmp_path / "report.html").read_text()
-
-
-def test_the_report_is_the_same_page_every_time_and_escapes_names(tmp_path: Path) -> None:
-    pages = []
-    for name in ("one.html", "two.html"):
-        write_report(LINES, tmp_path / name, title="a <run>")
-        pages.append((tmp_path / name).read_text())
-    assert pages[0] == pages[1]
-    assert "a &lt;run&gt;" in pages[0]
-    assert "<run>" not in pages[0]
-    assert pages[0].count("<svg") == 5
-    assert "http" not in pages[0].replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "http://creativecommons.org", ""
-    ).replace("https://matplotlib.org", "")
-    assert "Changed settings" not in pages[0]
-    with pytest.raises(ValueError, match="nothing to report"):
-        write_report([], tmp_path / "no.html", title="x")
-
-
-def test_the_report_draws_the_loss_of_every_source(tmp_path: Path) -> None:
-    # Steps of an earlier release say nothing of sources; a source without tokens in a step, and a loss that was not
-    # finite, are gaps.
-    found = [{"sums": 2.0}, {"sums": None, "own rows (replayed)": 3.0}]
-    steps = [{**LINES[2], "step": step, "source_losses": losses} for step, losses in enumerate(found, 2)]
-    write_report([*LINES, *steps], tmp_path / "page.html", title="x")
-    page = (tmp_path / "page.html").read_text()
-    assert "<h2>Loss by source</h2>" in page
-    assert page.count("<svg") == 6
-    # One source is all there is in the figure of the loss.
-    write_report([*LINES, steps[0]], tmp_path / "page.html", title="x")
-    assert "Loss by source" not in (tmp_path / "page.html").read_text()
-
-
-def test_the_report_tells_the_history_of_settings(tmp_path: Path) -> None:
-    resume = {
-        **LINES[0],
-        "step": 2,
-        "resumed": True,
-        "config": {"policy": "evolving", "ratio": 0.2, "refresh_interval": 2},
-        "changed": [{"key": "method.epi.ratio", "before": 0.1, "now": 0.2}],
-    }
-    write_report([*LINES[:5], resume, *LINES[5:]], tmp_path / "page.html", title="x")
-    page = (tmp_path / "page.html").read_text()
-    assert "10.00%, 20.00% from step 3" in page
-    assert "<dd>2 steps</dd>" in page
-    assert "<td>3</td><td>method.epi.ratio</td><td>0.1</td><td>0.2</td>" in page
-
-
-def test_the_report_says_what_became_of_own_rows(tmp_path: Path) -> None:
-    file, page = tmp_path / "own_rows.jsonl", tmp_path / "page.html"
-
-    def told() -> str:
-        line = {"event": "own_rows", "step": 0, "stage": "start", **written_in(file)._asdict()}
-        write_report([line, *LINES], page, title="x")
-        return page.read_text()
-
-    found = {"left_out": {"empty": 0, "cut": 3, "repeated": 1}, "num_tokens": 900, "seconds": 4.5}
-    write_rows(file, [{"text": "a"}, {"text": "b"}], settings={"rows": 5}, found={"rows": 2, **found})
-    assert written_in(file).tokens_per_second == 200
-    for said in ("2 of 5", "3 cut, 1 repeated", "900", "4.5 s, 200 tokens/s", str(file), written_in(file).sha256):
-        assert f"<td>{said}</td>" in told()
-    # What a person puts there was counted by nobody.
-    file.write_text('{"text": "a <b>"}\n\n')
-    assert written_in(file)[:-1] == (1, None, None, None, None, None, True, str(file))
-    assert "Given or edited by a person" in told()
-    assert "<td>1</td>" in told()
-    assert "tokens/s" not in told()
 
 
 def test_metrics_are_strict_json_whatever_a_loss_is(tmp_path: Path) -> None:
