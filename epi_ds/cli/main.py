@@ -37,6 +37,7 @@ from epi_ds.cli import (
     study,
     train,
     validate,
+    watch,
 )
 from epi_ds.cli.debugging import OPTION, log_everything, log_traceback
 from epi_ds.errors import CheckpointError, DiskError, LostRankError, RemedyError, UserError
@@ -101,6 +102,7 @@ _verb("validate", validate.validate, _BEFORE, example="epi-ds validate recipe.ya
 _verb("preview-data", preview_data.preview_data, _BEFORE, example="epi-ds preview-data recipe.yaml --rows 5")
 _verb("estimate", estimate.estimate, _BEFORE, example="epi-ds estimate --world-size 1024 --layers 300")
 _verb("train", train.train, _DURING, example="epi-ds train recipe.yaml train.learning_rate=2e-5")
+_verb("watch", watch.watch, _DURING, example="epi-ds watch runs/mine")
 _family("launch", launch.app, _DURING, example="epi-ds launch local recipe.yaml --ranks 8")
 _verb("report", report.report, _AFTER, example="epi-ds report runs/plain runs/mine -o page.html")
 _verb("inspect", inspect.inspect, _AFTER, example="epi-ds inspect runs/mine --picture isolated.png")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,14 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith("\n"):
                 return
             yield json.loads(line)
+
+
+def evaluation_told(line: Mapping[str, Any]) -> str:
+    """Say in a line of text what an ``evaluation`` found."""
+    stage = line["stage"]
+    when = f"after {stage}" if line["stage_ended"] else f"{stage}, step {line['step']}"
+    shown = "  ".join(f"{name} {score['value']:.3f}" for name, score in line["scores"].items())
+    return f"{'before training' if stage == BEFORE else when}: {shown}"
 
 
 def _finite(value: Any) -> Any:

@@ -15,7 +15,7 @@ from epi_ds.evaluation.scores import Score, Scored
 from epi_ds.hf import EPICallback
 from epi_ds.isolation.refresh_report import Decision, RefreshReport
 from epi_ds.train.environment import environment, peak_bytes
-from epi_ds.train.metrics import BEFORE, MetricsWriter
+from epi_ds.train.metrics import BEFORE, MetricsWriter, evaluation_told
 from epi_ds.train.origins import FromHub
 from epi_ds.train.progress import ProgressDisplay
 from epi_ds.train.settings import Change
@@ -180,11 +180,9 @@ class MetricsCallback(TrainerCallback):
     def write_evaluation(self, step: int, stage: str, scores: Mapping[str, Score], *, seconds: float) -> None:
         """Write and show the scores of all tasks by name; ``stage`` is the one of the step, or `BEFORE`."""
         ended = step in {0, *(span.stop_step for span in self._spans)}
-        written = {name: score._asdict() for name, score in scores.items()}
-        self._write("evaluation", step, stage, stage_ended=ended, scores=written, seconds=seconds)
-        shown = "  ".join(f"{name} {score.value:.3f}" for name, score in scores.items())
-        when = f"after {stage}" if ended else f"{stage}, step {step}"
-        self._progress.note(f"{'before training' if stage == BEFORE else when}: {shown}")
+        found = {"stage_ended": ended, "scores": {name: score._asdict() for name, score in scores.items()}}
+        self._write("evaluation", step, stage, **found, seconds=seconds)
+        self._progress.note(evaluation_told({"step": step, "stage": stage, **found}))
 
     def show_scored(self, scored: Scored) -> None:
         """Show how far an evaluation has come."""
