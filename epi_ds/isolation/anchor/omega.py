@@ -24,11 +24,15 @@ class Rooted:
     """See `Importance.code_shift`: roots are of all codes."""
 
     def __init__(self, importance: Importance) -> None:
-        self._importance = importance
+        self.importance = importance
+
+    def of(self, values: Tensor) -> Tensor:
+        """Return what is read where the importance has these values."""
+        return values.sqrt()
 
     def read(self, segment: Segment, start: int, stop: int) -> Tensor:
         """See `Importance.read`."""
-        return self._importance.read(segment, start, stop).sqrt()
+        return self.of(self.importance.read(segment, start, stop))
 
 
 def omega_of(remembered: Importance, pull: Pull, *, layout: Layout, exchange: Exchange) -> Divided:
