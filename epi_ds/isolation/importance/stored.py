@@ -88,10 +88,12 @@ class StoredImportance:
 
     def codes_within(self, sub_group: int, start: int, stop: int) -> Tensor:
         """Return the codes of entries ``[start, stop)`` of a flat partition, all of them covered. Not a copy."""
-        # The codes of covered neighbours are neighbours.
-        segment, first, _ = next(parts_within(self._layout.by_sub_group[sub_group], start, stop))
-        first_code = self._runs[segment.name].first_code + first - segment.start
-        return self._codes[sub_group][first_code : first_code + stop - start]
+        codes = self._codes[sub_group]
+        for segment, first, _ in parts_within(self._layout.by_sub_group[sub_group], start, stop):
+            # The codes of covered neighbours are neighbours.
+            first_code = self._runs[segment.name].first_code + first - segment.start
+            return codes[first_code : first_code + stop - start]
+        return codes[:0]
 
     def stored(self, segment: Segment) -> Stored:
         """Return a segment as it is stored. Not a copy."""
