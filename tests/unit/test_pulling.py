@@ -11,7 +11,7 @@ from torch import Tensor
 from epi_ds.bench.one_rank import OneRank
 from epi_ds.choices import Pull, StateFormat
 from epi_ds.isolation.anchor.by_code import by_code
-from epi_ds.isolation.anchor.omega import omega_of
+from epi_ds.isolation.anchor.omega import Rooted, omega_of
 from epi_ds.isolation.anchor.pulling import Part, pulling
 from epi_ds.isolation.importance.mean import Divided, exact_mean
 from epi_ds.isolation.importance.stored import StoredImportance
@@ -110,6 +110,15 @@ def test_what_did_not_matter_is_not_pulled(pull: Pull, state: StateFormat) -> No
             covered[segment.start : segment.stop] = importance.read(segment, 0, segment.real_numel) > 0
         assert same_bits(found[~covered], target[~covered])
         assert 0 < int((~covered).sum()) < len(target)
+
+
+def test_roots_are_rounded_once() -> None:
+    placement = placement_of(0, 1)
+    values = torch.cat([values_of(1009), torch.tensor([0.0, 2.0**-149, 2.0**-130, torch.finfo(torch.float32).max])])
+    before = values.clone()
+    # fp64 holds more than twice the bits of the result, so that its own rounding changes nothing.
+    assert same_bits(Rooted(Nothing(placement, code_shift=0)).of(values), values.double().sqrt().float())
+    assert same_bits(values, before)
 
 
 def test_importance_that_is_no_function_of_codes_has_no_tables() -> None:
