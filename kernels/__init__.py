@@ -14,17 +14,20 @@ from epi_ds.kernels.ops import (
     masked_sumsq,
     observe_,
     pull_,
+    pull_by_code_,
     restore_,
     select_,
     sketch_counts,
 )
 from epi_ds.kernels.reference.chunks import chunks
+from epi_ds.kernels.reference.code_histogram import NUM_CODES
 from epi_ds.kernels.reference.codecs import Stored, num_blocks
 from epi_ds.kernels.reference.dither import random_codes
 from epi_ds.kernels.reference.mask_bits import pack_bits, set_bits, slice_bits, unpack_bits
 from epi_ds.kernels.reference.runs import Run, table_of
 
 __all__ = [
+    "NUM_CODES",
     "Run",
     "Stored",
     "chunks",
@@ -39,6 +42,7 @@ __all__ = [
     "observe_",
     "pack_bits",
     "pull_",
+    "pull_by_code_",
     "random_codes",
     "restore_",
     "select_",

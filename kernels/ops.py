@@ -7,7 +7,7 @@ torch's compilers and checkers know what it mutates; `dispatch` decides which im
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -240,7 +240,7 @@ _register(
 )
 
 
-# --- pull_ ---
+# --- pull_, pull_by_code_ ---
 
 
 def pull_(target: Tensor, weights: Tensor, anchor: Tensor, factor: float | Tensor) -> None:
@@ -257,3 +257,20 @@ def _pull(target: Tensor, weights: Tensor, anchor: Tensor, factors: Tensor | Non
 
 
 _register("pull_(Tensor(a!) target, Tensor weights, Tensor anchor, Tensor? factors, float factor) -> ()", _pull)
+
+
+def pull_by_code_(target: Tensor, weights: Tensor, anchor: Tensor, codes: Sequence[Tensor], factors: Tensor) -> None:
+    """Do as `pull_` does, with the factor of every entry's code, in place. See `epi_ds.kernels.reference.pull_by_code`.
+
+    codes    stored 16-bit codes, each of all entries
+    factors  [len(codes), 65536] fp32; the strongest of an entry counts
+    """
+    torch.ops.epi_ds.pull_by_code_(target, weights, anchor, codes, factors)
+
+
+_register(
+    "pull_by_code_(Tensor(a!) target, Tensor weights, Tensor anchor, Tensor[] codes, Tensor factors) -> ()",
+    lambda target, weights, anchor, codes, factors: implementation("pull_by_code", target).pull_by_code_(
+        target, weights, anchor, codes, factors
+    ),
+)

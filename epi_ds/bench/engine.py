@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from epi_ds.checkpoint.weights_folder import SINGLE
 
 _VOCABULARY = 8009
 _BATCH, _LENGTH = 2, 257
@@ -42,3 +47,13 @@ def bench_engine(*, offload: bool, layers: int) -> Any:
         "steps_per_print": 10**9,
     }
     return deepspeed.initialize(model=LlamaForCausalLM(config), config=ds_config)[0]
+
+
+def save_weights(engine: Any, folder: Path) -> None:
+    """Save the weights as they are now to a new folder, as a model is saved. Collective."""
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        if dist.get_rank() == 0:
+            folder.mkdir()
+            weights = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+            save_file(weights, folder / SINGLE)
+    dist.barrier()

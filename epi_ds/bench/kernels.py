@@ -122,6 +122,8 @@ class _Entries(NamedTuple):
     held: Tensor
     anchor: Tensor
     """bf16, beside ``values``."""
+    other_codes: Tensor
+    """As ``stored`` has them, of other values."""
     table: Tensor
 
     def chunk(self, start: int, stop: int) -> _Entries:
@@ -135,6 +137,7 @@ class _Entries(NamedTuple):
             self.selected[start // 8 : -(-stop // 8)],
             self.held[:num_isolated],
             self.anchor[start:stop],
+            self.other_codes[start:stop],
             self.table,
         )
 
@@ -168,14 +171,8 @@ def _operations(state: str, device: torch.device) -> Iterator[_Operation]:
         yield _Operation(
             "encode_", "encode", size + 4, lambda module, of: module.encode_(of.stored, of.values, key=1, step=1)
         )
-        if state != "u8" and device.type == "cpu":
-            bins = torch.zeros(NUM_CODES, dtype=torch.int64)
-            yield _Operation(
-                "code_histogram_",
-                "code_histogram",
-                size,
-                lambda module, of: module.code_histogram_(bins, of.stored.codes),
-            )
+        if state != "u8":
+            yield from _by_code(size, device)
         return
     yield _Operation(
         "masked_sumsq",
@@ -206,31 +203,64 @@ def _operations(state: str, device: torch.device) -> Iterator[_Operation]:
         yield _Operation(f"sketch_counts, {name}", "sketch_counts", 4, partial(_count, edges.int()))
 
 
+def _by_code(size: float, device: torch.device) -> Iterator[_Operation]:
+    """Yield what reads 16-bit codes as they are: a histogram, and pulls by one state and by the stronger of two."""
+    if device.type == "cpu":
+        bins = torch.zeros(NUM_CODES, dtype=torch.int64)
+        yield _Operation(
+            "code_histogram_",
+            "code_histogram",
+            size,
+            lambda module, of: module.code_histogram_(bins, of.stored.codes),
+        )
+    factors = torch.rand((2, NUM_CODES), device=device).mul_(-1e-4)
+    yield _Operation(
+        "pull_by_code_",
+        "pull_by_code",
+        4 + 2 + 4 + size,
+        lambda module, of: module.pull_by_code_(of.values, of.values, of.anchor, [of.stored.codes], factors[:1]),
+    )
+    yield _Operation(
+        "pull_by_code_, of two states",
+        "pull_by_code",
+        4 + 2 + 4 + 2 * size,
+        lambda module, of: module.pull_by_code_(
+            of.values, of.values, of.anchor, [of.stored.codes, of.other_codes], factors
+        ),
+    )
+
+
 def _count(edges: Tensor, module: Any, entries: _Entries) -> object:
     return module.sketch_counts(entries.values.view(torch.int32), edges.to(entries.values.device))
 
 
 def _entries(state: str, numel: int, device: torch.device) -> _Entries:
     torch.manual_seed(0)
-    dtype = _STATES[state]
     values = torch.randn(numel, device=device).mul_(2).exp_()
-    scales = torch.zeros(num_blocks(0, numel) if dtype is torch.uint8 else 0, device=device)
-    codes = torch.zeros(numel * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype)
-    encode_(Stored(codes, scales, 0), values, key=1, step=0)
     mask = torch.zeros(numel, dtype=torch.bool, device=device)
     mask[::_APART] = True
     bits = torch.zeros(-(-numel // 8), dtype=torch.uint8, device=device)
     pack_bits(mask, bits)
     return _Entries(
-        Stored(codes, scales, 0),
+        _stored(_STATES[state], values),
         torch.randn(numel, device=device),
         values,
         bits,
         torch.zeros_like(bits),
         values[::_APART].clone(),
         values.bfloat16(),
+        _stored(_STATES[state], values.flip(0)).codes,
         table_of([Run(0, numel, 0, 0, 0, 1)], device=device),
     )
+
+
+def _stored(dtype: torch.dtype, values: Tensor) -> Stored:
+    numel, device = values.numel(), values.device
+    scales = torch.zeros(num_blocks(0, numel) if dtype is torch.uint8 else 0, device=device)
+    codes = torch.zeros(numel * dtype.itemsize, dtype=torch.uint8, device=device).view(dtype)
+    stored = Stored(codes, scales, 0)
+    encode_(stored, values, key=1, step=0)
+    return stored
 
 
 def _cases(numel: int, device: torch.device) -> Iterator[_Case]:

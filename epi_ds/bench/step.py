@@ -14,21 +14,21 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 import epi_ds
-from epi_ds.bench.engine import bench_engine, tokens_of_a_step
+from epi_ds.bench.engine import bench_engine, save_weights, tokens_of_a_step
 from epi_ds.bench.ranks import run_on_ranks
 from epi_ds.bench.step_clock import Owner, TimedClasses
-from epi_ds.choices import Apply, Pull, StateFormat
+from epi_ds.choices import AnchorDevice, AnchorWeight, Apply, Memory, Pull, StateFormat
 from epi_ds.zero3.attach import detach
 
 REFRESH_INTERVAL = 100
 _RATIO = 0.01
-# Steps of which the primary figure is the median, and as many plain ones.
-_STEPS = 15
 _REFRESHES = 3
 _RESAMPLES = 2000
 
@@ -41,10 +41,15 @@ class Case(NamedTuple):
     offload: bool
     pull: Pull | None = None
     """With an anchor beside isolation."""
+    weight: AnchorWeight = AnchorWeight.UNIFORM
+    device: AnchorDevice = AnchorDevice.PARTITION
+    """Where the anchor is kept."""
 
 
 # Of which whole steps are compared, too.
 CONFIRMED = [(StateFormat.FP32, Apply.UPDATE), (StateFormat.U16, Apply.REDUCTION)]
+# Of which an anchor pulls by importance: by code, and entry by entry.
+_BY_IMPORTANCE = [StateFormat.U16, StateFormat.FP32]
 
 
 class StepRow(NamedTuple):
@@ -53,6 +58,9 @@ class StepRow(NamedTuple):
     state: str
     apply: str
     pull: str
+    weight: str
+    """Of the anchor; empty where there is none, as the place is."""
+    anchor_device: str
     offload: bool
     world_size: int
     params: int
@@ -79,7 +87,7 @@ class StepRow(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """Yield every combination of isolation that exists, ``adam`` with ``apply: update`` only; then both anchors."""
+    """Yield every combination of isolation that exists, ``adam`` with ``apply: update`` only; then anchors."""
     for offload in (False, True):
         for state in StateFormat:
             for apply in Apply:
@@ -87,38 +95,66 @@ def cases() -> Iterator[Case]:
                     yield Case(state, apply, offload)
         for pull in Pull:
             yield Case(StateFormat.U16, Apply.REDUCTION, offload, pull)
+        for state, pull in product(_BY_IMPORTANCE, Pull):
+            yield Case(state, Apply.REDUCTION, offload, pull, weight=AnchorWeight.IMPORTANCE)
+        yield Case(StateFormat.U16, Apply.REDUCTION, offload, Pull.UPDATE, device=AnchorDevice.DISK)
 
 
 def measure_steps(
-    world_sizes: Sequence[int], *, chosen: Sequence[Case], pairs: int, layers: int = 8, steps: int = _STEPS
+    world_sizes: Sequence[int],
+    *,
+    chosen: Sequence[Case],
+    pairs: int,
+    folder: Path,
+    layers: int,
+    steps: int,
 ) -> list[StepRow]:
-    """Measure the cases at every world size; whole steps in ``pairs`` for those of `CONFIRMED` without offload."""
+    """Measure the cases at every world size; whole steps in ``pairs`` for those of `CONFIRMED` without offload.
+
+    folder  on the disk that an anchor is read from; takes 4 bytes a parameter for each engine
+    steps   of which the primary figure is the median, and as many plain ones
+    """
     rows = []
     for world_size in world_sizes:
-        rows += run_on_ranks(_measure_all, world_size, list(chosen), pairs, layers, steps)[0]
+        rows += run_on_ranks(_measure_all, world_size, list(chosen), pairs, layers, steps, str(folder))[0]
     return rows
 
 
-def _measure_all(chosen: Sequence[Case], pairs: int, layers: int, steps: int) -> list[StepRow]:
+def _measure_all(chosen: Sequence[Case], pairs: int, layers: int, steps: int, folder: str) -> list[StepRow]:
     rows = []
     for offload in dict.fromkeys(case.offload for case in chosen):
         engine = bench_engine(offload=offload, layers=layers)
+        # A file that an engine has mapped must not be written to.
+        weights = Path(folder, f"{dist.get_world_size()}_ranks{'_offload' if offload else ''}")
         for case in chosen:
             if case.offload is offload:
                 confirmed = not offload and case.pull is None and (case.state, case.apply) in CONFIRMED
-                rows.append(_measure(engine, case, pairs=pairs if confirmed else 0, steps=steps))
+                rows.append(_measure(engine, case, pairs=pairs if confirmed else 0, steps=steps, weights=weights))
         engine.destroy()
     return rows
 
 
-def _measure(engine: Any, case: Case, *, pairs: int, steps: int) -> StepRow:
+def _attached(engine: Any, case: Case, weights: Path) -> Any:
+    """Attach isolation to the engine, and an anchor where the case has one; return its handle. Collective."""
     section: dict[str, Any] = {"state": case.state, "apply": case.apply, "ratio": _RATIO, "refresh_interval": 10**9}
     if case.pull is not None:
-        section["anchor"] = {"decay": 1.0, "pull": case.pull}
-    epi = epi_ds.attach(engine, {**section, "allow_inactive": True})
+        section["anchor"] = {"decay": 1.0, "pull": case.pull, "weight": case.weight, "device": case.device}
+    if case.weight is AnchorWeight.IMPORTANCE:
+        section["memory"] = Memory.STAGE_MAX
+    if case.device is AnchorDevice.DISK:
+        save_weights(engine, weights)
+        section["anchor"]["to"] = str(weights)
+    return epi_ds.attach(engine, {**section, "allow_inactive": True})
+
+
+def _measure(engine: Any, case: Case, *, pairs: int, steps: int, weights: Path) -> StepRow:
+    epi = _attached(engine, case, weights)
     classes = TimedClasses(engine.optimizer)
     run_plain, run_isolating = partial(_step, engine, classes.plain), partial(_step, engine, classes.isolating)
     run_isolating()
+    if case.weight is AnchorWeight.IMPORTANCE:
+        # From here on there is something to pull by.
+        epi.finish_stage("first")
     # From here on a mask is in force.
     refreshes = [epi.refresh_now().seconds for _ in range(_REFRESHES)]
     run_plain()
@@ -144,6 +180,8 @@ def _measure(engine: Any, case: Case, *, pairs: int, steps: int) -> StepRow:
         state=case.state.value,
         apply=case.apply.value,
         pull="" if case.pull is None else case.pull.value,
+        weight="" if case.pull is None else case.weight.value,
+        anchor_device="" if case.pull is None else case.device.value,
         offload=case.offload,
         world_size=report.world_size,
         params=report.covered_numel,

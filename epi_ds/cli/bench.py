@@ -143,6 +143,7 @@ def step(
         int, typer.Option(min=0, help="Pairs of whole steps, for fp32 with update and u16 with reduction.")
     ] = 0,
     layers: Annotated[int, typer.Option(min=1, help="Of the model: 1.9 million parameters each, and 6.7 million.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Of each kind, whose medians are taken.")] = 15,
     json: Json = False,
     markdown: Markdown = False,
 ) -> None:
@@ -156,7 +157,8 @@ def step(
     wanted = _states(states) if states else list(StateFormat)
     chosen = [case for case in cases() if case.offload in placements[offload] and case.state in wanted]
     sizes = [int(size) for size in world_sizes.split(",")]
-    rows = measure_steps(sizes, chosen=chosen, pairs=pairs, layers=layers)
+    with tempfile.TemporaryDirectory(prefix="epi_ds_bench_") as folder:
+        rows = measure_steps(sizes, chosen=chosen, pairs=pairs, folder=Path(folder), layers=layers, steps=steps)
     _show([row._asdict() for row in rows], json=json, markdown=markdown)
 
 

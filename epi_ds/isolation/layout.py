@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
+from operator import attrgetter
 from typing import NamedTuple
 
 from epi_ds.errors import UserError
@@ -130,8 +133,14 @@ class Layout:
 
 
 def parts_within(segments: Sequence[Segment], start: int, stop: int) -> Iterator[tuple[Segment, int, int]]:
-    """Yield (segment, first, last) for the parts of ``segments`` that lie in ``[start, stop)`` of their partition."""
-    for segment in segments:
+    """Yield (segment, first, last) for the parts of ``segments`` that lie in ``[start, stop)`` of their partition.
+
+    ``segments`` must be in ascending order.
+    """
+    before = bisect_right(segments, start, key=attrgetter("start"))
+    for segment in islice(segments, max(before - 1, 0), None):
+        if segment.start >= stop:
+            return
         first, last = max(segment.start, start), min(segment.stop, stop)
         if first < last:
             yield segment, first, last

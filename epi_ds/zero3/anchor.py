@@ -11,7 +11,7 @@ such room by itself, for others too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ from epi_ds.checkpoint.weights_folder import WeightsFolder
 from epi_ds.choices import AnchorDevice, AnchorWeight, Pull
 from epi_ds.errors import UserError
 from epi_ds.isolation.anchor.omega import omega_of
+from epi_ds.isolation.anchor.pulling import Part, pulling
 from epi_ds.isolation.anchor.scale import GradientScale
-from epi_ds.isolation.anchor.strength import PullStrength, share_of
-from epi_ds.isolation.anchor.values import AnchoredSpan, AnchorValues, is_bf16
+from epi_ds.isolation.anchor.strength import PullStrength
+from epi_ds.isolation.anchor.values import AnchorValues, is_bf16
 from epi_ds.isolation.controller import IsolationController
 from epi_ds.isolation.importance.mean import Divided
-from epi_ds.isolation.layout import Segment, parts_within
-from epi_ds.kernels import chunks, pull_
+from epi_ds.isolation.layout import Segment
+from epi_ds.kernels import chunks
 from epi_ds.zero3.anchor_folder import FolderAnchor
 from epi_ds.zero3.moments import clipping_factor
 from epi_ds.zero3.optimizer_state import stepping_optimizer
@@ -176,36 +177,18 @@ class Anchor:
         """
         if not self._acts(size):
             return
-        omega, end_of_copied = self._omega, 0
+        sub_group_pull = pulling(self.config.pull, size, self._omega, sub_group=sub_group, placement=self._placement)
+        end_of_copied = 0
         for span in (self.folder if self.folder is not None and self._reads_disk else self._values).spans(sub_group):
-            for segment, first, last in self._parts(sub_group, span):
-                for start, stop in chunks(first, last):
-                    if copied is not None:
-                        target[end_of_copied:stop].copy_(copied[end_of_copied:stop])
-                        end_of_copied = stop
-                    factor: float | Tensor = self._factor(size)
-                    if omega is not None and segment is not None:
-                        read = omega.read(segment, start - segment.start, stop - segment.start)
-                        factor = self._factors(read.mul_(size))
-                    anchor = span.anchor[start - span.start : stop - span.start]
-                    pull_(target[start:stop], weights[start:stop], anchor, factor)
+            for start, stop in chunks(span.start, span.stop):
+                if copied is not None:
+                    target[end_of_copied:stop].copy_(copied[end_of_copied:stop])
+                    end_of_copied = stop
+                anchor = span.anchor[start - span.start : stop - span.start]
+                sub_group_pull.pull_(Part(start, target[start:stop], weights[start:stop], anchor))
         if copied is not None:
             # What no anchor covers, such as padding.
             target[end_of_copied:].copy_(copied[end_of_copied:])
-
-    def _parts(self, sub_group: int, span: AnchoredSpan) -> Iterable[tuple[Segment | None, int, int]]:
-        """Return what is pulled with one factor: by segments where each entry has its own."""
-        if self._omega is None:
-            return [(None, span.start, span.stop)]
-        return parts_within(self._placement.layout.by_sub_group[sub_group], span.start, span.stop)
-
-    def _factor(self, size: float) -> float:
-        """Return what the way to the anchor is multiplied by. See [Note: strength] in epi_ds/isolation/anchor."""
-        return -share_of(size) if self.config.pull is Pull.UPDATE else size
-
-    def _factors(self, sizes: Tensor) -> Tensor:
-        """Return `_factor` of every entry; ``sizes`` are overwritten."""
-        return sizes.neg_().expm1_() if self.config.pull is Pull.UPDATE else sizes
 
     # --- what is pulled towards ---
 

@@ -30,6 +30,7 @@ _OPERATIONS = (
     "masked_sumsq",
     "observe",
     "pull",
+    "pull_by_code",
     "select",
     "sketch_counts",
 )

@@ -24,12 +24,7 @@ def pull_(
     Raises ValueError for tensors of other dtypes or numbers of entries.
     """
     numel = target.numel()
-    check_entries("target", target, torch.float32, numel)
-    check_entries("weights", weights, torch.float32, numel)
-    if anchor.dtype not in VALUE_FORMATS or anchor.numel() != numel:
-        raise ValueError(
-            f"an anchor has {anchor.numel()} entries of {anchor.dtype}; pass {numel} of torch.float32 or torch.bfloat16"
-        )
+    check_pulled(target, weights, anchor)
     factors = factor if isinstance(factor, Tensor) else None
     if factors is not None:
         check_entries("factor", factors, torch.float32, numel)
@@ -43,3 +38,14 @@ def pull_(
         c_int64(numel),
         threads(numel, num_threads),
     )
+
+
+def check_pulled(target: Tensor, weights: Tensor, anchor: Tensor) -> None:
+    """Raise ValueError unless tensors have the entries that will be read or written."""
+    numel = target.numel()
+    check_entries("target", target, torch.float32, numel)
+    check_entries("weights", weights, torch.float32, numel)
+    if anchor.dtype not in VALUE_FORMATS or anchor.numel() != numel:
+        raise ValueError(
+            f"an anchor has {anchor.numel()} entries of {anchor.dtype}; pass {numel} of torch.float32 or torch.bfloat16"
+        )

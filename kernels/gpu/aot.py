@@ -16,13 +16,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from epi_ds.kernels.gpu import decode, encode, hold, masked_sumsq, observe, pull, select, sketch_counts
+from epi_ds.kernels.gpu import decode, encode, hold, masked_sumsq, observe, pull, pull_by_code, select, sketch_counts
 from epi_ds.kernels.gpu.launch import OPTIONS, Specialisation
 
 ARCHITECTURES = (80, 90)
 """A100 and H100."""
 
-_OPERATIONS = (observe, decode, encode, sketch_counts, masked_sumsq, select, hold, pull)
+_OPERATIONS = (observe, decode, encode, sketch_counts, masked_sumsq, select, hold, pull, pull_by_code)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 

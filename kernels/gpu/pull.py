@@ -16,19 +16,15 @@ from torch import Tensor
 from epi_ds.kernels.gpu.launch import Specialisation, kernel, launch, num_tiles
 
 _TILE_NUMEL = tl.constexpr(4096)
-_ANCHORS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+ANCHORS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+"""What kernels call the entries of an anchor."""
 
 
 def pull_(target: Tensor, weights: Tensor, anchor: Tensor, factor: float | Tensor) -> None:
     """See the reference, whose bits these are. Raises ValueError for tensors of other dtypes or numbers of entries."""
     factors = factor if isinstance(factor, Tensor) else None
-    for name, tensor in (("target", target), ("weights", weights), ("anchor", anchor), ("factor", factors)):
-        allowed = _ANCHORS if name == "anchor" else (torch.float32,)
-        if tensor is not None and (tensor.dtype not in allowed or tensor.numel() != target.numel()):
-            raise ValueError(
-                f"{name} has {tensor.numel()} entries of {tensor.dtype}; pass {target.numel()} of "
-                f"{' or '.join(map(str, allowed))}"
-            )
+    check_pulled(target, weights, anchor, factors)
     launch(
         _pull,
         num_tiles(target.numel(), _TILE_NUMEL),
@@ -39,6 +35,17 @@ def pull_(target: Tensor, weights: Tensor, anchor: Tensor, factor: float | Tenso
         0.0 if isinstance(factor, Tensor) else factor,
         target.numel(),
     )
+
+
+def check_pulled(target: Tensor, weights: Tensor, anchor: Tensor, factors: Tensor | None = None) -> None:
+    """Raise ValueError unless tensors have the entries that will be read or written."""
+    for name, tensor in (("target", target), ("weights", weights), ("anchor", anchor), ("factor", factors)):
+        allowed = ANCHORS if name == "anchor" else (torch.float32,)
+        if tensor is not None and (tensor.dtype not in allowed or tensor.numel() != target.numel()):
+            raise ValueError(
+                f"{name} has {tensor.numel()} entries of {tensor.dtype}; pass {target.numel()} of "
+                f"{' or '.join(map(str, allowed))}"
+            )
 
 
 @kernel
@@ -57,7 +64,7 @@ def _pull(target, weights, anchor, factors, factor: tl.float32, numel: tl.int64)
 
 def specialisations() -> Iterator[Specialisation]:
     """Yield all that `pull_` may launch."""
-    for anchor, of_each in product(_ANCHORS.values(), (False, True)):
+    for anchor, of_each in product(ANCHORS.values(), (False, True)):
         pointers = {"target": "fp32", "weights": "fp32", "anchor": anchor}
         constants = {} if of_each else {"factors": None}
         if of_each:

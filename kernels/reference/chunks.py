@@ -8,9 +8,9 @@ from collections.abc import Iterator
 CHUNK_NUMEL = 1 << 20
 
 
-def chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Yield the ``(start, stop)`` of the chunks of a range, cut at multiples of `CHUNK_NUMEL`."""
+def chunks(start: int, stop: int, numel: int = CHUNK_NUMEL) -> Iterator[tuple[int, int]]:
+    """Yield the ``(start, stop)`` of the chunks of a range, cut at multiples of ``numel``."""
     while start < stop:
-        end = min(stop, (start // CHUNK_NUMEL + 1) * CHUNK_NUMEL)
+        end = min(stop, (start // numel + 1) * numel)
         yield start, end
         start = end

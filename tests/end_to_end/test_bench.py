@@ -103,26 +103,36 @@ def test_kernel_rows_hold_every_operation_and_backend() -> None:
     rows = bench("kernels", "--threads", "2", "--numel", "1000003", "--repeats", "3")
     keys = {"op", "state", "backend", "threads", "numel", "ns_per_element", "gb_per_s", "fraction_of_stream"}
     assert all(set(row) == keys for row in rows)
-    # The stream and two optimizers; three backends: observe_ of 4 states, decode and encode_ of 3, a histogram of 2, 8
-    # more; a whole search of 4 states.
-    assert len(rows) == 3 + 3 * (4 + 2 * 3 + 2 + 8) + 4
+    # The stream and two optimizers; three backends: observe_ of 4 states, decode and encode_ of 3, a histogram and two
+    # pulls by code of 2, 8 more; a whole search of 4 states.
+    assert len(rows) == 3 + 3 * (4 + 2 * 3 + 3 * 2 + 8) + 4
     assert all(row["fraction_of_stream"] == 1.0 for row in rows if row["op"] == "stream")
     speed = {(row["op"], row["state"], row["backend"]): row["ns_per_element"] for row in rows}
-    for op, state in (("observe_", "u16"), ("observe_", "u8"), ("sketch_counts, first round", "fp32")):
+    for op, state in (
+        *(("observe_", "u16"), ("observe_", "u8"), ("sketch_counts, first round", "fp32"), ("pull_by_code_", "u16")),
+    ):
         # 7 to 35 times as fast on a quiet machine. What torch.compile makes is nearer, and on a busy one may be ahead.
         assert speed[op, state, "cpu"] < speed[op, state, "reference"]
 
 
 @pytest.mark.slow
 def test_step_rows_say_what_isolation_adds() -> None:
-    rows = bench("step", "--states", "u16", "--layers", "1", "--pairs", "2")
-    settings = [("reduction", ""), ("update", ""), ("reduction", "update"), ("reduction", "gradient")]
-    assert [(row["apply"], row["pull"], row["offload"]) for row in rows] == [
+    rows = bench("step", "--states", "u16", "--layers", "1", "--steps", "5", "--pairs", "2")
+    uniform, by_importance = ("uniform", "partition"), ("importance", "partition")
+    settings = [
+        *(("reduction", "", "", ""), ("update", "", "", "")),
+        *(("reduction", "update", *uniform), ("reduction", "gradient", *uniform)),
+        *(("reduction", "update", *by_importance), ("reduction", "gradient", *by_importance)),
+        ("reduction", "update", "uniform", "disk"),
+    ]
+    names = ("apply", "pull", "weight", "anchor_device", "offload")
+    assert [tuple(row[name] for name in names) for row in rows] == [
         (*one, offload) for offload in (False, True) for one in settings
     ]
     for row in rows:
         assert (row["state"], row["world_size"]) == ("u16", 2)
-        assert row["state_bytes"] < (2.2 + 4 * bool(row["pull"])) * row["params"] / 2
+        kept = 4 * (row["anchor_device"] == "partition") + 2 * (row["weight"] == "importance")
+        assert row["state_bytes"] == pytest.approx((2.125 + kept) * row["params"] / 2, rel=0.02)
         assert 0 < row["own_ms"] < row["plain_ms"]
         assert row["replaced_ms"] > 0
         assert row["overhead"] == pytest.approx((row["own_ms"] - row["replaced_ms"]) / row["plain_ms"])

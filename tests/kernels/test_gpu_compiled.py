@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from epi_ds.kernels.dispatch import Backend, backend_on
+from epi_ds.kernels.reference.code_histogram import NUM_CODES
 from epi_ds.kernels.reference.codecs import Stored
 from epi_ds.kernels.reference.runs import Run, table_of
 from tests.support.operations import STATES
@@ -31,6 +32,7 @@ from epi_ds.kernels.gpu.hold import hold, mask_, restore_
 from epi_ds.kernels.gpu.masked_sumsq import masked_sumsq
 from epi_ds.kernels.gpu.observe import observe_
 from epi_ds.kernels.gpu.pull import pull_
+from epi_ds.kernels.gpu.pull_by_code import pull_by_code_
 from epi_ds.kernels.gpu.select import select_
 from epi_ds.kernels.gpu.sketch_counts import sketch_counts
 
@@ -41,7 +43,9 @@ def test_every_kernel_fits_its_processor() -> None:
     rows = aot.table()
     assert {row.arch for row in rows} == {80, 90}
     operations = {row.kernel.partition(".")[0] for row in rows}
-    assert operations == {"observe", "decode", "encode", "sketch_counts", "masked_sumsq", "select", "hold", "pull"}
+    assert operations == {
+        *("observe", "decode", "encode", "sketch_counts", "masked_sumsq", "select", "hold", "pull", "pull_by_code")
+    }
     for row in rows:
         assert row.spill_bytes == 0, row
         assert row.registers <= 64, row
@@ -120,6 +124,9 @@ def launch_all(first: int, numel: int, key: int) -> None:
     for anchor in (torch.zeros(numel), torch.zeros(numel, dtype=torch.bfloat16)):
         pull_(weights, weights, anchor, factor=-0.1)
         pull_(weights, weights, anchor, factor=torch.zeros(numel))
+        for num_tables, dtype in product((1, 2), (torch.bfloat16, torch.uint16)):
+            codes = [torch.zeros(numel, dtype=dtype) for _ in range(num_tables)]
+            pull_by_code_(weights, weights, anchor, codes, torch.zeros((num_tables, NUM_CODES)))
     sketch_counts(numbers, torch.arange(min(numel, 100), dtype=torch.int32))
     select_(bits, numbers, bits, threshold_code=key & 0xFFFF, first_entry=first % 8)
 

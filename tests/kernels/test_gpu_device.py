@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from epi_ds.kernels.reference.code_histogram import NUM_CODES
 from epi_ds.kernels.reference.codecs import Stored
 from epi_ds.kernels.reference.decode import decode as reference_decode
 from epi_ds.kernels.reference.encode import encode_ as reference_encode
@@ -16,6 +17,7 @@ from epi_ds.kernels.reference.hold import hold as reference_hold
 from epi_ds.kernels.reference.masked_sumsq import masked_sumsq as reference_masked_sumsq
 from epi_ds.kernels.reference.observe import observe_ as reference_observe
 from epi_ds.kernels.reference.pull import pull_ as reference_pull
+from epi_ds.kernels.reference.pull_by_code import pull_by_code_ as reference_pull_by_code
 from epi_ds.kernels.reference.runs import NUM_COLUMNS, Run, table_of
 from epi_ds.kernels.reference.select import select_ as reference_select
 from epi_ds.kernels.reference.sketch_counts import sketch_counts as reference_sketch_counts
@@ -46,6 +48,7 @@ from epi_ds.kernels.gpu.hold import count_bits, hold, mask_, restore_  # noqa: E
 from epi_ds.kernels.gpu.masked_sumsq import masked_sumsq  # noqa: E402
 from epi_ds.kernels.gpu.observe import observe_  # noqa: E402
 from epi_ds.kernels.gpu.pull import pull_  # noqa: E402
+from epi_ds.kernels.gpu.pull_by_code import pull_by_code_  # noqa: E402
 from epi_ds.kernels.gpu.select import select_  # noqa: E402
 from epi_ds.kernels.gpu.sketch_counts import sketch_counts  # noqa: E402
 
@@ -263,7 +266,7 @@ def test_mask(dtype: torch.dtype, numel: int) -> None:
     assert same_bits(values.cpu(), torch.where(mask, 0.0, -2.0).to(dtype))
 
 
-# --- pull_ ---
+# --- pull_, pull_by_code_ ---
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -283,3 +286,29 @@ def test_pull(dtype: torch.dtype, numel: int) -> None:
         reference_pull(gradient, weights, anchor, factor)
         pull_(moved_gradient, weights.to(DEVICE), anchor.to(DEVICE), on_device)
         assert same_but_for_nan(moved_gradient.cpu(), gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize("num_tables", [1, 3])
+def test_pull_by_code(dtype: torch.dtype, numel: int, num_tables: int) -> None:
+    # One entry behind an aligned address.
+    weights, anchor = special_gradient(numel + 1)[1:], torch.randn(numel + 1).to(dtype)[1:]
+    numbers = torch.randint(0, NUM_CODES, (num_tables, numel + 1))
+    numbers[:, 1:3] = torch.tensor([0, NUM_CODES - 1])[:numel]
+    factors = -torch.rand((num_tables, NUM_CODES))
+    factors[:, 0] = -0.0
+    patterns = numbers.int().to(torch.int16)
+    for codes_dtype in (torch.bfloat16, torch.uint16):
+        # Not every operation knows uint16.
+        codes = [row.view(codes_dtype)[1:] for row in patterns]
+        on_device = [row.to(DEVICE, copy=True).view(codes_dtype)[1:] for row in patterns]
+        expected, found = weights.clone(), weights.to(DEVICE, copy=True)
+        reference_pull_by_code(expected, expected, anchor, codes, factors)
+        pull_by_code_(found, found, anchor.to(DEVICE), on_device, factors.to(DEVICE))
+        assert same_but_for_nan(found.cpu(), expected)
+        gradient = torch.randn(numel)
+        pulled_gradient = gradient.to(DEVICE, copy=True)
+        reference_pull_by_code(gradient, weights, anchor, codes, -factors)
+        pull_by_code_(pulled_gradient, weights.to(DEVICE), anchor.to(DEVICE), on_device, -factors.to(DEVICE))
+        assert same_but_for_nan(pulled_gradient.cpu(), gradient)

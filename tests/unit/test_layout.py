@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epi_ds.isolation.layout import Parameter, Span, assign_layers, block_of, build_layout, merge_spans
+from epi_ds.isolation.layout import (
+    Parameter,
+    Span,
+    assign_layers,
+    block_of,
+    build_layout,
+    merge_spans,
+    parts_within,
+)
 
 NAMES = [
     "model.embed_tokens.weight",
@@ -102,3 +110,22 @@ def test_coverage_must_leave_something() -> None:
 def test_spans_merge_where_they_touch() -> None:
     spans = [Span(0, 3), Span(3, 3), Span(3, 5), Span(6, 8)]
     assert merge_spans(spans) == (Span(0, 5), Span(6, 8))
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=8),
+    st.integers(1, 4),
+    st.integers(0, 60),
+    st.integers(0, 30),
+)
+def test_parts_are_those_of_every_segment(sizes: list[int], world_size: int, start: int, length: int) -> None:
+    """Segments without an entry on a rank, padding between them, and ranges beyond the last are no exceptions."""
+    parameters = [Parameter(f"{index}.w", (size,)) for index, size in enumerate(sizes)]
+    for rank in range(world_size):
+        layout = build_layout([parameters], rank=rank, world_size=world_size, layer="tensor")
+        expected = [
+            (segment, max(segment.start, start), min(segment.stop, start + length))
+            for segment in layout.segments
+            if max(segment.start, start) < min(segment.stop, start + length)
+        ]
+        assert list(parts_within(layout.by_sub_group[0], start, start + length)) == expected

@@ -60,11 +60,14 @@ class Divided:
 
     def __init__(self, importance: Importance, mean: float) -> None:
         """``mean`` 0 is that of zeros, which stay zeros."""
-        self._importance = importance
+        self.importance = importance
         self._factor = 1.0 / mean if mean else 0.0
+
+    def of(self, values: Tensor) -> Tensor:
+        """Return what is read where the importance has these values; the caller's own to overwrite."""
+        # In fp64, and rounded once: the mean of entries that fp32 cannot invert is no exception.
+        return values.double().mul_(self._factor).clamp_(max=torch.finfo(torch.float32).max).float()
 
     def read(self, segment: Segment, start: int, stop: int) -> Tensor:
         """See `Importance.read`; the caller's own to overwrite."""
-        # In fp64, and rounded once: the mean of entries that fp32 cannot invert is no exception.
-        values = self._importance.read(segment, start, stop).double() * self._factor
-        return values.clamp_(max=torch.finfo(torch.float32).max).float()
+        return self.of(self.importance.read(segment, start, stop))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epi_ds.choices import StateFormat
 from epi_ds.isolation.importance.views import Importance
-from epi_ds.isolation.layout import Segment
+from epi_ds.isolation.layout import Segment, parts_within
 from epi_ds.isolation.placement import Placement
 from epi_ds.kernels import Run, Stored, chunks, decode, encode_, num_blocks, observe_, table_of
 from epi_ds.kernels.reference.codecs import PATTERN_SHIFT
@@ -43,6 +43,9 @@ class StoredImportance:
     def __init__(self, placement: Placement, state: StateFormat, *, seed: int, purpose: str) -> None:
         """Make it of zeros. ``purpose`` gives several states of one run random numbers of their own."""
         dtype, layout = _DTYPES[state], placement.layout
+        self.dtype = dtype
+        """Of the codes."""
+        self._layout = layout
         self.code_shift = code_shift_of(state)
         self._codes: list[Tensor] = []
         self._scales: list[Tensor] = []
@@ -82,6 +85,15 @@ class StoredImportance:
     def read(self, segment: Segment, start: int, stop: int) -> Tensor:
         """See `Importance.read`."""
         return decode(self._stored[segment.name].part(start, stop))
+
+    def codes_within(self, sub_group: int, start: int, stop: int) -> Tensor:
+        """Return the codes of entries ``[start, stop)`` of a flat partition, all of them covered. Not a copy."""
+        codes = self._codes[sub_group]
+        for segment, first, _ in parts_within(self._layout.by_sub_group[sub_group], start, stop):
+            # The codes of covered neighbours are neighbours.
+            first_code = self._runs[segment.name].first_code + first - segment.start
+            return codes[first_code : first_code + stop - start]
+        return codes[:0]
 
     def stored(self, segment: Segment) -> Stored:
         """Return a segment as it is stored. Not a copy."""

@@ -74,12 +74,12 @@ class Larger:
     """The larger of two importances, entry by entry."""
 
     def __init__(self, one: Importance, other: Importance) -> None:
-        self._one, self._other = one, other
+        self.one, self.other = one, other
         self.code_shift = min(one.code_shift, other.code_shift)
 
     def read(self, segment: Segment, start: int, stop: int) -> Tensor:
         """See `Importance.read`."""
-        return torch.maximum(self._one.read(segment, start, stop), self._other.read(segment, start, stop))
+        return torch.maximum(self.one.read(segment, start, stop), self.other.read(segment, start, stop))
 
 
 class Favoured:
