@@ -37,7 +37,7 @@ _SETTINGS: Mapping[Preset, Mapping[str, Any]] = {
         },
     },
     # The weights alone: no rows are written, read or measured.
-    Preset.DATA_FREE: {"epi": {"policy": "none", "anchor": {"strength": 2, "to": "stage"}}},
+    Preset.DATA_FREE: {"epi": {"policy": "none", "anchor": {"strength": 4, "to": "stage"}}},
 }
 
 
