@@ -243,34 +243,55 @@ _register(
 # --- pull_, pull_by_code_ ---
 
 
-def pull_(target: Tensor, weights: Tensor, anchor: Tensor, factor: float | Tensor) -> None:
+def pull_(
+    target: Tensor, weights: Tensor, anchor: Tensor, factor: float | Tensor, *, source: Tensor | None = None
+) -> None:
     """Add a multiple of what the weights have moved by to a tensor, which may be the weights themselves, in place.
 
-    See `epi_ds.kernels.reference.pull`.
+    With ``source`` to that, and overwrite the target. See `epi_ds.kernels.reference.pull`.
     """
     factors = factor if isinstance(factor, Tensor) else None
-    torch.ops.epi_ds.pull_(target, weights, anchor, factors, 0.0 if isinstance(factor, Tensor) else factor)
+    torch.ops.epi_ds.pull_(target, weights, anchor, factors, 0.0 if isinstance(factor, Tensor) else factor, source)
 
 
-def _pull(target: Tensor, weights: Tensor, anchor: Tensor, factors: Tensor | None, factor: float) -> None:
-    implementation("pull", target).pull_(target, weights, anchor, factor if factors is None else factors)
+def _pull(
+    target: Tensor,
+    weights: Tensor,
+    anchor: Tensor,
+    factors: Tensor | None,
+    factor: float,
+    source: Tensor | None = None,
+) -> None:
+    implementation("pull", target).pull_(target, weights, anchor, factor if factors is None else factors, source=source)
 
 
-_register("pull_(Tensor(a!) target, Tensor weights, Tensor anchor, Tensor? factors, float factor) -> ()", _pull)
+_register(
+    "pull_(Tensor(a!) target, Tensor weights, Tensor anchor, Tensor? factors, float factor, Tensor? source=None) -> ()",
+    _pull,
+)
 
 
-def pull_by_code_(target: Tensor, weights: Tensor, anchor: Tensor, codes: Sequence[Tensor], factors: Tensor) -> None:
+def pull_by_code_(
+    target: Tensor,
+    weights: Tensor,
+    anchor: Tensor,
+    codes: Sequence[Tensor],
+    factors: Tensor,
+    *,
+    source: Tensor | None = None,
+) -> None:
     """Do as `pull_` does, with the factor of every entry's code, in place. See `epi_ds.kernels.reference.pull_by_code`.
 
     codes    stored 16-bit codes, each of all entries
     factors  [len(codes), 65536] fp32; the strongest of an entry counts
     """
-    torch.ops.epi_ds.pull_by_code_(target, weights, anchor, codes, factors)
+    torch.ops.epi_ds.pull_by_code_(target, weights, anchor, codes, factors, source)
 
 
 _register(
-    "pull_by_code_(Tensor(a!) target, Tensor weights, Tensor anchor, Tensor[] codes, Tensor factors) -> ()",
-    lambda target, weights, anchor, codes, factors: implementation("pull_by_code", target).pull_by_code_(
-        target, weights, anchor, codes, factors
+    "pull_by_code_(Tensor(a!) target, Tensor weights, Tensor anchor, Tensor[] codes, Tensor factors, "
+    "Tensor? source=None) -> ()",
+    lambda target, weights, anchor, codes, factors, source=None: implementation("pull_by_code", target).pull_by_code_(
+        target, weights, anchor, codes, factors, source=source
     ),
 )

@@ -5,8 +5,7 @@ of the host's, and without it may be a view of the accumulation buffer. A parame
 then stepped with what an earlier one left there, and a pull that was left there too would act twice. So where the
 buffer lives on, the optimizer is shown a copy with the pull in it, which takes the room of one sub-group's gradient.
 On the host the room is kept, that of the largest one: its pages, fresh in every step, took three times as long as all
-else that an anchor does. It is filled part by part, each pulled while it is in the cache. A device's allocator keeps
-such room by itself, for others too.
+else that an anchor does. The pass that pulls writes it. A device's allocator keeps such room by itself, for others too.
 """
 
 from __future__ import annotations
@@ -173,22 +172,23 @@ class Anchor:
     ) -> None:
         """Pull a tensor by the exponent of a decoupled pull, or the factor of one in the gradient, at omega 1.
 
-        ``target`` becomes a copy of ``copied`` first, where that is given.
+        ``target`` becomes what ``copied`` would, where that is given.
         """
         if not self._acts(size):
             return
         sub_group_pull = pulling(self.config.pull, size, self._omega, sub_group=sub_group, placement=self._placement)
-        end_of_copied = 0
+        end = 0
         for span in (self.folder if self.folder is not None and self._reads_disk else self._values).spans(sub_group):
+            if copied is not None:
+                # What no anchor covers lies between the spans, and behind them, such as padding.
+                target[end : span.start].copy_(copied[end : span.start])
+                end = span.stop
             for start, stop in chunks(span.start, span.stop):
-                if copied is not None:
-                    target[end_of_copied:stop].copy_(copied[end_of_copied:stop])
-                    end_of_copied = stop
                 anchor = span.anchor[start - span.start : stop - span.start]
-                sub_group_pull.pull_(Part(start, target[start:stop], weights[start:stop], anchor))
+                source = None if copied is None else copied[start:stop]
+                sub_group_pull.pull_(Part(start, target[start:stop], weights[start:stop], anchor, source))
         if copied is not None:
-            # What no anchor covers, such as padding.
-            target[end_of_copied:].copy_(copied[end_of_copied:])
+            target[end:].copy_(copied[end:])
 
     # --- what is pulled towards ---
 

@@ -16,6 +16,7 @@ def pull_(
     anchor: Tensor,
     factor: float | Tensor,
     *,
+    source: Tensor | None = None,
     variant: str | None = None,
     num_threads: int | None = None,
 ) -> None:
@@ -24,13 +25,14 @@ def pull_(
     Raises ValueError for tensors of other dtypes or numbers of entries.
     """
     numel = target.numel()
-    check_pulled(target, weights, anchor)
+    check_pulled(target, weights, anchor, source)
     factors = factor if isinstance(factor, Tensor) else None
     if factors is not None:
         check_entries("factor", factors, torch.float32, numel)
     operation("pull", variant)(
         c_int(VALUE_FORMATS[anchor.dtype]),
         pointer(target),
+        pointer(target if source is None else source),
         pointer(weights),
         pointer(anchor),
         pointer(factors),
@@ -40,11 +42,13 @@ def pull_(
     )
 
 
-def check_pulled(target: Tensor, weights: Tensor, anchor: Tensor) -> None:
+def check_pulled(target: Tensor, weights: Tensor, anchor: Tensor, source: Tensor | None) -> None:
     """Raise ValueError unless tensors have the entries that will be read or written."""
     numel = target.numel()
     check_entries("target", target, torch.float32, numel)
     check_entries("weights", weights, torch.float32, numel)
+    if source is not None:
+        check_entries("source", source, torch.float32, numel)
     if anchor.dtype not in VALUE_FORMATS or anchor.numel() != numel:
         raise ValueError(
             f"an anchor has {anchor.numel()} entries of {anchor.dtype}; pass {numel} of torch.float32 or torch.bfloat16"

@@ -1,4 +1,4 @@
-// target <- target + factors[code] * (w - a); see ../reference/pull_by_code.py.
+// target <- source + factors[code] * (w - a); see ../reference/pull_by_code.py.
 //
 // A table is 256 kB, but the codes of importance lie close together: what is read of it stays in the first cache. There
 // loads of single entries are faster than gathers, which take several microoperations an entry on many processors.
@@ -54,16 +54,18 @@ struct StrongestOfCodes {
 
 // anchor_format  1 fp32, 2 bf16
 // target         [numel] fp32, mutated; may be `weights`
+// source         [numel] fp32; may be `target`
 // weights        [numel] fp32
 // anchor         [numel]
 // codes          [num_tables][numel]
 // factors        [num_tables, 65536] fp32
 // num_tables     at least 1
-EPI_EXPORT(pull_by_code)(int anchor_format, float *target, const float *weights, const void *anchor,
-                         const uint16_t *const *codes, const float *factors, int num_tables, int64_t numel,
-                         int threads) {
+EPI_EXPORT(pull_by_code)(int anchor_format, float *target, const float *source, const float *weights,
+                         const void *anchor, const uint16_t *const *codes, const float *factors, int num_tables,
+                         int64_t numel, int threads) {
   if (num_tables == 1)
-    pull(anchor_format, target, weights, anchor, FactorOfCode{codes[0], factors}, numel, threads);
+    pull(anchor_format, target, source, weights, anchor, FactorOfCode{codes[0], factors}, numel, threads);
   else
-    pull(anchor_format, target, weights, anchor, StrongestOfCodes{codes, factors, num_tables, 0}, numel, threads);
+    pull(anchor_format, target, source, weights, anchor, StrongestOfCodes{codes, factors, num_tables, 0}, numel,
+         threads);
 }

@@ -19,6 +19,7 @@ def pull_by_code_(
     codes: Sequence[Tensor],
     factors: Tensor,
     *,
+    source: Tensor | None = None,
     variant: str | None = None,
     num_threads: int | None = None,
 ) -> None:
@@ -27,11 +28,12 @@ def pull_by_code_(
     Raises ValueError for tensors of other dtypes or numbers of entries.
     """
     numel = target.numel()
-    check_pulled(target, weights, anchor)
+    check_pulled(target, weights, anchor, source)
     check_codes(codes, factors, numel)
     operation("pull_by_code", variant)(
         c_int(VALUE_FORMATS[anchor.dtype]),
         pointer(target),
+        pointer(target if source is None else source),
         pointer(weights),
         pointer(anchor),
         (c_void_p * len(codes))(*(pointer(each).value for each in codes)),

@@ -1,4 +1,4 @@
-"""A pull towards an anchor: ``target <- target + factor * (w - a)``.
+"""A pull towards an anchor: ``target <- source + factor * (w - a)``, where the source is mostly the target itself.
 
 [Note: pull] The same operation twice. With the weights themselves for a target, and minus a share for a factor, they go
 that share of the way back to the anchor; with their gradient for a target it becomes that of a quadratic penalty.
@@ -6,15 +6,19 @@ that share of the way back to the anchor; with their gradient for a target it be
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from epi_ds.kernels.reference.chunks import chunks
 
 
-def pull_(target: Tensor, weights: Tensor, anchor: Tensor, factor: float | Tensor) -> None:
+def pull_(
+    target: Tensor, weights: Tensor, anchor: Tensor, factor: float | Tensor, *, source: Tensor | None = None
+) -> None:
     """Add a multiple of what the weights have moved by to a tensor, in place. See [Note: pull].
 
     target   [numel]  fp32, mutated; may be ``weights``
+    source   [numel]  fp32, what it is added to and the target overwritten by; None for the target itself
     weights  [numel]  fp32
     anchor   [numel]  fp32 or bfloat16, same device
     factor   of all entries; or [numel] fp32, one of each
@@ -23,4 +27,5 @@ def pull_(target: Tensor, weights: Tensor, anchor: Tensor, factor: float | Tenso
     """
     for start, stop in chunks(0, target.numel()):
         moved = weights[start:stop] - anchor[start:stop].float()
-        target[start:stop].add_(moved.mul_(factor if isinstance(factor, float) else factor[start:stop]))
+        moved.mul_(factor if isinstance(factor, float) else factor[start:stop])
+        torch.add((target if source is None else source)[start:stop], moved, out=target[start:stop])

@@ -1,4 +1,4 @@
-"""A pull towards an anchor by stored importance: ``target <- target + factors[code] * (w - a)``.
+"""A pull towards an anchor by stored importance: ``target <- source + factors[code] * (w - a)``.
 
 [Note: factors by code] What an entry is pulled by is a function of its importance, and importance that is stored in 16
 bits has 65536 values: a table of their factors is computed once, and an entry looks its own up. Where several states
@@ -21,10 +21,19 @@ from epi_ds.kernels.reference.codecs import PATTERN_SHIFT
 from epi_ds.kernels.reference.pull import pull_
 
 
-def pull_by_code_(target: Tensor, weights: Tensor, anchor: Tensor, codes: Sequence[Tensor], factors: Tensor) -> None:
+def pull_by_code_(
+    target: Tensor,
+    weights: Tensor,
+    anchor: Tensor,
+    codes: Sequence[Tensor],
+    factors: Tensor,
+    *,
+    source: Tensor | None = None,
+) -> None:
     """Do as `pull_` does, with the factor of every entry's code, in place. See [Note: factors by code].
 
     target   [numel]  fp32, mutated; may be ``weights``
+    source   [numel]  fp32; None for the target itself
     weights  [numel]  fp32
     anchor   [numel]  fp32 or bfloat16, same device
     codes    at least one, each [numel] bfloat16 or uint16 as stored, same device, untouched
@@ -36,7 +45,8 @@ def pull_by_code_(target: Tensor, weights: Tensor, anchor: Tensor, codes: Sequen
         for of_codes, own in zip(factors[1:], codes[1:], strict=True):
             other = _looked_up(of_codes, own[start:stop])
             strongest = torch.where(other.abs() > strongest.abs(), other, strongest)
-        pull_(target[start:stop], weights[start:stop], anchor[start:stop], strongest)
+        begins = None if source is None else source[start:stop]
+        pull_(target[start:stop], weights[start:stop], anchor[start:stop], strongest, source=begins)
 
 
 def _looked_up(factors: Tensor, codes: Tensor) -> Tensor:

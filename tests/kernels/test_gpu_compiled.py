@@ -124,6 +124,7 @@ def launch_all(first: int, numel: int, key: int) -> None:
     for anchor in (torch.zeros(numel), torch.zeros(numel, dtype=torch.bfloat16)):
         pull_(weights, weights, anchor, factor=-0.1)
         pull_(weights, weights, anchor, factor=torch.zeros(numel))
+        pull_(weights, weights, anchor, factor=-0.1, source=torch.zeros(numel))
         for num_tables, dtype in product((1, 2), (torch.bfloat16, torch.uint16)):
             codes = [torch.zeros(numel, dtype=dtype) for _ in range(num_tables)]
             pull_by_code_(weights, weights, anchor, codes, torch.zeros((num_tables, NUM_CODES)))

@@ -39,6 +39,12 @@ def test_bits_are_those_of_the_reference(variant: str, dtype: torch.dtype, numel
         # Processors differ in which NaN they make of two.
         assert same_but_for_nan(pulled_weights, expected_weights)
         assert same_but_for_nan(pulled_gradient, expected_gradient)
+        elsewhere = torch.full_like(gradient, float("nan"))
+        compiled.pull_(elsewhere, weights, anchor, factor, source=gradient, **settings)
+        assert same_but_for_nan(elsewhere, expected_gradient)
+    elsewhere = torch.full_like(gradient, float("nan"))
+    reference.pull_(elsewhere, weights, anchor, factor, source=gradient)
+    assert same_but_for_nan(elsewhere, expected_gradient)
 
 
 def test_an_anchor_in_bf16_pulls_as_its_values_in_fp32_do() -> None:
@@ -66,6 +72,8 @@ def test_entries_that_are_not_there_are_refused() -> None:
         compiled.pull_(weights, weights, torch.zeros(5), torch.zeros(4))
     with pytest.raises(ValueError, match="weights has 6 entries"):
         compiled.pull_(weights, torch.zeros(6), torch.zeros(5), 0.1)
+    with pytest.raises(ValueError, match="source has 4 entries"):
+        compiled.pull_(weights, weights, torch.zeros(5), 0.1, source=torch.zeros(4))
 
 
 def test_the_operation_is_registered_as_it_behaves() -> None:
@@ -73,3 +81,4 @@ def test_the_operation_is_registered_as_it_behaves() -> None:
     for factors in (None, torch.rand(300)):
         args = (torch.randn(300), torch.randn(300), torch.randn(300).bfloat16(), factors, 0.5)
         torch.library.opcheck(torch.ops.epi_ds.pull_, args, test_utils=checks)
+        torch.library.opcheck(torch.ops.epi_ds.pull_, (*args, torch.randn(300)), test_utils=checks)

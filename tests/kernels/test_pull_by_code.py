@@ -54,6 +54,9 @@ def test_bits_are_those_of_the_reference(variant: str, dtype: torch.dtype, num_t
         settings = {"variant": variant, "num_threads": num_threads}
         compiled.pull_by_code_(pulled_weights, pulled_weights, towards, by_code, factors, **settings)
         compiled.pull_by_code_(pulled_gradient, weights, towards, by_code, -factors, **settings)
+        elsewhere = torch.full_like(gradient, float("nan"))
+        compiled.pull_by_code_(elsewhere, weights, towards, by_code, -factors, source=gradient, **settings)
+        assert same_but_for_nan(elsewhere, expected_gradient)
         # Processors differ in which NaN they make of two.
         assert same_but_for_nan(pulled_weights, expected_weights)
         assert same_but_for_nan(pulled_gradient, expected_gradient)
@@ -101,3 +104,4 @@ def test_the_operation_is_registered_as_it_behaves() -> None:
         codes = [own.nan_to_num() for own in codes]
         args = (torch.randn(300), torch.randn(300), torch.randn(300).bfloat16(), codes, factors_of(num_tables))
         torch.library.opcheck(torch.ops.epi_ds.pull_by_code_, args, test_utils=checks)
+        torch.library.opcheck(torch.ops.epi_ds.pull_by_code_, (*args, torch.randn(300)), test_utils=checks)

@@ -36,11 +36,14 @@ class Part(NamedTuple):
     """fp32, mutated; see `epi_ds.kernels.pull_`."""
     weights: Tensor
     anchor: Tensor
+    source: Tensor | None = None
+    """What the target becomes when it is pulled, where that is not the target itself."""
 
     def within(self, first: int, last: int) -> Part:
         """Return entries ``[first, last)`` of the partition."""
         own = slice(first - self.start, last - self.start)
-        return Part(first, self.target[own], self.weights[own], self.anchor[own])
+        source = None if self.source is None else self.source[own]
+        return Part(first, self.target[own], self.weights[own], self.anchor[own], source)
 
 
 class Pulling(Protocol):
@@ -71,7 +74,7 @@ class _Uniform:
     factor: float
 
     def pull_(self, part: Part) -> None:
-        pull_(part.target, part.weights, part.anchor, self.factor)
+        pull_(part.target, part.weights, part.anchor, self.factor, source=part.source)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class _ByCode:
     def pull_(self, part: Part) -> None:
         stop = part.start + part.target.numel()
         codes = [table.stored.codes_within(self.sub_group, part.start, stop) for table in self.tables]
-        pull_by_code_(part.target, part.weights, part.anchor, codes, self.factors)
+        pull_by_code_(part.target, part.weights, part.anchor, codes, self.factors, source=part.source)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class _ByEntry:
             for start, end in chunks(first, last, numel):
                 sizes = self.omega.read(segment, start - segment.start, end - segment.start).mul_(self.size)
                 of = part.within(start, end)
-                pull_(of.target, of.weights, of.anchor, _factors(self.pull, sizes))
+                pull_(of.target, of.weights, of.anchor, _factors(self.pull, sizes), source=of.source)
 
 
 def _factor(pull: Pull, size: float) -> float:
