@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from epi_ds.anchor_config import RUN, STAGE
 from epi_ds.combinations import located_combinations
 from epi_ds.errors import Problem, UserError, located_problems, nearest, summarize
 from epi_ds.launch import recipes as shipped
@@ -102,10 +103,25 @@ def check_recipe(values: Mapping[str, Any], *, files: Files = Files.MUST_BE_THER
     if recipe is not None and not problems:
         found = located_combinations(deepspeed_config(recipe.train), recipe.method.epi)
         problems += [problem.within("train.deepspeed") for problem in found]
+    if recipe is not None and files is Files.MUST_BE_THERE:
+        problems += _anchor_problems(recipe)
     for index, stage in enumerate(stages if isinstance(stages, list) else ()):
         if isinstance(stage, Mapping) and isinstance(name := stage.get("lr_scheduler_type"), str):
             problems += [Problem(f"stages.{index}.lr_scheduler_type", text) for text in schedule_problems(name)]
     return Checked(None if problems else recipe, problems, added)
+
+
+def _anchor_problems(recipe: Recipe) -> list[Problem]:
+    """Return what is wrong with a folder that weights are pulled towards, before ranks start."""
+    anchor, key = recipe.method.epi.anchor, "method.epi.anchor.to"
+    if anchor is None or not anchor.is_folder:
+        return []
+    if recipe.model.lora is not None:
+        return [Problem(key, f"{anchor.to} holds no adapter, which is all that model.lora trains; set it to {STAGE}")]
+    if not Path(anchor.to).is_dir():
+        hint = nearest(anchor.to, (RUN, STAGE))
+        return [Problem(key, f"there is no folder {anchor.to}{hint}; give one, {RUN}, or {STAGE}")]
+    return []
 
 
 def _added_by_preset(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -306,6 +306,23 @@ def advice(method: dict[str, Any], stages: int = 1) -> list[str]:
     return list(map(str, advice_on(parse_recipe({**MINIMAL, "stages": several, "method": method}, place="the recipe"))))
 
 
+def test_a_folder_that_is_pulled_towards_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def told(to: str, **changes: Any) -> str:
+        method = {"epi": {"policy": "none", "anchor": {"strength": 2, "to": to}}}
+        with pytest.raises(UserError) as raised:
+            parse_recipe({**MINIMAL, **changes, "method": method}, place="the recipe")
+        return str(raised.value)
+
+    assert "method.epi.anchor.to: there is no folder stages; did you mean 'stage'?" in told("stages")
+    (tmp_path / "base").mkdir()
+    lora = {"model": {**MINIMAL["model"], "lora": {"r": 4}}}
+    assert "base holds no adapter, which is all that model.lora trains; set it to stage" in told("base", **lora)
+    method = {"epi": {"policy": "none", "anchor": {"strength": 2, "to": "base"}}}
+    assert parse_recipe({**MINIMAL, "method": method}, place="the recipe").method.epi.anchor is not None
+
+
 def test_what_few_people_mean_is_told() -> None:
     anchor = {"epi": {"policy": "none", "anchor": {"strength": 2}}}
     assert not advice(anchor)

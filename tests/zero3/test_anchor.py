@@ -165,6 +165,12 @@ def test_a_step_is_that_of_the_oracle_in_other_placements(placement: str, pull: 
     run_ranks(check_oracle, 3, pull, PLACEMENTS[placement], 2, OddNet)
 
 
+@pytest.mark.slow
+def test_a_step_is_that_of_the_oracle_with_secondary_partitions() -> None:
+    for pull in ("update", "gradient"):
+        run_ranks(check_oracle, 2, pull, {"zero_optimization": {"zero_hpz_partition_size": 2}}, 1, OddNet)
+
+
 @pytest.mark.parametrize(
     ("world_size", "pull", "memory", "state"),
     [

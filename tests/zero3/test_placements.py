@@ -29,6 +29,7 @@ from tests.support.models import EvenNet, OddNet, head_batch, odd_batch
 from tests.support.nvme import WideHeads, WideNet, needs_libaio, nvme, on_host
 from tests.support.quantizer import two_nodes_of_two
 from tests.support.ranks import end_ranks, run_ranks
+from tests.zero3.test_anchor import check_oracle
 from tests.zero3.test_hold import check_hold
 from tests.zero3.test_importance import check_recorded, gather, record
 from tests.zero3.test_ratio_zero import compare
@@ -315,6 +316,8 @@ def check_quantized_gradients() -> None:
             assert check_hold(apply, quantized, EvenNet) > 0
             check_recorded(EvenNet, odd_batch, apply, quantized)
         compare("reduction", quantized, EvenNet)
+        for pull in ("update", "gradient"):
+            check_oracle(pull, quantized, 1, EvenNet)
 
 
 @pytest.mark.slow
