@@ -17,7 +17,7 @@ import hjson
 from epi_ds.ds_configs.keys import misspelt, misspelt_problem
 from epi_ds.ds_configs.values import changed, expanded
 from epi_ds.errors import UserError, nearest, summarize
-from epi_ds.new_file import write_new
+from epi_ds.new_file import write_copy
 
 # Key of the line that says when to use a configuration. DeepSpeed has no such key.
 _COMMENT = "comment"
@@ -55,12 +55,7 @@ def copy(name: str, target: Path | None = None) -> Path:
 
     Without ``target`` into the folder of now. Raises UserError for a name that is none, and where the file exists.
     """
-    content = text(name)
-    path = Path(f"{name}.json") if target is None else target
-    if path.is_dir():
-        path /= f"{name}.json"
-    write_new(path, content, parameter="TARGET")
-    return path
+    return write_copy(text(name), f"{name}.json", target)
 
 
 def read(name_or_path: str) -> dict[str, Any]:

@@ -18,6 +18,16 @@ def check_new(path: Path, *, parameter: str) -> None:
         raise UserError(f"there is no folder {path.parent}; make it, or give another {parameter}")
 
 
+def write_copy(content: str, name: str, target: Path | None) -> Path:
+    """Write what is shipped under a file's name to ``target``, or under that name into it where it is a folder.
+
+    Without a target into the folder of now. Returns the file; raises what `check_new` raises.
+    """
+    path = Path(name) if target is None else target / name if target.is_dir() else target
+    write_new(path, content, parameter="TARGET")
+    return path
+
+
 def write_new(path: Path, content: str, *, parameter: str) -> None:
     """Write a file that does not exist yet, whoever else makes it meanwhile. Raises what `check_new` raises."""
     check_new(path, parameter=parameter)

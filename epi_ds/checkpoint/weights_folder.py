@@ -22,6 +22,20 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 """Where it stands which file holds which tensor, of a model that has several."""
 
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*processor_config.json",
+)
+"""What a model needs beside its weights, by the names under which transformers looks for it."""
+
 
 class _Place(NamedTuple):
     file: str

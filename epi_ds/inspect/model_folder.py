@@ -12,23 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from epi_ds.checkpoint.tensor_file import TensorForm, form_named
-from epi_ds.checkpoint.weights_folder import INDEX, SINGLE, weight_map
+from epi_ds.checkpoint.weights_folder import COMPANIONS, INDEX, SINGLE, weight_map
 from epi_ds.errors import CheckpointError, UserError
 
-# What a model needs beside its weights, by the names under which transformers looks for it.
-_COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*processor_config.json",
-    "*.py",
-)
+# Of a model with code of its own, too.
+_COMPANIONS = (*COMPANIONS, "*.py")
 
 
 class ModelFolder:

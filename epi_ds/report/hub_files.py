@@ -9,28 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from epi_ds.checkpoint.weights_folder import COMPANIONS
 from epi_ds.report.card import FILE as CARD
 from epi_ds.report.published import published
 
-# What models, tokenizers, adapters and their authors' words are called.
-_PUSHED = (
-    CARD,
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
+# No code, which nobody may run unasked.
+_PUSHED = (CARD, "*.safetensors", "*.safetensors.index.json", *COMPANIONS, "adapter_config.json", "LICENSE*", "NOTICE*")
 # Where libraries note what a model was loaded from.
 _ORIGINS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 

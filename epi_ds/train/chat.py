@@ -132,11 +132,6 @@ class Chat:
         self._num_answers = 0
         self._history = self._begun()
 
-    @property
-    def continues_text(self) -> bool:
-        """Whether the model has no chat template, and goes on with what it is given."""
-        return not self._loaded.has_template
-
     def begin_anew(self) -> None:
         """Forget what was said."""
         self._history = self._begun()

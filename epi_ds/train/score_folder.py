@@ -76,13 +76,14 @@ def score_folder(
     recipe = wanted.recipe
     with torch.inference_mode():
         device = device_of_one_process()
-        if recipe is None:
+        arguments = None if recipe is None else row_arguments_of(recipe)
+        if recipe is None or arguments is None:
             section = ModelSection(path=path)
             with told(path, what=what):
                 tokenizer = AutoTokenizer.from_pretrained(path)
         else:
             section = recipe.model.model_copy(update={"path": path, "revision": None})
-            tokenizer = load_tokenizer(section, row_arguments_of(recipe), what=what)
+            tokenizer = load_tokenizer(section, arguments, what=what)
         model = load_model(section, what=what).to(device).eval()
         batch_tokens = most_scored_tokens(model.config)
         held = HeldModel(
@@ -95,27 +96,23 @@ def score_folder(
             show=show,
         )
         scores: dict[str, Score] = {}
-        if recipe is not None and wanted.tasks:
-            if row_arguments_of(recipe).chat_template_path is None:
+        if recipe is not None and arguments is not None and wanted.tasks:
+            if arguments.chat_template_path is None:
                 check_vocabulary(model, tokenizer, path=path)
             stop_at_the_end_of_a_turn(model, tokenizer)
-            scores |= _scorer_of(recipe, wanted, tokenizer, batch_tokens).score(held)
+            scorer = TaskScorer(
+                wanted.tasks,
+                tokenizer,
+                batch_size=wanted.batch_size,
+                batch_tokens=batch_tokens,
+                max_new_tokens=recipe.evaluation.max_new_tokens,
+                max_length=arguments.max_length,
+                truncation_mode=arguments.truncation_mode,
+            )
+            scores |= scorer.score(held)
         if wanted.harness is not None:
             scores |= wanted.harness.score(held)
     # Before another one is read.
     del model, held
     gc.collect()
     return scores
-
-
-def _scorer_of(recipe: Recipe, wanted: Wanted, tokenizer: object, batch_tokens: int) -> TaskScorer:
-    arguments = row_arguments_of(recipe)
-    return TaskScorer(
-        wanted.tasks,
-        tokenizer,
-        batch_size=wanted.batch_size,
-        batch_tokens=batch_tokens,
-        max_new_tokens=recipe.evaluation.max_new_tokens,
-        max_length=arguments.max_length,
-        truncation_mode=arguments.truncation_mode,
-    )

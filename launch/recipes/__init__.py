@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from epi_ds.errors import UserError, nearest
-from epi_ds.new_file import write_new
+from epi_ds.new_file import write_copy
 
 _ENDING = ".yaml"
 
@@ -40,9 +40,4 @@ def copy(name: str, target: Path | None = None) -> Path:
 
     Without ``target`` into the folder of now. Raises UserError for a name that is none, and where the file exists.
     """
-    content = text(name)
-    path = Path(f"{name}{_ENDING}") if target is None else target
-    if path.is_dir():
-        path /= f"{name}{_ENDING}"
-    write_new(path, content, parameter="TARGET")
-    return path
+    return write_copy(text(name), f"{name}{_ENDING}", target)

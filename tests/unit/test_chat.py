@@ -113,7 +113,7 @@ def test_an_answer_ends_where_the_template_ends_a_turn(loaded: LoadedModel) -> N
 
 def test_a_model_without_a_template_goes_on_with_a_text(without_template: LoadedModel) -> None:
     chat = Chat(without_template, max_new_tokens=4)
-    assert chat.continues_text
+    assert not without_template.has_template
     tokenizer = without_template.tokenizer
     first, _ = asked(chat, "Once upon")
     assert first.text == greedy(without_template, tokenizer("Once upon")["input_ids"], most=4)

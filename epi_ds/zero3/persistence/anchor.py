@@ -63,12 +63,10 @@ def load_anchor(anchor: Anchor | None, tag: Tag, layout: Layout) -> None:
     or the folder's. Whatever pulls otherwise than before is told.
     """
     saved = tag.manifest.isolation.extra.anchor
+    _tell_of_changes(None if anchor is None else anchor.config, saved, tag)
     if anchor is None:
-        if saved is not None and _pulled(saved):
-            _warn(tag, f"weights were pulled towards: {saved.to}", "nothing is pulled")
         return
     anchor.restart()
-    _tell_of_changes(anchor, saved, tag)
     if saved is not None and saved.folder_files is not None and anchor.folder is not None:
         files = saved.folder_files
         on_first_rank(lambda: _check_folder(Path(anchor.config.to), files, tag))
@@ -93,24 +91,24 @@ def _pulled(saved: SavedAnchor) -> bool:
     return bool(settings.get("strength") or settings.get("decay"))
 
 
-def _tell_of_changes(anchor: Anchor, saved: SavedAnchor | None, tag: Tag) -> None:
+def _tell_of_changes(config: AnchorConfig | None, saved: SavedAnchor | None, tag: Tag) -> None:
     """Warn of whatever pulls otherwise from here on than it did when a tag was saved."""
-    config = anchor.config
-    if not config.pulls:
-        if saved is not None and _pulled(saved):
-            _warn(tag, f"weights were pulled towards: {saved.to}", "nothing is pulled")
+    pulled = saved if saved is not None and _pulled(saved) else None
+    pulls = config if config is not None and config.pulls else None
+    if pulls is None and pulled is None:
         return
-    if saved is None or not _pulled(saved) or saved.to != config.to:
-        before = f"weights were pulled towards: {saved.to}" if saved and _pulled(saved) else "nothing was pulled"
-        towards = f"{config.to} pulls" if config.is_folder else f"the anchor is (to: {config.to}) what was loaded"
-        _warn(tag, before, towards)
-    if saved is None or saved.settings is None:
+    before = "nothing was pulled" if pulled is None else f"weights were pulled towards: {pulled.to}"
+    if pulls is None:
+        _warn(tag, before, "nothing is pulled")
         return
-    now = _settings_of(config)
-    changed = {name: value for name, value in now.items() if saved.settings.get(name, value) != value}
-    if changed and _pulled(saved):
-        before = ", ".join(f"{name}: {saved.settings[name]}" for name in changed)
-        _warn(tag, f"the anchor had {before}", ", ".join(f"it has {name}: {value}" for name, value in changed.items()))
+    if pulled is None or pulled.to != pulls.to:
+        _warn(
+            tag, before, f"{pulls.to} pulls" if pulls.is_folder else f"the anchor is (to: {pulls.to}) what was loaded"
+        )
+    was, now = {} if pulled is None else pulled.settings or {}, _settings_of(pulls)
+    if changed := [name for name, value in was.items() if name in now and now[name] != value]:
+        told = (", ".join(f"{name}: {values[name]}" for name in changed) for values in (was, now))
+        _warn(tag, f"the anchor had {next(told)}", f"it has {next(told)}")
 
 
 def _warn(tag: Tag, before: str, now: str) -> None:
